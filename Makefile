@@ -1,0 +1,83 @@
+# OmniServe: one command each. Every target sets up .venv when it has to, and only then.
+PYTHON ?= python3
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+VENV := .venv
+BIN := $(VENV)/bin
+DEPS := $(VENV)/.stamp-deps
+INSTALLED := $(VENV)/.stamp-installed
+NATIVE := CMakeLists.txt $(shell find src/omniserve/csrc -type f 2>/dev/null)
+SANITIZERS := build/asan/.stamp-passed build/tsan/.stamp-passed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test test-fast test-parity test-native lint format types bench-core clean distclean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED)  ## virtual environment and native module (implied by everything below)
+
+demo: setup  ## latency-sensitive and best-effort requests on a real model
+	$(BIN)/omniserve demo
+
+test: setup test-native  ## all tests but the full parity matrix
+	$(BIN)/python -m pytest -m "not full"
+
+test-fast: setup  ## tests that take a moment each
+	$(BIN)/python -m pytest -m "not full and not slow"
+
+test-parity: setup  ## the full token-equality matrix
+	$(BIN)/python -m pytest -m full
+
+test-native: $(SANITIZERS)  ## the C++ tests under address, undefined-behaviour and thread sanitizers
+
+lint: setup  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: setup  ## mypy --strict
+	$(BIN)/mypy --strict src
+
+bench-core: setup  ## start-up, tokens/s, lane tokens/s, cost of lane rows (several minutes)
+	$(BIN)/python -m omniserve.bench.core
+
+clean:  ## build outputs and caches, not the virtual environment
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f $(INSTALLED)
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## the virtual environment too (a full download to get it back)
+	rm -rf $(VENV)
+
+# Build tools and every dependency first: the project is then built without isolation, hence without a second torch.
+$(DEPS): pyproject.toml constraints.txt scripts/requirements.py
+	PYTHON=$(PYTHON) scripts/preflight.sh
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt pip
+	$(BIN)/python scripts/requirements.py > $(VENV)/requirements.txt
+	$(PIP) install -c constraints.txt -r $(VENV)/requirements.txt
+	touch $@
+
+$(INSTALLED): $(DEPS) $(NATIVE)
+	$(PIP) install --no-build-isolation --no-deps -c constraints.txt -e .
+	touch $@
+
+# gcc's thread sanitizer cannot map its shadow under high ASLR entropy: run without randomisation where allowed.
+build/%/.stamp-passed: $(DEPS) $(NATIVE)
+	@mkdir -p build/$*
+	$(BIN)/cmake -S . -B build/$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DOMNISERVE_PYTHON=OFF \
+	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DOMNISERVE_TESTS=ON -DOMNISERVE_SANITIZE=$(SANITIZE) > build/$*/configure.log \
+	  || { cat build/$*/configure.log; exit 1; }
+	$(BIN)/cmake --build build/$*
+	if setarch -R true 2>/dev/null; then setarch -R build/$*/omniserve_native_tests; else build/$*/omniserve_native_tests; fi
+	touch $@
+
+build/asan/.stamp-passed: SANITIZE := address,undefined
+build/tsan/.stamp-passed: SANITIZE := thread

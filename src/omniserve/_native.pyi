@@ -1,0 +1,345 @@
+"""Host attention, and the lanes between device and host.
+
+Conventions of the whole module:
+
+- Addresses (``*_addr``, ``address``) are integers as ``torch.Tensor.data_ptr()`` or ``numpy.ndarray.ctypes.data`` give
+  them; the caller keeps the memory alive and vouches for shape and dtype. Strides are in elements, between rows.
+- dtypes are "float32", "bfloat16" or "float16". *act dtype* is that of the model's rows, *KV dtype* that of pages.
+- Seconds and bytes; log-sum-exp is the natural logarithm.
+- A value out of range raises ValueError naming field and limit; a call in the wrong state raises RuntimeError.
+"""
+
+from typing import TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+class WorkerStatsDict(TypedDict):
+    """Counters of one host worker since the segment was laid out."""
+
+    busy_s: float  # serving tasks, pieces and copies
+    tasks: int  # rows answered with a result
+    pieces: int  # parts of split tasks
+    stale_tasks: int  # rows of an old epoch: acknowledged, not computed
+    out_of_order_tasks: int  # rows served after one that was submitted later
+    kv_bytes_read: int
+    copies: int
+    copied_bytes: int
+
+class LaneStatsDict(TypedDict):
+    """What LanePort counted, and what the host left in the segment."""
+
+    submitted_rows: int
+    lane_entries: int  # rows taken
+    same_iteration_entries: int  # rows taken in the walk that submitted them
+    cancelled_rows: int  # in flight when cancelled
+    landed_pages: int
+    fetched_pages: int
+    waiting_lanes: int
+    draining_lanes: int
+    free_frames: int
+    current_layer: int  # -1: no walk
+    attention_gap_s: float  # moving average of exit(l) -> take(l) within walks
+    host_ready: bool  # a host has attached
+    host_pid: int
+    workers: list[WorkerStatsDict]
+
+class KvGeometry:
+    """Shape of one side's KV. head_dim is a multiple of 8 from 64 to 256, page_size any number of tokens.
+
+    A page is one contiguous blob ``[layer][K: [kv_head][head_dim][page_size] | V: [kv_head][page_size][head_dim]]``.
+    """
+
+    def __init__(
+        self, *, num_layers: int, num_kv_heads: int, head_dim: int, page_size: int, dtype: str
+    ) -> None: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def page_size(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def page_bytes(self) -> int: ...
+
+class PagedKv:
+    """``num_pages`` pages in memory of the caller's, from ``address`` on (num_pages * page_bytes bytes)."""
+
+    def __init__(self, geometry: KvGeometry, address: int, num_pages: int) -> None: ...
+    @property
+    def geometry(self) -> KvGeometry: ...
+    @property
+    def num_pages(self) -> int: ...
+    def page_address(self, id: int) -> int: ...
+    def write(
+        self,
+        layer: int,
+        n: int,
+        k_addr: int,
+        k_stride: int,
+        v_addr: int,
+        v_stride: int,
+        act_dtype: str,
+        page_ids_addr: int,
+        offsets_addr: int,
+    ) -> None:
+        """Writes row i of k and v, each [num_kv_heads * head_dim] in act_dtype, to token offsets[i] of page_ids[i].
+
+        page_ids and offsets are int32 [n]. Nothing is written when one of them is out of range.
+        """
+    def gather(
+        self,
+        layer: int,
+        table_addr: int,
+        num_tokens: int,
+        k_out_addr: int,
+        v_out_addr: int,
+        first_token: int = 0,
+    ) -> None:
+        """Copies tokens [first_token, num_tokens) of the sequence with page table ``table`` (int32) of one layer.
+
+        k_out and v_out are [num_kv_heads][num_tokens - first_token][head_dim] in the KV dtype.
+        """
+
+class ThreadTeam:
+    """``num_threads`` threads, the caller included, that share each `paged_attention`.
+
+    The others are pinned to cpus[i % len(cpus)] for i = 1 .. num_threads - 1, or inherit the creator's affinity.
+    """
+
+    def __init__(self, num_threads: int, cpus: list[int] = ...) -> None: ...
+    @property
+    def num_threads(self) -> int: ...
+
+def paged_attention(
+    team: ThreadTeam,
+    kv: PagedKv,
+    layer: int,
+    n: int,
+    q_addr: int,
+    tables_addr: int,
+    table_stride: int,
+    context_lens_addr: int,
+    out_addr: int,
+    num_heads: int,
+    scale: float,
+) -> None:
+    """Decode attention of one query token for each of n sequences.
+
+    q and out are float32 [n][num_heads * head_dim]; tables int32 [n][table_stride]; context_lens int32 [n], the query's
+    own token included (0 gives zeros). Query head h uses KV head h // (num_heads // num_kv_heads).
+    """
+
+def attention_pieces(
+    kv: PagedKv,
+    layer: int,
+    q: npt.NDArray[np.float32],
+    table: npt.NDArray[np.int32],
+    bounds: list[int],
+    scale: float,
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Attention of q [num_heads, head_dim] over tokens [bounds[0], bounds[-1]), piece by piece, merged; for tests.
+
+    Returns (out [num_heads, head_dim], lse [num_heads]). Equal bounds make an empty piece; no tokens at all give zeros
+    and -inf.
+    """
+
+def exp_nonpositive(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The kernel's exp of x <= 0: relative error at most 3e-7, exactly 0 below -87."""
+
+def set_simd(name: str) -> None:
+    """Chooses "scalar", "avx2" or "auto" (the best this CPU has) for the whole process, between calls."""
+
+def simd() -> str:
+    """The instruction set in use."""
+
+def stream_read_gbps(address: int, bytes: int) -> float:
+    """Reads the memory once with plain loads on the calling thread; 1e9 bytes per second."""
+
+class LaneGeometry:
+    """Everything the two ends of a segment must agree on. scale 0 means 1 / sqrt(head_dim)."""
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        hidden_size: int,
+        act_dtype: str,
+        kv_dtype: str,
+        max_lanes: int,
+        host_page_size: int,
+        max_pages_per_lane: int,
+        num_host_pages: int,
+        device_page_size: int,
+        num_frames: int = 0,
+        scale: float = 0.0,
+    ) -> None: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def act_dtype(self) -> str: ...
+    @property
+    def kv_dtype(self) -> str: ...
+    @property
+    def max_lanes(self) -> int: ...
+    @property
+    def host_page_size(self) -> int: ...
+    @property
+    def max_pages_per_lane(self) -> int: ...
+    @property
+    def num_host_pages(self) -> int: ...
+    @property
+    def device_page_size(self) -> int: ...
+    @property
+    def num_frames(self) -> int: ...
+    @property
+    def scale(self) -> float: ...
+    @property
+    def host_page_bytes(self) -> int: ...
+    @property
+    def device_page_bytes(self) -> int: ...
+
+def segment_bytes(geometry: LaneGeometry) -> int:
+    """Bytes of shared memory that LanePort lays out."""
+
+class LanePort:
+    """The device process's end of the segment. One thread uses it.
+
+    A slot's life: ``reset``, ``set_pages``, then for each token ``start_token`` and for each layer ``exit`` and ``take``.
+    """
+
+    def __init__(self, geometry: LaneGeometry, address: int) -> None:
+        """Lays out a fresh segment at ``address`` (64-byte aligned, segment_bytes(geometry) bytes)."""
+    def begin_walk(self) -> None: ...
+    def end_walk(self) -> None: ...
+    def exit(
+        self,
+        layer: int,
+        n: int,
+        slots_addr: int,
+        q_addr: int,
+        q_stride: int,
+        k_addr: int,
+        k_stride: int,
+        v_addr: int,
+        v_stride: int,
+        x_addr: int,
+        x_stride: int,
+    ) -> None:
+        """n rows leave the batch: q, k, v and residual x (act dtype) of slots[i] (int32) are copied and submitted.
+
+        Call it with n = 0 as well, to tell the host where the device is. RuntimeError when a slot already has a row in
+        flight or owns no host page for its token; nothing is submitted then.
+        """
+    def take(
+        self,
+        layer: int,
+        cap: int,
+        same_iteration: bool,
+        slots_out_addr: int,
+        attn_addr: int,
+        attn_stride: int,
+        x_addr: int,
+        x_stride: int,
+    ) -> int:
+        """Slots waiting at ``layer`` whose result is there now, oldest first, at most ``cap``; returns how many.
+
+        slots_out is int32 [cap]; row i of attn [num_heads * head_dim] and x [hidden_size] (act dtype) are filled. With
+        same_iteration false only rows submitted before this walk began count; outside walks every row does.
+        """
+    def wait_all(self, layer: int, timeout_s: float) -> bool:
+        """Waits until every slot waiting at ``layer`` has its result; false after timeout_s."""
+    def wait_any(self, timeout_s: float) -> bool:
+        """Waits until any waiting slot has its result; false after timeout_s."""
+    def scan(self, ready_addr: int, waiting_addr: int, oldest_addr: int) -> None:
+        """Per layer: int32 slots ready, int32 slots waiting (those included), uint64 submission number of the oldest
+        ready one (2**64 - 1 when none)."""
+    def set_pages(self, slot: int, start: int, ids: list[int]) -> None:
+        """Host pages of the lane from index ``start`` on; with a row in flight only pages after that row's."""
+    def start_token(self, slot: int, position: int) -> None:
+        """Position of the token whose rows are submitted next; it attends to position + 1 tokens."""
+    def reset(self, slot: int) -> None:
+        """New owner: new epoch, no pages. RuntimeError while something is in flight."""
+    def cancel(self, slot: int) -> bool:
+        """Forgets the row in flight. True: slot and host pages are free now; false: once `drained` names the slot."""
+    def drained(self) -> list[int]:
+        """Slots cancelled in flight that the host has acknowledged since the last call."""
+    def free_frames(self) -> int:
+        """Copies that can be submitted now; RuntimeError beyond that."""
+    def land(
+        self,
+        id: int,
+        device_page_addr: int,
+        token_offset: int,
+        num_tokens: int,
+        host_offset: int,
+        host_pages: list[int],
+    ) -> None:
+        """Device page -> host: tokens from token_offset on go to host pages from token host_offset of the first one on.
+
+        host_pages names exactly the pages touched. The device page may be reused as soon as this returns.
+        """
+    def fetch(
+        self,
+        id: int,
+        token_offset: int,
+        num_tokens: int,
+        host_offset: int,
+        host_pages: list[int],
+        device_page_addr: int,
+    ) -> None:
+        """Host -> device page; `collect_copies` writes the token range into the device page."""
+    def cancel_fetch(self, id: int) -> None:
+        """The device page is not wanted any more and is not written; the id is still reported when done."""
+    def collect_copies(self) -> list[int]:
+        """Ids of copies completed since the last call; their frames are free again."""
+    def arm(self) -> bool:
+        """Asks the host to write its eventfd at the next completion (of a row, an acknowledgement or a copy).
+
+        True: something is complete already; do not sleep. The eventfd may be written once after `disarm`: drain it.
+        """
+    def disarm(self) -> None: ...
+    def stats(self) -> LaneStatsDict: ...
+
+class HostWorkers:
+    """The host process's end of the segment at ``address``: the KV arena, and workers that serve it.
+
+    Worker i is pinned to cpus[i % len(cpus)] when given; ``nice`` (0 .. 19) lowers their priority; ``arena_bytes`` above
+    0 is a limit on KV memory (ValueError when the segment asks for more). Call `stop` before unmapping the segment.
+    """
+
+    def __init__(
+        self, address: int, eventfd: int = -1, cpus: list[int] = ..., nice: int = 0, arena_bytes: int = 0
+    ) -> None: ...
+    def start(self, num_threads: int) -> None: ...
+    def stop(self) -> None: ...
+    @property
+    def num_workers(self) -> int: ...
+    @property
+    def geometry(self) -> LaneGeometry: ...
+    @property
+    def arena_bytes(self) -> int: ...
+    @property
+    def kv(self) -> PagedKv: ...
+    def pending(self) -> list[tuple[int, int]]:
+        """(layer, slot) of every row to serve by hand, oldest first. Only without threads, as the next three."""
+    def serve(self, slot: int) -> bool:
+        """Serves exactly that slot's row (a row of an old epoch is acknowledged); false when there is none."""
+    def pending_copies(self) -> list[int]: ...
+    def serve_copy(self, id: int) -> bool: ...
+    def stats(self) -> list[WorkerStatsDict]: ...

@@ -1,0 +1,4 @@
+"""Device attention back ends: KV memory of the device, decode and prefill attention over pages.
+
+cpu.py   CPU threads as the device: our native kernel for decode rows, torch SDPA for prefill chunks
+"""

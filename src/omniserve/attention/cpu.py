@@ -1,0 +1,190 @@
+"""The CPU as device: paged KV memory, decode attention by the native kernel, prefill chunks by torch SDPA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from omniserve import _native
+from omniserve.policy.plan import DeviceRows
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name the native part uses: "float32", "bfloat16" or "float16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+class CpuKvStore:
+    """Device KV memory: `num_pages` pages, each one blob of all layers (layout: csrc/kv.h).
+
+    Untouched pages cost no memory: the mapping is filled on first write.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        page_size: int,
+        num_pages: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.geometry = _native.KvGeometry(
+            num_layers=num_layers,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            page_size=page_size,
+            dtype=dtype_name(dtype),
+        )
+        self.page_size = page_size
+        self.num_pages = num_pages
+        self.dtype = dtype
+        self.memory = torch.empty(num_pages * self.geometry.page_bytes, dtype=torch.uint8)
+        self.kv = _native.PagedKv(self.geometry, self.memory.data_ptr(), num_pages)
+
+    @staticmethod
+    def page_bytes(
+        num_layers: int, num_kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype
+    ) -> int:
+        return num_layers * 2 * num_kv_heads * head_dim * page_size * dtype.itemsize
+
+
+@dataclass(slots=True)
+class _ChunkRows:
+    """Rows first..first+count-1 of the batch: one prefill chunk that starts at position `start`."""
+
+    first: int
+    count: int
+    start: int
+    table: np.ndarray
+    mask: Tensor | None
+
+
+class DeviceBatch:
+    """The device rows of one walk, laid out: single-token rows first, then chunks."""
+
+    def __init__(self, rows: Sequence[DeviceRows], page_size: int) -> None:
+        self.rows = sorted(rows, key=lambda r: r.num_tokens > 1)
+        counts = np.array([r.num_tokens for r in self.rows], dtype=np.int64)
+        ends = np.cumsum(counts)
+        self.num_rows = int(ends[-1]) if len(ends) else 0
+        self.num_singles = sum(1 for r in self.rows if r.num_tokens == 1)
+        self.last_row = ends - 1
+        starts = np.array([r.start for r in self.rows], dtype=np.int64)
+        self.positions = np.arange(self.num_rows) - np.repeat(ends - counts - starts, counts)
+        tables = [np.array(r.pages, dtype=np.int32) for r in self.rows]
+        self.page_ids = np.empty(self.num_rows, dtype=np.int32)
+        for table, end, count in zip(tables, ends, counts, strict=True):
+            rows_of = slice(end - count, end)
+            self.page_ids[rows_of] = table[self.positions[rows_of] // page_size]
+        self.offsets = (self.positions % page_size).astype(np.int32)
+        self.context_lens = (starts[: self.num_singles] + 1).astype(np.int32)
+        width = max((len(t) for t in tables[: self.num_singles]), default=1)
+        self.tables = np.zeros((self.num_singles, width), dtype=np.int32)
+        for i, table in enumerate(tables[: self.num_singles]):
+            self.tables[i, : len(table)] = table
+        self.chunks = [
+            _ChunkRows(
+                first=int(ends[i] - counts[i]),
+                count=int(counts[i]),
+                start=int(starts[i]),
+                table=tables[i],
+                mask=self._mask(int(starts[i]), int(counts[i])),
+            )
+            for i in range(self.num_singles, len(self.rows))
+        ]
+
+    @staticmethod
+    def _mask(start: int, count: int) -> Tensor | None:
+        """True where a chunk's row may look; None when the chunk starts the prompt (plain causal)."""
+        if start == 0:
+            return None
+        return torch.ones(count, start + count, dtype=torch.bool).tril_(diagonal=start)
+
+
+class CpuAttention:
+    """Attention of the device rows of a walk, one call per layer, over paged KV."""
+
+    def __init__(
+        self,
+        store: CpuKvStore,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        cpus: Sequence[int],
+    ) -> None:
+        self.store = store
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.scale = head_dim**-0.5
+        self.team = _native.ThreadTeam(max(1, len(cpus)), list(cpus))
+
+    def run(self, layer: int, batch: DeviceBatch, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        """Append k, v [n, kvh hd] to the pages, attend with q [n, h hd] and write out [n, h hd]."""
+        self.store.kv.write(
+            layer,
+            batch.num_rows,
+            k.data_ptr(),
+            k.stride(0),
+            v.data_ptr(),
+            v.stride(0),
+            dtype_name(k.dtype),
+            batch.page_ids.ctypes.data,
+            batch.offsets.ctypes.data,
+        )
+        if batch.num_singles:
+            self._decode(layer, batch, q[: batch.num_singles], out[: batch.num_singles])
+        for chunk in batch.chunks:
+            rows = slice(chunk.first, chunk.first + chunk.count)
+            out[rows] = self._prefill(layer, chunk, q[rows], k[rows], v[rows])
+
+    def _decode(self, layer: int, batch: DeviceBatch, q: Tensor, out: Tensor) -> None:
+        query = q.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+        result = out if out.dtype == torch.float32 and out.is_contiguous() else torch.empty_like(query)
+        _native.paged_attention(
+            self.team,
+            self.store.kv,
+            layer,
+            batch.num_singles,
+            query.data_ptr(),
+            batch.tables.ctypes.data,
+            batch.tables.shape[1],
+            batch.context_lens.ctypes.data,
+            result.data_ptr(),
+            self.num_heads,
+            self.scale,
+        )
+        if result is not out:
+            out.copy_(result)
+
+    def _prefill(self, layer: int, chunk: _ChunkRows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if chunk.mask is None:
+            keys = k.view(chunk.count, self.num_kv_heads, self.head_dim).transpose(0, 1)
+            values = v.view(chunk.count, self.num_kv_heads, self.head_dim).transpose(0, 1)
+        else:
+            keys, values = self._gather(layer, chunk)
+        query = q.view(chunk.count, self.num_heads, self.head_dim).transpose(0, 1)
+        result = F.scaled_dot_product_attention(
+            query[None],
+            keys[None],
+            values[None],
+            attn_mask=chunk.mask,
+            is_causal=chunk.mask is None,
+            scale=self.scale,
+            enable_gqa=self.num_heads != self.num_kv_heads,
+        )
+        return result[0].transpose(0, 1).reshape(chunk.count, -1)
+
+    def _gather(self, layer: int, chunk: _ChunkRows) -> tuple[Tensor, Tensor]:
+        """Keys and values [kvh, T, hd] of the whole context of a chunk, its own rows included."""
+        context = chunk.start + chunk.count
+        keys = torch.empty(self.num_kv_heads, context, self.head_dim, dtype=self.store.dtype)
+        values = torch.empty_like(keys)
+        self.store.kv.gather(layer, chunk.table.ctypes.data, context, keys.data_ptr(), values.data_ptr())
+        return keys, values

@@ -1,0 +1,94 @@
+// State algebra and the choice of instruction set.
+#include "attention.h"
+
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "attend_loop.h"
+#include "kernels.h"
+
+namespace omniserve {
+namespace {
+
+bool cpu_has_avx2() {
+#if defined(OMNISERVE_X86)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+    return false;
+#endif
+}
+
+const Kernels* best_kernels() {
+#if defined(OMNISERVE_X86)
+    if (cpu_has_avx2()) return &kAvx2Kernels;
+#endif
+    return &kScalarKernels;
+}
+
+std::atomic<const Kernels*>& active() {
+    static std::atomic<const Kernels*> chosen{best_kernels()};
+    return chosen;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *active().load(std::memory_order_relaxed); }
+
+void set_simd(std::string_view name) {
+    if (name == "auto") {
+        active() = best_kernels();
+    } else if (name == "scalar") {
+        active() = &kScalarKernels;
+    } else if (name == "avx2") {
+        if (!cpu_has_avx2()) throw std::invalid_argument("simd: this CPU has no AVX2 with FMA and F16C");
+#if defined(OMNISERVE_X86)
+        active() = &kAvx2Kernels;
+#endif
+    } else {
+        throw std::invalid_argument("simd must be auto, scalar or avx2, not " + std::string(name));
+    }
+}
+
+size_t scratch_floats(int group, int head_dim) { return size_t(group) * (head_dim + kScoreStride + 1); }
+
+void clear_state(float* state, int group, int head_dim) {
+    const size_t acc = size_t(group) * head_dim;
+    for (size_t i = 0; i < acc; ++i) state[i] = 0.0f;
+    for (int g = 0; g < group; ++g) {
+        state[acc + g] = -std::numeric_limits<float>::infinity();
+        state[acc + group + g] = 0.0f;
+    }
+}
+
+void merge_state(float* into, const float* piece, int group, int head_dim) {
+    const size_t acc = size_t(group) * head_dim;
+    for (int g = 0; g < group; ++g) {
+        float& m = into[acc + g];
+        float& l = into[acc + group + g];
+        const float piece_m = piece[acc + g], piece_l = piece[acc + group + g];
+        if (piece_l == 0.0f) continue;
+        const float top = m > piece_m ? m : piece_m;
+        const float keep = l == 0.0f ? 0.0f : std::exp(m - top);
+        const float add = std::exp(piece_m - top);
+        float* a = into + size_t(g) * head_dim;
+        const float* b = piece + size_t(g) * head_dim;
+        for (int d = 0; d < head_dim; ++d) a[d] = a[d] * keep + b[d] * add;
+        l = l * keep + piece_l * add;
+        m = top;
+    }
+}
+
+void finish_state(const float* state, int group, int head_dim, float* out, float* lse) {
+    const size_t acc = size_t(group) * head_dim;
+    for (int g = 0; g < group; ++g) {
+        const float m = state[acc + g], l = state[acc + group + g];
+        const float inverse = l == 0.0f ? 0.0f : 1.0f / l;
+        for (int d = 0; d < head_dim; ++d) out[g * size_t(head_dim) + d] = state[g * size_t(head_dim) + d] * inverse;
+        if (lse) lse[g] = m + std::log(l);
+    }
+}
+
+}  // namespace omniserve

@@ -1,0 +1,74 @@
+// Decode attention over paged KV as an algebra of partial states.
+//
+// A state is the attention of a group of queries (all query heads of one KV head) over some tokens:
+//
+//     acc[group][head_dim]   sum over tokens of exp(score - m) * v        (not normalised)
+//     m[group]               largest score seen, -inf when empty
+//     l[group]               sum over tokens of exp(score - m)
+//
+// stored flat in that order. States over disjoint token ranges merge in any order; the empty state is legal. The
+// log-sum-exp of a state is m + ln(l), natural logarithm.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+
+#include "kv.h"
+
+namespace omniserve {
+
+/// Floats of one state.
+constexpr size_t state_floats(int group, int head_dim) { return size_t(group) * (head_dim + 2); }
+
+/// One piece of work: tokens [first, last) of one sequence, one layer, one KV head, all queries of its group.
+struct AttendArgs {
+    const PagedKv* kv = nullptr;
+    const int32_t* page_table = nullptr;  // token t lies in page page_table[t / page_size]
+    int32_t layer = 0;
+    int32_t kv_head = 0;
+    int64_t first = 0;
+    int64_t last = 0;
+    const float* q = nullptr;  // [group][head_dim], not yet scaled
+    int32_t group = 1;
+    float scale = 1.0f;        // multiplies q, usually 1 / sqrt(head_dim)
+    float* state = nullptr;    // out, state_floats(group, head_dim)
+    float* scratch = nullptr;  // scratch_floats(group, head_dim), one per thread
+};
+
+/// Floats that one call of `attend` needs to work in.
+size_t scratch_floats(int group, int head_dim);
+
+/// The inner loops for one instruction set. Every member is callable from any thread.
+struct Kernels {
+    const char* name;
+    /// Fills args.state; each KV element is read from memory once for all queries of the group.
+    void (*attend[kNumDTypes])(const AttendArgs& args);
+    /// y[i] = exp(x[i]) for x[i] <= 0, relative error at most 3e-7; exactly 0 below -87.
+    void (*exp_nonpositive)(const float* x, float* y, size_t count);
+    void (*to_f32)(const void* from, DType dtype, float* to, size_t count);
+    void (*from_f32)(const float* from, void* to, DType dtype, size_t count);
+    /// Reads `bytes` bytes as fast as one core can and returns something that depends on all of them.
+    uint64_t (*stream_sum)(const void* from, size_t bytes);
+};
+
+/// The kernels in use: the best the CPU offers unless set_simd chose.
+const Kernels& kernels();
+
+/// Chooses "scalar", "avx2" or "auto" for the whole process, between calls. Throws std::invalid_argument when the name
+/// is unknown or the CPU lacks the instructions.
+void set_simd(std::string_view name);
+
+inline void attend(const AttendArgs& args) {
+    kernels().attend[static_cast<int>(args.kv->geometry.dtype)](args);
+}
+
+void clear_state(float* state, int group, int head_dim);
+
+/// into := into merged with `piece`.
+void merge_state(float* into, const float* piece, int group, int head_dim);
+
+/// out[group][head_dim] = acc / l, zeros for an empty state; lse[group] = m + ln(l) when lse is not null.
+void finish_state(const float* state, int group, int head_dim, float* out, float* lse = nullptr);
+
+}  // namespace omniserve

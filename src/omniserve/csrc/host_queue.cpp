@@ -1,0 +1,103 @@
+#include "host_queue.h"
+
+#include <bit>
+
+#include "park.h"
+
+namespace omniserve {
+
+bool HostQueue::pop(Task& task) {
+    const int current_layer = segment_.header().current_layer.load(std::memory_order_relaxed);
+    return current_layer < 0 ? pop_oldest(task) : pop_by_deadline(current_layer, task);
+}
+
+int HostQueue::next_nonempty(int from) const {
+    for (int word = from / 64; word < segment_.num_bitmap_words(); ++word) {
+        uint64_t bits = segment_.nonempty_word(word).load(std::memory_order_acquire);
+        if (word == from / 64) bits &= ~uint64_t{0} << (from % 64);
+        if (bits) return word * 64 + std::countr_zero(bits);
+    }
+    return -1;
+}
+
+bool HostQueue::pop_layer(int layer, Task& task) {
+    Ring ring = segment_.layer_ring(layer);
+    Ring::Item item;
+    if (ring.pop(item)) {
+        task = {layer, static_cast<int32_t>(item.index), item.ticket, item.number};
+        return true;
+    }
+    // Empty: clear the bit, then look again. A push that came before the clear is seen now; one that comes after it
+    // sets the bit itself.
+    const uint64_t bit = uint64_t{1} << (layer % 64);
+    std::atomic<uint64_t>& word = segment_.nonempty_word(layer / 64);
+    word.fetch_and(~bit, std::memory_order_acq_rel);
+    if (!ring.is_empty()) word.fetch_or(bit, std::memory_order_acq_rel);
+    return false;
+}
+
+bool HostQueue::can_meet(const Ring::Item& item, uint64_t began_ns) const {
+    const uint64_t gap = segment_.header().attention_gap_ns.load(std::memory_order_relaxed);
+    const float ns_per_token = ns_per_token_.load(std::memory_order_relaxed);
+    if (began_ns == 0 || gap == 0 || ns_per_token == 0.0f) return true;  // nothing to predict from yet
+    const int context = segment_.order(int(item.index)).position.load(std::memory_order_relaxed) + 1;
+    return double(now_ns()) + double(context) * ns_per_token <= double(began_ns + gap);
+}
+
+bool HostQueue::pop_by_deadline(int current_layer, Task& task) {
+    const int num_layers = segment_.geometry().num_layers;
+    const int start = current_layer % num_layers;
+    Ring::Item item;
+    const bool is_deferred = current_layer < num_layers && segment_.layer_ring(start).peek(item) &&
+                             !can_meet(item, segment_.header().attention_began_ns.load(std::memory_order_relaxed));
+    // From the current layer on, then the layers before it, whose turn comes in the next walk.
+    const auto pop_between = [&](int first, int last) {
+        for (int layer = next_nonempty(first); layer >= 0 && layer < last; layer = next_nonempty(layer + 1))
+            if (pop_layer(layer, task)) return true;
+        return false;
+    };
+    return pop_between(start + is_deferred, num_layers) || pop_between(0, start) ||
+           (is_deferred && pop_layer(start, task));
+}
+
+bool HostQueue::pop_oldest(Task& task) {
+    while (true) {
+        int oldest_layer = -1;
+        uint64_t oldest = UINT64_MAX;
+        for (int layer = next_nonempty(0); layer >= 0; layer = next_nonempty(layer + 1)) {
+            Ring::Item item;
+            if (segment_.layer_ring(layer).peek(item) && item.number < oldest) {
+                oldest = item.number;
+                oldest_layer = layer;
+            } else if (segment_.layer_ring(layer).is_empty() && pop_layer(layer, task)) {
+                return true;  // clears the stale bit; may find a row that came just now
+            }
+        }
+        if (oldest_layer < 0) return false;
+        if (pop_layer(oldest_layer, task)) return true;  // else another worker was faster: look again
+    }
+}
+
+bool HostQueue::pop_frame(int& frame) {
+    Ring::Item item;
+    if (!segment_.frame_ring().pop(item)) return false;
+    frame = static_cast<int>(item.index);
+    return true;
+}
+
+bool HostQueue::has_work() const { return next_nonempty(0) >= 0 || !segment_.frame_ring().is_empty(); }
+
+void HostQueue::observe_service(uint64_t ns, int64_t context_tokens) {
+    // A lost update between two workers costs a little accuracy of a guess.
+    const float sample = float(ns) / float(context_tokens), average = ns_per_token_.load(std::memory_order_relaxed);
+    ns_per_token_.store(average == 0.0f ? sample : average + (sample - average) / 8, std::memory_order_relaxed);
+}
+
+bool HostQueue::note_served(uint64_t number) {
+    uint64_t newest = newest_served_.load(std::memory_order_relaxed);
+    while (number > newest)
+        if (newest_served_.compare_exchange_weak(newest, number, std::memory_order_relaxed)) return false;
+    return number < newest;
+}
+
+}  // namespace omniserve

@@ -1,0 +1,14 @@
+// The tables of inner loops, one per instruction set. A new one (AVX-512, NEON) adds its own translation unit, a table
+// here, and its test of the CPU in attention.cpp.
+#pragma once
+
+#include "attention.h"
+
+namespace omniserve {
+
+extern const Kernels kScalarKernels;
+#if defined(OMNISERVE_X86)
+extern const Kernels kAvx2Kernels;  // needs AVX2, FMA and F16C
+#endif
+
+}  // namespace omniserve

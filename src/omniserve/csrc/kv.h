@@ -1,0 +1,84 @@
+// Paged KV: where the keys and values of every token lie, and the three ways of moving them.
+//
+// A page is one contiguous blob holding `page_size` tokens of all layers of one request:
+//
+//     [layer][ K: [kv_head][head_dim][page_size] | V: [kv_head][page_size][head_dim] ]
+//
+// K has tokens across vector lanes, so that the scores of a group of queries need no horizontal sums; V has dimensions
+// across vector lanes for the same reason. A K row may be read past its end by up to 15 elements (the V block of the
+// same layer follows and is longer than that); such lanes are computed and dropped.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace omniserve {
+
+inline constexpr int kMinHeadDim = 64;
+inline constexpr int kMaxHeadDim = 256;
+
+struct KvGeometry {
+    int32_t num_layers = 0;
+    int32_t num_kv_heads = 0;
+    int32_t head_dim = 0;
+    int32_t page_size = 0;  // tokens
+    DType dtype = DType::f32;
+
+    /// Throws std::invalid_argument naming the field and its limit.
+    void check() const;
+
+    /// Elements of the K (or V) block of one KV head in one layer of one page.
+    size_t head_elements() const { return size_t(head_dim) * page_size; }
+    /// Elements of the K (or V) block of one layer of one page.
+    size_t block_elements() const { return num_kv_heads * head_elements(); }
+    size_t page_bytes() const { return size_t(num_layers) * 2 * block_elements() * item_size(dtype); }
+};
+
+/// Pages in one stretch of memory that somebody else owns. Page ids are 0 .. num_pages - 1.
+struct PagedKv {
+    KvGeometry geometry;
+    std::byte* base = nullptr;
+    int64_t num_pages = 0;
+
+    std::byte* page(int64_t id) const { return base + size_t(id) * geometry.page_bytes(); }
+
+    /// K block [head_dim][page_size] of one head; the V block [page_size][head_dim] is `block_elements` further on.
+    template <class T>
+    T* k_block(int64_t id, int layer, int kv_head) const {
+        return reinterpret_cast<T*>(page(id)) + size_t(layer) * 2 * geometry.block_elements() +
+               kv_head * geometry.head_elements();
+    }
+    template <class T>
+    T* v_block(int64_t id, int layer, int kv_head) const {
+        return k_block<T>(id, layer, kv_head) + geometry.block_elements();
+    }
+};
+
+/// Rows of keys and values as the model computes them: row i is [num_kv_heads * head_dim] at k + i * k_stride
+/// (strides in elements of `dtype`).
+struct KvRows {
+    const void* k = nullptr;
+    ptrdiff_t k_stride = 0;
+    const void* v = nullptr;
+    ptrdiff_t v_stride = 0;
+    DType dtype = DType::f32;
+};
+
+/// Writes row i to token `offsets[i]` of page `page_ids[i]` in `layer`, converted to the KV dtype.
+/// Throws std::invalid_argument when a page or an offset is outside the store; nothing is written then.
+void write_rows(const PagedKv& kv, int layer, int num_rows, const KvRows& rows, const int32_t* page_ids,
+                const int32_t* offsets);
+
+/// Copies tokens [first, last) of one sequence and layer to k_out and v_out, each [num_kv_heads][last - first][head_dim]
+/// in the KV dtype. Throws std::invalid_argument when the table names a page outside the store.
+void gather_tokens(const PagedKv& kv, int layer, const int32_t* page_table, int64_t first, int64_t last, void* k_out,
+                   void* v_out);
+
+/// Copies `num_tokens` tokens of all layers between two page blobs that differ in page size only.
+/// Both runs must lie inside their page.
+void repack(const KvGeometry& from, const std::byte* from_page, int from_offset, const KvGeometry& to,
+            std::byte* to_page, int to_offset, int num_tokens);
+
+}  // namespace omniserve

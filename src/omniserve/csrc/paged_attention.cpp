@@ -1,0 +1,136 @@
+#include "paged_attention.h"
+
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace omniserve {
+namespace {
+
+constexpr int64_t kMinPieceTokens = 256;  // below this the merge costs more than it brings
+constexpr int kPiecesPerThread = 4;       // enough to even out pieces of different length
+
+void require(bool holds, const std::string& message) {
+    if (!holds) throw std::invalid_argument(message);
+}
+
+/// Token ranges of one sequence and KV head: pieces [first_piece, first_piece + num_pieces) of equal length.
+struct Share {
+    int32_t sequence, kv_head;
+    int64_t piece_tokens;
+    int32_t first_piece, num_pieces;
+};
+
+class Run {
+public:
+    Run(ThreadTeam& team, const PagedAttentionArgs& args)
+        : team_(team), args_(args), head_dim_(args.kv->geometry.head_dim),
+          group_(args.num_heads / args.kv->geometry.num_kv_heads), state_(state_floats(group_, head_dim_)) {
+        divide();
+        if (num_pieces_ > int64_t(shares_.size())) states_ = std::make_unique_for_overwrite<float[]>(num_pieces_ * state_);
+        left_ = std::make_unique<std::atomic<int32_t>[]>(shares_.size());
+        for (size_t i = 0; i < shares_.size(); ++i) left_[i].store(shares_[i].num_pieces, std::memory_order_relaxed);
+    }
+
+    void work(int member) {
+        float* scratch = team_.scratch(member, scratch_floats(group_, head_dim_) + state_);
+        while (true) {
+            const int64_t piece = next_.fetch_add(1, std::memory_order_relaxed);
+            if (piece >= num_pieces_) return;
+            const auto after = std::upper_bound(shares_.begin(), shares_.end(), piece,
+                                                [](int64_t p, const Share& s) { return p < s.first_piece; });
+            do_piece(size_t(after - shares_.begin()) - 1, piece, scratch);
+        }
+    }
+
+private:
+    void divide() {
+        const int num_kv_heads = args_.kv->geometry.num_kv_heads, threads = team_.num_threads();
+        int64_t tokens = 0;
+        for (int i = 0; i < args_.num_sequences; ++i) tokens += args_.context_lens[i];
+        const int64_t target = threads == 1
+                                   ? INT64_MAX
+                                   : std::max(kMinPieceTokens, tokens * num_kv_heads / (threads * kPiecesPerThread));
+        shares_.reserve(size_t(args_.num_sequences) * num_kv_heads);
+        for (int i = 0; i < args_.num_sequences; ++i) {
+            const int64_t length = args_.context_lens[i];
+            const int64_t pieces = std::max<int64_t>(1, length / target + (length % target > target / 2));
+            for (int head = 0; head < num_kv_heads; ++head) {
+                shares_.push_back({i, head, (length + pieces - 1) / pieces, static_cast<int32_t>(num_pieces_),
+                                   static_cast<int32_t>(pieces)});
+                num_pieces_ += pieces;
+            }
+        }
+    }
+
+    float* piece_state(int64_t piece) { return states_.get() + piece * state_; }
+
+    void do_piece(size_t index, int64_t piece, float* scratch) {
+        const Share& share = shares_[index];
+        const int64_t length = args_.context_lens[share.sequence];
+        const int64_t first = std::min(length, (piece - share.first_piece) * share.piece_tokens);
+        const size_t row = size_t(share.sequence) * args_.num_heads * head_dim_ + size_t(share.kv_head) * group_ * head_dim_;
+        AttendArgs attend_args{.kv = args_.kv,
+                               .page_table = args_.page_tables + share.sequence * args_.table_stride,
+                               .layer = args_.layer,
+                               .kv_head = share.kv_head,
+                               .first = first,
+                               .last = std::min(length, first + share.piece_tokens),
+                               .q = args_.q + row,
+                               .group = group_,
+                               .scale = args_.scale,
+                               .state = share.num_pieces == 1 ? scratch : piece_state(piece),
+                               .scratch = scratch + state_};
+        attend(attend_args);
+        if (share.num_pieces == 1) return finish_state(scratch, group_, head_dim_, args_.out + row);
+        if (left_[index].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+        float* merged = piece_state(share.first_piece);
+        for (int i = 1; i < share.num_pieces; ++i)
+            merge_state(merged, piece_state(share.first_piece + i), group_, head_dim_);
+        finish_state(merged, group_, head_dim_, args_.out + row);
+    }
+
+    ThreadTeam& team_;
+    const PagedAttentionArgs& args_;
+    const int head_dim_, group_;
+    const size_t state_;
+    std::vector<Share> shares_;
+    int64_t num_pieces_ = 0;
+    std::unique_ptr<float[]> states_;                 // only when some share has several pieces
+    std::unique_ptr<std::atomic<int32_t>[]> left_;    // pieces of a share not yet done
+    std::atomic<int64_t> next_{0};
+};
+
+}  // namespace
+
+void check(const PagedAttentionArgs& args) {
+    const KvGeometry& g = args.kv->geometry;
+    require(args.layer >= 0 && args.layer < g.num_layers,
+            "layer " + std::to_string(args.layer) + " is outside 0 .. " + std::to_string(g.num_layers - 1));
+    require(args.num_sequences >= 0, "n must not be negative");
+    require(args.num_heads >= 1 && args.num_heads % g.num_kv_heads == 0,
+            "num_heads must be a positive multiple of num_kv_heads " + std::to_string(g.num_kv_heads) + ", not " +
+                std::to_string(args.num_heads));
+    for (int i = 0; i < args.num_sequences; ++i) {
+        const int64_t length = args.context_lens[i];
+        require(length >= 0, "context_lens[" + std::to_string(i) + "] must not be negative");
+        const int64_t pages = (length + g.page_size - 1) / g.page_size;
+        require(pages <= args.table_stride, "context_lens[" + std::to_string(i) + "] needs " + std::to_string(pages) +
+                                                " pages, more than the page table's " +
+                                                std::to_string(args.table_stride));
+        const int32_t* table = args.page_tables + i * args.table_stride;
+        for (int64_t page = 0; page < pages; ++page)
+            require(table[page] >= 0 && table[page] < args.kv->num_pages,
+                    "tables: page " + std::to_string(table[page]) + " is outside 0 .. " +
+                        std::to_string(args.kv->num_pages - 1));
+    }
+}
+
+void paged_attention(ThreadTeam& team, const PagedAttentionArgs& args) {
+    if (args.num_sequences == 0) return;
+    Run run(team, args);
+    team.run([&run](int member) { run.work(member); });
+}
+
+}  // namespace omniserve

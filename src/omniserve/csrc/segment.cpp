@@ -1,0 +1,152 @@
+#include "segment.h"
+
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <new>
+#include <string>
+
+#include "park.h"
+
+namespace omniserve {
+namespace {
+
+static_assert(std::atomic<uint32_t>::is_always_lock_free && std::atomic<uint64_t>::is_always_lock_free);
+
+constexpr size_t align_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
+
+void require(bool holds, const std::string& message) {
+    if (!holds) throw std::invalid_argument(message);
+}
+
+void require_range(const char* field, int64_t value, int64_t low, int64_t high) {
+    require(value >= low && value <= high, std::string(field) + " must be from " + std::to_string(low) + " to " +
+                                               std::to_string(high) + ", not " + std::to_string(value));
+}
+
+}  // namespace
+
+void LaneGeometry::check() const {
+    host_kv().check();
+    require_range("num_heads", num_heads, 1, 1 << 16);
+    require(num_heads % num_kv_heads == 0, "num_heads must be a multiple of num_kv_heads " +
+                                               std::to_string(num_kv_heads) + ", not " + std::to_string(num_heads));
+    require_range("hidden_size", hidden_size, 1, 1 << 24);
+    require_range("max_lanes", max_lanes, 1, 1 << 20);
+    require_range("host_page_size", host_page_size, 1, 1 << 20);
+    require_range("max_pages_per_lane", max_pages_per_lane, 1, 1 << 24);
+    require_range("num_host_pages", num_host_pages, 1, INT32_MAX);
+    require_range("device_page_size", device_page_size, 1, 1 << 20);
+    require_range("num_frames", num_frames, 0, 1 << 16);
+    require(scale >= 0.0f && std::isfinite(scale), "scale must be positive, or 0 for 1 / sqrt(head_dim)");
+}
+
+float LaneGeometry::score_scale() const { return scale > 0.0f ? scale : 1.0f / std::sqrt(float(head_dim)); }
+
+void Ring::push(Item item) {
+    const uint64_t tail = ends_->tail.load(std::memory_order_relaxed);
+    if (tail - ends_->head.load(std::memory_order_acquire) > mask_)
+        throw std::logic_error("ring full: more than one row in flight per lane");
+    RingEntry& entry = entries_[tail & mask_];
+    entry.index.store(item.index, std::memory_order_relaxed);
+    entry.ticket.store(item.ticket, std::memory_order_relaxed);
+    entry.number.store(item.number, std::memory_order_relaxed);
+    ends_->tail.store(tail + 1, std::memory_order_release);
+}
+
+bool Ring::read(uint64_t head, Item& item) const {
+    if (head == ends_->tail.load(std::memory_order_acquire)) return false;
+    // The producer may overwrite the entry meanwhile, but only after `head` has moved on: then the caller's
+    // compare-exchange fails (or, for a peek, the hint is stale) and the values are dropped.
+    const RingEntry& entry = entries_[head & mask_];
+    item = {entry.index.load(std::memory_order_relaxed), entry.ticket.load(std::memory_order_relaxed),
+            entry.number.load(std::memory_order_relaxed)};
+    return true;
+}
+
+bool Ring::peek(Item& item) const { return read(ends_->head.load(std::memory_order_acquire), item); }
+
+bool Ring::pop(Item& item) {
+    uint64_t head = ends_->head.load(std::memory_order_acquire);
+    while (read(head, item))
+        if (ends_->head.compare_exchange_weak(head, head + 1, std::memory_order_acq_rel, std::memory_order_acquire))
+            return true;
+    return false;
+}
+
+Segment::Offsets Segment::lay_out(const LaneGeometry& g) {
+    Offsets o{};
+    o.q_row = align_up(g.q_elements() * sizeof(float), kLine);
+    o.kv_row = align_up(g.kv_elements() * item_size(g.act_dtype), kLine);
+    o.table_row = align_up(size_t(g.max_pages_per_lane) * sizeof(int32_t), kLine);
+    o.command_row = align_up(sizeof(FrameCommand) + g.max_pages_per_frame() * sizeof(int32_t), kLine);
+    o.frame_bytes = align_up(g.device_kv().page_bytes(), kLine);
+    o.lane_capacity = std::bit_ceil(uint64_t(g.max_lanes));
+    o.frame_capacity = std::bit_ceil(uint64_t(g.num_frames) + 1);
+
+    size_t at = align_up(sizeof(SegmentHeader), kLine);
+    const auto place = [&at](size_t& offset, size_t bytes) {
+        offset = at;
+        at += align_up(bytes, kLine);
+    };
+    const size_t lanes = g.max_lanes;
+    place(o.bitmap, (g.num_layers + 63) / 64 * sizeof(uint64_t));
+    place(o.orders, lanes * sizeof(SlotOrder));
+    place(o.answers, lanes * sizeof(SlotAnswer));
+    place(o.ring_ends, (g.num_layers + 1) * sizeof(RingEnds));
+    place(o.ring_entries, (g.num_layers * o.lane_capacity + o.frame_capacity) * sizeof(RingEntry));
+    place(o.tables, lanes * o.table_row);
+    place(o.commands, g.num_frames * o.command_row);
+    place(o.q, lanes * o.q_row);
+    place(o.k, lanes * o.kv_row);
+    place(o.v, lanes * o.kv_row);
+    place(o.result, lanes * o.q_row);
+    place(o.frames, g.num_frames * o.frame_bytes);
+    o.total = at;
+    return o;
+}
+
+size_t segment_bytes(const LaneGeometry& geometry) {
+    geometry.check();
+    return Segment::lay_out(geometry).total;
+}
+
+Ring Segment::ring(int index, uint64_t capacity) const {
+    return Ring(row<RingEnds>(offsets_.ring_ends, index, sizeof(RingEnds)),
+                row<RingEntry>(offsets_.ring_entries, 0, 0) + size_t(index) * offsets_.lane_capacity, capacity);
+}
+
+Segment Segment::create(const LaneGeometry& geometry, void* address) {
+    geometry.check();
+    require(address && reinterpret_cast<uintptr_t>(address) % kLine == 0, "address must be 64-byte aligned");
+    Segment segment(geometry, address);
+    // Everything up to the commands is words and tables, for which zero is the right start; rows and frames are
+    // written before they are read.
+    std::memset(address, 0, segment.offsets_.q);
+    SegmentHeader& header = *new (address) SegmentHeader{};
+    header.version = kSegmentVersion;
+    header.geometry = geometry;
+    header.total_bytes = segment.offsets_.total;
+    header.current_layer.store(-1, std::memory_order_relaxed);
+    header.magic.store(kSegmentMagic, std::memory_order_release);
+    return segment;
+}
+
+Segment Segment::attach(void* address) {
+    require(address && reinterpret_cast<uintptr_t>(address) % kLine == 0, "address must be 64-byte aligned");
+    const SegmentHeader& header = *static_cast<const SegmentHeader*>(address);
+    require(header.magic.load(std::memory_order_acquire) == kSegmentMagic, "address holds no lane segment");
+    require(header.version == kSegmentVersion, "segment version is " + std::to_string(header.version) +
+                                                   ", this build speaks " + std::to_string(kSegmentVersion));
+    header.geometry.check();
+    return Segment(header.geometry, address);
+}
+
+void Segment::notify_workers(int count) const {
+    // Sequentially consistent on both sides: either the worker about to park sees work_seq move, or we see the sleeper.
+    SegmentHeader& h = header();
+    h.work_seq.fetch_add(1, std::memory_order_seq_cst);
+    if (h.sleepers.load(std::memory_order_seq_cst) > 0) futex_wake(h.work_seq, count, FutexScope::machine);
+}
+
+}  // namespace omniserve

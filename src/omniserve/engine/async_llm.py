@@ -1,0 +1,131 @@
+"""AsyncLLM: text in, text out, over an engine process. Everything about text happens here."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from omniserve.config import EngineConfig
+from omniserve.engine.client import EngineClient
+from omniserve.engine.messages import Token
+from omniserve.engine.progress import Progress
+from omniserve.errors import ConfigError, ModelError, RequestError
+from omniserve.model.sources import ensure_model
+from omniserve.model.tokenizer import Tokenizer
+from omniserve.types import Prompt, RequestOutput, SamplingParams, service_class_named
+
+Message = Mapping[str, Any]
+
+
+def make_config(settings: Mapping[str, Any]) -> EngineConfig:
+    """Settings by name; ConfigError naming unknown ones."""
+    known = {f.name for f in fields(EngineConfig)}
+    unknown = sorted(set(settings) - known)
+    if unknown:
+        raise ConfigError(f"unknown setting {', '.join(unknown)}; known settings: {', '.join(sorted(known))}")
+    return EngineConfig(**settings)
+
+
+class AsyncLLM:
+    """An engine for asyncio callers. `submit` yields the growing output of one request.
+
+    Settings are those of `omniserve.config.EngineConfig`. The constructor blocks until the engine is up.
+    """
+
+    def __init__(self, model: str = "smollm2-135m", **settings: Any) -> None:
+        self.config = make_config({"model": model, **settings})
+        self.path = ensure_model(self.config.model)
+        self.tokenizer = Tokenizer(self.path)
+        self._client = EngineClient(self.config, self.path)
+        self._names = itertools.count()
+        self._running: dict[str, Callable[[], None]] = {}
+
+    @property
+    def engine_pid(self) -> int:
+        return self._client.pid
+
+    @property
+    def startup_s(self) -> float:
+        """Seconds the engine process took from its start until it could serve."""
+        return self._client.info.startup_s
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt given as text or as ids; RequestError for anything else."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        if isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes | bytearray):
+            return list(prompt)
+        raise RequestError("prompt", f"must be text or a sequence of token ids, got {type(prompt).__name__}")
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation rendered by the model's chat template, ready for the answer."""
+        if not messages:
+            raise RequestError("messages", "must hold at least one message")
+        try:
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        except ModelError as error:
+            raise RequestError("messages", str(error)) from error
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def check(self, prompt: Sequence[int], params: SamplingParams, service_class: str) -> None:
+        """Raise RequestError when the engine would refuse this request."""
+        service_class_named(service_class)
+        self._client.info.acceptance.check(prompt, params)
+
+    async def submit(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        service_class: str = "latency_sensitive",
+        request_id: str | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """Yield the request's output after each token (cumulative); the last one has a finish reason.
+
+        Leaving the iterator early aborts the request. Raises RequestError for a request that can not be
+        served and EngineDeadError when the engine ends.
+        """
+        arrived_s = time.monotonic()
+        params = sampling_params or SamplingParams()
+        ids = self.encode(prompt)
+        self.check(ids, params, service_class)
+        name = request_id if request_id is not None else f"request-{next(self._names)}"
+        if name in self._running:
+            raise RequestError("request_id", f"{name!r} is running already")
+        loop, news = asyncio.get_running_loop(), asyncio.Queue[Token | Exception | None]()
+
+        def listen(item: Token | Exception | None) -> None:
+            loop.call_soon_threadsafe(news.put_nowait, item)
+
+        progress = Progress(self.tokenizer, name, ids, params, arrived_s)
+        self._running[name] = lambda: listen(None)
+        engine_id = self._client.add(ids, params, service_class, listen)
+        try:
+            while not progress.is_finished:
+                item = await news.get()
+                if isinstance(item, Exception):
+                    raise item
+                yield progress.push(item) if item is not None else progress.abort()
+        finally:
+            del self._running[name]
+            self._client.abort(engine_id)
+
+    async def abort(self, request_id: str) -> bool:
+        """Stop a request by its id: its iterator yields a last output with finish reason "abort".
+
+        False when no request of that id is running.
+        """
+        stop = self._running.get(request_id)
+        if stop is not None:
+            stop()
+        return stop is not None
+
+    async def stats(self) -> dict[str, Any]:
+        """Counters and gauges of the engine; see docs/design.md."""
+        return await asyncio.wrap_future(self._client.stats())
+
+    def close(self) -> None:
+        self._client.close()

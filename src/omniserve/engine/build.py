@@ -1,0 +1,169 @@
+"""From settings and a checkpoint to an Engine: sizes first, then memory, then processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from omniserve.attention.cpu import CpuAttention, CpuKvStore
+from omniserve.config import (
+    DEVICE_MEMORY_SHARE,
+    HOST_MEMORY_SHARE,
+    CpuSplit,
+    EngineConfig,
+    memory_limit_bytes,
+    split_cpus,
+)
+from omniserve.engine.acceptance import Acceptance
+from omniserve.engine.executor import CpuExecutor
+from omniserve.engine.loop import Engine
+from omniserve.errors import ConfigError
+from omniserve.host.segment import lane_geometry
+from omniserve.host.supervisor import Host, HostSupervisor
+from omniserve.model.decoder import Decoder
+from omniserve.model.families import ModelConfig, read_model_config
+from omniserve.model.loading import load_decoder
+from omniserve.policy.latency import CostModel, FixedBudget
+from omniserve.policy.state import Limits
+
+MAX_DEFAULT_MODEL_LEN = 8192
+# Staging frames between device and host: pages in flight at once.
+NUM_FRAMES = 32
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def choose_dtype(config: EngineConfig, model: ModelConfig) -> torch.dtype:
+    """ "auto" is float32 on the CPU device: its tokens are the exactness reference."""
+    return torch.float32 if config.dtype == "auto" else DTYPES[config.dtype]
+
+
+def model_len(config: EngineConfig, model: ModelConfig) -> int:
+    limit = model.max_position_embeddings
+    if config.max_model_len is None:
+        return min(limit, MAX_DEFAULT_MODEL_LEN)
+    if config.max_model_len > limit:
+        raise ConfigError(f"max_model_len: {config.max_model_len} exceeds the model's {limit} positions")
+    return config.max_model_len
+
+
+def _num_pages(config: EngineConfig, side: str, page_bytes: int, page_size: int, max_model_len: int) -> int:
+    """Pages that fit the side's memory, not more than every possible request could fill."""
+    given: int | None = getattr(config, f"{side}_memory_bytes")
+    share = DEVICE_MEMORY_SHARE if side == "device" else HOST_MEMORY_SHARE
+    memory = given if given is not None else int(memory_limit_bytes() * share)
+    requests = config.max_num_seqs + config.max_lanes
+    pages = min(memory // page_bytes, requests * -(-max_model_len // page_size))
+    if pages < 2:
+        raise ConfigError(
+            f"{side}_memory_bytes: {memory} bytes hold {pages} pages of {page_size} tokens; "
+            f"at least 2 pages ({2 * page_bytes} bytes) are needed"
+        )
+    return int(pages)
+
+
+def make_limits(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, max_model_len: int) -> Limits:
+    def page_bytes(page_size: int) -> int:
+        return CpuKvStore.page_bytes(model.num_layers, model.num_kv_heads, model.head_dim, page_size, dtype)
+
+    device_pages = _num_pages(config, "device", page_bytes(config.page_size), config.page_size, max_model_len)
+    host_pages = 0
+    if config.host_offload != "never":
+        size = config.host_page_size
+        host_pages = _num_pages(config, "host", page_bytes(size), size, max_model_len)
+    return Limits(
+        num_layers=model.num_layers,
+        num_device_pages=device_pages,
+        num_host_pages=host_pages,
+        page_size=config.page_size,
+        host_page_size=config.host_page_size,
+        watermark_pages=max(1, round(config.watermark * device_pages)),
+        max_num_seqs=config.max_num_seqs,
+        max_lanes=config.max_lanes,
+        max_lane_rows=config.max_lane_rows,
+        num_frames=NUM_FRAMES,
+        max_copies_per_step=config.max_copies_per_step,
+        host_offload=config.host_offload,
+    )
+
+
+def make_acceptance(limits: Limits, model: ModelConfig, max_model_len: int) -> Acceptance:
+    """The longest request that one side alone can hold: nothing accepted can wait for ever."""
+    total, limited_by = limits.num_device_pages * limits.page_size, "device_memory_bytes"
+    host_total = limits.num_host_pages * limits.host_page_size
+    if limits.host_offload == "always" and host_total < total:
+        total, limited_by = host_total, "host_memory_bytes"
+    return Acceptance(max_model_len, model.vocab_size, model.eos_token_ids, total, limited_by)
+
+
+def make_engine(
+    config: EngineConfig,
+    decoder: Decoder,
+    max_model_len: int,
+    split: CpuSplit,
+    arrivals: Callable[[], bool] = lambda: False,
+    host: Callable[..., Host] = HostSupervisor,
+    cost: CostModel | None = None,
+) -> Engine:
+    """Build an engine around loaded weights. `host(geometry, cpus, threads)` makes the host."""
+    model = decoder.config
+    limits = make_limits(config, model, decoder.dtype, max_model_len)
+    store = CpuKvStore(
+        model.num_layers,
+        decoder.num_kv_heads,
+        model.head_dim,
+        config.page_size,
+        limits.num_device_pages,
+        decoder.dtype,
+    )
+    attention = CpuAttention(
+        store,
+        decoder.num_heads,
+        decoder.num_kv_heads,
+        model.head_dim,
+        split.device_cpus,
+    )
+    executor = CpuExecutor(
+        decoder,
+        attention,
+        max_rows=config.max_num_batched_tokens,
+        max_lane_rows=config.max_lane_rows,
+        max_lanes=config.max_lanes,
+        reentry=config.reentry,
+        arrivals=arrivals,
+    )
+    the_host: Host | None = None
+    if config.host_offload != "never":
+        geometry = lane_geometry(
+            num_layers=model.num_layers,
+            num_heads=decoder.num_heads,
+            num_kv_heads=decoder.num_kv_heads,
+            head_dim=model.head_dim,
+            hidden_size=model.hidden_size,
+            dtype=decoder.dtype,
+            max_lanes=config.max_lanes,
+            max_model_len=max_model_len,
+            page_size=config.page_size,
+            host_page_size=config.host_page_size,
+            num_host_pages=limits.num_host_pages,
+            num_frames=NUM_FRAMES,
+        )
+        the_host = host(geometry, split.host_cpus, len(split.host_cpus))
+    cost = cost or FixedBudget(config.max_num_batched_tokens, config.max_lane_rows, config.pass_budget_s)
+    return Engine(executor, the_host, limits, cost, make_acceptance(limits, model, max_model_len))
+
+
+def load_engine(config: EngineConfig, path: Path, arrivals: Callable[[], bool] = lambda: False) -> Engine:
+    """Load the checkpoint in `path` and build an engine, this process pinned to the device's CPUs."""
+    model = read_model_config(path)
+    max_model_len = model_len(config, model)
+    dtype = choose_dtype(config, model)
+    make_limits(config, model, dtype, max_model_len)  # refuse impossible sizes before the weights are read
+    split = split_cpus(config)
+    os.sched_setaffinity(0, split.device_cpus)
+    torch.set_num_threads(len(split.device_cpus))
+    decoder = load_decoder(path, dtype, max_model_len=max_model_len)
+    return make_engine(config, decoder, max_model_len, split, arrivals)

@@ -1,0 +1,201 @@
+"""EngineClient: starts the engine process and talks to it, from any thread and any event loop."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omniserve import errors
+from omniserve.config import EngineConfig
+from omniserve.engine.acceptance import Acceptance
+from omniserve.engine.messages import (
+    Abort,
+    Add,
+    AskStats,
+    Failed,
+    FrameBuffer,
+    FromEngine,
+    Ready,
+    Refused,
+    Start,
+    Stats,
+    ToEngine,
+    Token,
+    Tokens,
+    frame,
+    from_engine_decoder,
+)
+from omniserve.types import SamplingParams
+
+Listener = Callable[[Token | Exception], None]
+# How long a closing engine may take to end by itself before it is killed.
+CLOSE_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the engine said when it came up."""
+
+    acceptance: Acceptance
+    startup_s: float
+
+
+class EngineClient:
+    """One engine process. A reader thread always reads, so a slow caller never stalls the engine.
+
+    Listeners are called on the reader thread with each token, or once with an exception.
+    """
+
+    def __init__(self, config: EngineConfig, path: Path) -> None:
+        """Start the engine and wait until it is up; raises ConfigError, ModelError or EngineDeadError."""
+        self._socket, theirs = socket.socketpair()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "omniserve.engine.process", str(theirs.fileno())],
+            pass_fds=(theirs.fileno(),),
+            stdin=subprocess.DEVNULL,
+        )
+        theirs.close()
+        self._lock = threading.Lock()
+        self._ids = itertools.count()
+        self._listeners: dict[int, Listener] = {}
+        self._answers: dict[int, Future[dict[str, Any]]] = {}
+        self._started: Future[EngineInfo] = Future()
+        self._death: Exception | None = None
+        self._is_closing = False
+        self._reader = threading.Thread(target=self._read, name="omniserve-reader", daemon=True)
+        self._reader.start()
+        self._send(Start(config, str(path)))
+        try:
+            self.info = self._started.result()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    # ------------------------------------------------------------ calls
+
+    def add(
+        self, prompt: Sequence[int], params: SamplingParams, service_class: str, listener: Listener
+    ) -> int:
+        """Submit a request; `listener` hears its tokens until one carries a finish reason."""
+        with self._lock:
+            self._raise_if_dead()
+            request_id = next(self._ids)
+            self._listeners[request_id] = listener
+            self._send_locked(Add(request_id, list(prompt), params, service_class))
+        return request_id
+
+    def abort(self, request_id: int) -> None:
+        """Forget a request; its listener hears nothing more. Unknown and finished ids are ignored."""
+        with self._lock:
+            if self._listeners.pop(request_id, None) is not None and self._death is None:
+                self._send_locked(Abort(request_id))
+
+    def stats(self) -> Future[dict[str, Any]]:
+        answer: Future[dict[str, Any]] = Future()
+        with self._lock:
+            self._raise_if_dead()
+            question_id = next(self._ids)
+            self._answers[question_id] = answer
+            self._send_locked(AskStats(question_id))
+        return answer
+
+    def close(self) -> None:
+        """End the engine and its host; callers still waiting get EngineDeadError."""
+        self._is_closing = True
+        with contextlib.suppress(OSError):  # the other end may be gone already
+            self._socket.shutdown(socket.SHUT_RDWR)
+        try:
+            self._process.wait(timeout=CLOSE_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if threading.current_thread() is not self._reader:
+            self._reader.join()
+        self._socket.close()
+
+    def _raise_if_dead(self) -> None:
+        if self._death is not None:
+            raise errors.EngineDeadError(str(self._death))
+
+    def _send(self, message: ToEngine) -> None:
+        with self._lock:
+            self._send_locked(message)
+
+    def _send_locked(self, message: ToEngine) -> None:
+        with contextlib.suppress(OSError):  # the reader thread hears of the end and tells every listener
+            self._socket.sendall(frame(message))
+
+    # ------------------------------------------------------------ reader thread
+
+    def _read(self) -> None:
+        buffer = FrameBuffer()
+        while True:
+            try:
+                data = self._socket.recv(1 << 20)
+            except OSError:
+                data = b""
+            if not data:
+                break
+            for body in buffer.feed(data):
+                self._heed(from_engine_decoder.decode(body))
+        self._die()
+
+    def _heed(self, message: FromEngine) -> None:
+        match message:
+            case Tokens(tokens=tokens):
+                for token in tokens:
+                    self._tell(token.request_id, token, is_last=token.finish_reason is not None)
+            case Refused(request_id=request_id, field=field, message=reason):
+                self._tell(request_id, errors.RequestError(field, reason), is_last=True)
+            case Stats(question_id=question_id, stats=stats):
+                with self._lock:
+                    answer = self._answers.pop(question_id)
+                answer.set_result(stats)
+            case Ready(acceptance=acceptance, startup_s=startup_s):
+                self._started.set_result(EngineInfo(acceptance, startup_s))
+            case Failed(kind=kind, message=text):
+                self._death = getattr(errors, kind)(text)
+
+    def _tell(self, request_id: int, news: Token | Exception, is_last: bool) -> None:
+        with self._lock:
+            listener = self._listeners.pop(request_id, None) if is_last else self._listeners.get(request_id)
+        if listener is not None:
+            listener(news)
+
+    def _die(self) -> None:
+        """The engine is gone: say so to everybody who waits."""
+        with self._lock:
+            if self._death is None:
+                self._death = errors.EngineDeadError(self._obituary())
+            death = self._death
+            listeners, self._listeners = list(self._listeners.values()), {}
+            answers, self._answers = list(self._answers.values()), {}
+        for listener in listeners:
+            listener(errors.EngineDeadError(str(death)))
+        for answer in answers:
+            answer.set_exception(errors.EngineDeadError(str(death)))
+        if not self._started.done():
+            self._started.set_exception(death)
+
+    def _obituary(self) -> str:
+        if self._is_closing:
+            return "the engine was closed"
+        try:
+            status = self._process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            return "the engine closed its connection"
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with exit status {status}"
+        return f"the engine process (pid {self._process.pid}) {how}; its requests are lost, start it again"

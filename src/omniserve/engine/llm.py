@@ -1,0 +1,147 @@
+"""LLM: the engine for callers without asyncio. Calls from several threads run at once."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar, cast
+
+from omniserve.engine.async_llm import AsyncLLM, Message
+from omniserve.errors import RequestError
+from omniserve.types import Prompt, RequestOutput, SamplingParams
+
+T = TypeVar("T")
+OnProgress = Callable[[int, RequestOutput], None]
+
+
+class LLM:
+    """A model served by an engine process of its own.
+
+    Settings are those of `omniserve.config.EngineConfig`, for instance dtype, device_threads, host_threads,
+    device_memory_bytes, host_memory_bytes, host_offload, reentry, max_model_len, page_size. Use it as a
+    context manager, or call close().
+    """
+
+    def __init__(self, model: str = "smollm2-135m", **settings: Any) -> None:
+        self._llm = AsyncLLM(model, **settings)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="omniserve-loop", daemon=True)
+        self._thread.start()
+        self._is_closed = False
+
+    @property
+    def config(self) -> Any:
+        return self._llm.config
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._llm.tokenizer
+
+    @property
+    def engine_pid(self) -> int:
+        return self._llm.engine_pid
+
+    @property
+    def startup_s(self) -> float:
+        return self._llm.startup_s
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        service_class: str | Sequence[str] = "latency_sensitive",
+        on_progress: OnProgress | None = None,
+    ) -> list[RequestOutput]:
+        """Generate for every prompt (text or token ids) and return the outputs in their order.
+
+        sampling_params and service_class: one for all or one per prompt. on_progress(i, output) is called
+        after each token. Raises RequestError naming the first prompt that can not be served, before any
+        of them runs.
+        """
+        batch = [self._llm.encode(p) for p in _as_list(prompts)]
+        return self._run_batch(batch, sampling_params, service_class, on_progress)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        service_class: str | Sequence[str] = "latency_sensitive",
+        on_progress: OnProgress | None = None,
+    ) -> list[RequestOutput]:
+        """Answer one conversation, or each of a list of them, rendered by the model's chat template."""
+        if messages and isinstance(messages[0], dict):
+            messages = cast("Sequence[Sequence[Message]]", [messages])
+        conversations = cast("Sequence[Sequence[Message]]", messages)
+        batch = [self._llm.encode_chat(c) for c in conversations]
+        return self._run_batch(batch, sampling_params, service_class, on_progress)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters and gauges of the engine; see docs/design.md."""
+        return self._call(self._llm.stats())
+
+    def close(self) -> None:
+        """End the engine and its host. Calls still running get EngineDeadError."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._llm.close()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def _run_batch(
+        self,
+        batch: list[list[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        service_class: str | Sequence[str],
+        on_progress: OnProgress | None,
+    ) -> list[RequestOutput]:
+        params = _one_each(sampling_params or SamplingParams(), len(batch), "sampling_params", SamplingParams)
+        classes: list[str] = _one_each(service_class, len(batch), "service_class", str)
+        for i, (prompt, own, kind) in enumerate(zip(batch, params, classes, strict=True)):
+            try:
+                self._llm.check(prompt, own, kind)
+            except RequestError as error:
+                raise RequestError(error.field, f"{error.reason} (prompt number {i})") from None
+
+        async def run_one(i: int) -> RequestOutput:
+            last: RequestOutput | None = None
+            async for last in self._llm.submit(batch[i], params[i], classes[i]):
+                if on_progress is not None:
+                    on_progress(i, last)
+            assert last is not None
+            return last
+
+        async def run_all() -> list[RequestOutput]:
+            return list(await asyncio.gather(*(run_one(i) for i in range(len(batch)))))
+
+        return self._call(run_all())
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt (text, or a list of ids) becomes a list of one."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [cast("Prompt", prompts)]
+    return list(cast("Sequence[Prompt]", prompts))
+
+
+def _one_each(value: T | Sequence[T], count: int, field: str, kind: type[T]) -> list[T]:
+    if isinstance(value, kind):
+        return [value] * count
+    values = list(cast("Sequence[T]", value))
+    if len(values) != count:
+        raise RequestError(field, f"one value, or one per prompt: {count} prompts, {len(values)} values")
+    return values

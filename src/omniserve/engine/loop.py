@@ -1,0 +1,223 @@
+"""Engine: one step at a time from requests to tokens. Knows token ids, never text; owns no process."""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from omniserve.engine.acceptance import Acceptance
+from omniserve.engine.executor import CpuExecutor
+from omniserve.engine.records import Record
+from omniserve.host.supervisor import Host
+from omniserve.policy.latency import CostModel
+from omniserve.policy.plan import NewToken, StepResult
+from omniserve.policy.scheduler import schedule
+from omniserve.policy.state import Limits, Phase, Request, State
+from omniserve.types import SamplingParams, service_class_named
+
+# Longest sleep without any event: a net under lost wake-ups, not a polling interval.
+MAX_SLEEP_S = 1.0
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """New tokens of one step and, by id of each request it ended, its number of lane tokens.
+
+    was_idle: nothing could be done; the engine may sleep.
+    """
+
+    tokens: list[NewToken] = field(default_factory=list)
+    num_lane_tokens: dict[int, int] = field(default_factory=dict)
+    was_idle: bool = False
+
+
+class Engine:
+    """Requests in, tokens out. `step()` does one plan; `sleep()` waits for the next reason to act."""
+
+    def __init__(
+        self,
+        executor: CpuExecutor,
+        host: Host | None,
+        limits: Limits,
+        cost: CostModel,
+        acceptance: Acceptance,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.executor = executor
+        self.host = host
+        self.cost = cost
+        self.acceptance = acceptance
+        self.state = State(limits)
+        self._clock = clock
+        self._next_id = 0
+        self._started_s = clock()
+        self._host_deaths = 0
+        executor.host_is_gone = self._host_is_gone
+
+    # ------------------------------------------------------------ requests
+
+    def add(self, prompt: Sequence[int], params: SamplingParams, service_class: str) -> int:
+        """Accept a request; returns its id. Raises RequestError naming the field and the limit."""
+        kind = service_class_named(service_class)
+        self.acceptance.check(prompt, params)
+        stop_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            stop_ids |= frozenset(self.acceptance.eos_token_ids)
+        request_id = self._next_id
+        self._next_id += 1
+        self.executor.add(
+            Record(
+                request_id,
+                list(prompt),
+                len(prompt),
+                params.max_tokens,
+                params.temperature,
+                params.seed,
+                stop_ids,
+            )
+        )
+        self.state.add(
+            Request(request_id, kind.rank, kind.best_effort, len(prompt), params.max_tokens, len(prompt))
+        )
+        return request_id
+
+    def abort(self, request_id: int) -> bool:
+        """Forget a request; its device pages are free now. False when it has already ended."""
+        known = self.state.abort(request_id)
+        self.executor.remove(request_id)
+        self.executor.cancel(*self.state.take_cancels())
+        return known
+
+    @property
+    def is_idle(self) -> bool:
+        return self.state.is_idle
+
+    # ------------------------------------------------------------ steps
+
+    def step(self) -> StepOutput:
+        """Decide and carry out one plan; empty when nothing can be done now."""
+        self._heed_host()
+        plan = schedule(self.state, self._clock(), self.cost)
+        if plan.is_empty and not self.executor.has_ready_lanes():
+            news = self.executor.acknowledgements()
+            self.state.apply_acknowledgements(news)
+            return StepOutput(was_idle=not (news.arrived or news.drained))
+        step = self.state.commit(plan)
+        result = self.executor.collect(self.executor.launch(step))
+        finished = self.state.apply(step, result)
+        return self._output(result, finished)
+
+    def _output(self, result: StepResult, finished: list[Request]) -> StepOutput:
+        output = StepOutput(tokens=list(result.tokens))
+        for request in finished:
+            record = self.executor.remove(request.id)
+            assert record is not None
+            output.num_lane_tokens[request.id] = record.num_lane_tokens
+        if finished:
+            self.executor.cancel(*self.state.take_cancels())
+        return output
+
+    def sleep(self, extra_fds: Sequence[int] = (), timeout_s: float = MAX_SLEEP_S) -> None:
+        """Wait for one event: a completion or copy of the host, news about the host, or `extra_fds`."""
+        began = self._clock()
+        fds = list(extra_fds)
+        segment = self.executor.segment
+        if segment is not None and segment.port.arm():
+            return
+        if self.host is not None:
+            fds += self.host.wait_fds()
+        try:
+            select.select(fds, [], [], timeout_s)
+        finally:
+            if segment is not None:
+                segment.port.disarm()
+                segment.clear_event()
+        if self.state.waits_for_host:
+            self.executor.counters.starved_s += self._clock() - began
+
+    # ------------------------------------------------------------ host
+
+    def _heed_host(self) -> None:
+        event = self.host.poll() if self.host is not None else None
+        if event is None:
+            return
+        assert self.host is not None
+        if event == "started":
+            self.executor.attach(self.host.segment)
+            self.state.host_started()
+            return
+        self._host_deaths += 1
+        self.executor.detach()
+        self.state.host_lost(failed_for_good=event == "failed")
+
+    def _host_is_gone(self) -> bool:
+        """Asked by a device that waits for lanes: whether there is news about the host to heed first."""
+        if self.host is None:
+            return True
+        readable, _, _ = select.select(self.host.wait_fds()[:1], [], [], 0)
+        return bool(readable)
+
+    # ------------------------------------------------------------ facts
+
+    def stats(self) -> dict[str, Any]:
+        """Counters and gauges as plain data. Seconds, pages, tokens; see docs/design.md for each name."""
+        elapsed = max(self._clock() - self._started_s, 1e-9)
+        stats: dict[str, Any] = dict(asdict(self.executor.counters))
+        stats["num_lane_tokens"] = stats.pop("lane_tokens")
+        stats |= self._host_stats(elapsed)
+        state = self.state
+        for name in ("num_dropped", "num_displaced", "num_swapped_in", "num_broken_promises"):
+            stats[name] = getattr(state, name)
+        stats["host_deaths"] = self._host_deaths
+        stats["host_state"] = self._host_state()
+        stats["requests"] = {
+            phase.value: len(state.in_phase(phase)) for phase in Phase if phase is not Phase.FINISHED
+        } | {Phase.WAITING.value: len(state.waiting)}
+        stats["pages"] = self._pages()
+        stats["uptime_s"] = elapsed
+        return stats
+
+    def _host_stats(self, elapsed_s: float) -> dict[str, Any]:
+        """What the port and the host's workers counted since this host came up."""
+        names = ("lane_entries", "same_iteration_entries", "cancelled_rows", "landed_pages", "fetched_pages")
+        if self.executor.segment is None:
+            return {**dict.fromkeys(names, 0), "host_busy_share": 0.0, "host_kv_bytes_read": 0}
+        port = self.executor.segment.port.stats()
+        workers = port["workers"]
+        busy_s = sum(w["busy_s"] for w in workers)
+        return {
+            **{name: port[name] for name in names},
+            "host_busy_share": busy_s / (max(1, len(workers)) * elapsed_s),
+            "host_kv_bytes_read": sum(w["kv_bytes_read"] for w in workers),
+        }
+
+    def _host_state(self) -> str:
+        if self.host is None:
+            return "none"
+        if self.state.host_failed:
+            return "failed"
+        return "ready" if self.state.host_ready else "starting"
+
+    def _pages(self) -> dict[str, int]:
+        """Pages by owner."""
+        state = self.state
+        active = state.active.values()
+        return {
+            "device_total": state.device.num_pages,
+            "device_free": state.device.num_free,
+            "device_latency_sensitive": sum(len(r.device_pages) for r in active if not r.best_effort),
+            "device_best_effort": sum(len(r.device_pages) for r in active if r.best_effort),
+            "device_incoming": sum(len(r.incoming_pages) for r in active),
+            "host_total": state.host.num_pages,
+            "host_free": state.host.num_free,
+            "host_lanes": sum(len(r.host.pages) for r in active if r.host and r.host.slot is not None),
+            "host_mirrors": sum(len(r.host.pages) for r in active if r.host and r.host.slot is None),
+            "host_retiring": sum(len(s.pages) for s in state.retiring),
+        }
+
+    def close(self) -> None:
+        if self.host is not None:
+            self.host.close()

@@ -1,0 +1,107 @@
+"""Messages between a caller's process and the engine process: msgpack behind a length."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from omniserve.config import EngineConfig
+from omniserve.engine.acceptance import Acceptance
+from omniserve.types import FinishReason, SamplingParams
+
+_LENGTH = struct.Struct("!I")
+
+
+class Start(msgspec.Struct, tag=True):
+    """First message to the engine: settings and the checkpoint's folder."""
+
+    config: EngineConfig
+    path: str
+
+
+class Add(msgspec.Struct, tag=True):
+    request_id: int
+    prompt: list[int]
+    params: SamplingParams
+    service_class: str
+
+
+class Abort(msgspec.Struct, tag=True):
+    request_id: int
+
+
+class AskStats(msgspec.Struct, tag=True):
+    question_id: int
+
+
+class Ready(msgspec.Struct, tag=True):
+    """The engine is up; what it accepts, its process id and its host's."""
+
+    acceptance: Acceptance
+    startup_s: float
+
+
+class Failed(msgspec.Struct, tag=True):
+    """The engine ends. `kind` is the name of an error class of omniserve.errors."""
+
+    kind: str
+    message: str
+
+
+class Refused(msgspec.Struct, tag=True):
+    request_id: int
+    field: str
+    message: str
+
+
+class Token(msgspec.Struct, array_like=True):
+    """One new token of a request; the last two fields are set on its last token."""
+
+    request_id: int
+    token_id: int
+    finish_reason: FinishReason | None = None
+    num_lane_tokens: int = 0
+
+
+class Tokens(msgspec.Struct, tag=True):
+    tokens: list[Token]
+
+
+class Stats(msgspec.Struct, tag=True):
+    question_id: int
+    stats: dict[str, Any]
+
+
+ToEngine = Start | Add | Abort | AskStats
+FromEngine = Ready | Failed | Refused | Tokens | Stats
+
+_encoder = msgspec.msgpack.Encoder()
+to_engine_decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+from_engine_decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+
+
+def frame(message: ToEngine | FromEngine) -> bytes:
+    """The bytes of one message: its length, then msgpack."""
+    body = _encoder.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+class FrameBuffer:
+    """Cuts a byte stream back into message bodies."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        self._bytes += data
+        while len(self._bytes) >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._bytes)
+            end = _LENGTH.size + length
+            if len(self._bytes) < end:
+                return
+            body = bytes(self._bytes[_LENGTH.size : end])
+            del self._bytes[:end]
+            yield body

@@ -1,0 +1,160 @@
+"""The engine process: `python -m omniserve.engine.process SOCKET_FD`, a loop around Engine.
+
+Commands come in and tokens go out through one socket. Its closing means that nobody is left to serve.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import setproctitle
+
+from omniserve.engine.loop import Engine, StepOutput
+from omniserve.engine.messages import (
+    Abort,
+    Add,
+    AskStats,
+    Failed,
+    FrameBuffer,
+    FromEngine,
+    Ready,
+    Refused,
+    Start,
+    Stats,
+    ToEngine,
+    Token,
+    Tokens,
+    frame,
+    to_engine_decoder,
+)
+from omniserve.errors import OmniServeError, RequestError
+
+logger = logging.getLogger("omniserve.engine")
+
+
+class Channel:
+    """The engine's end of the socket."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket = connection
+        self._buffer = FrameBuffer()
+        self.is_closed = False
+
+    def has_input(self) -> bool:
+        readable, _, _ = select.select([self.socket], [], [], 0)
+        return bool(readable)
+
+    def send(self, message: FromEngine) -> None:
+        try:
+            self.socket.sendall(frame(message))
+        except (BrokenPipeError, ConnectionResetError):
+            self.is_closed = True
+
+    def receive(self) -> Iterator[ToEngine]:
+        """Messages of one read; blocks when nothing has arrived."""
+        try:
+            data = self.socket.recv(1 << 20)
+        except ConnectionResetError:
+            data = b""
+        self.is_closed = self.is_closed or not data
+        for body in self._buffer.feed(data):
+            yield to_engine_decoder.decode(body)
+
+
+class EngineLoop:
+    """Feeds commands to an Engine and its tokens to the channel. Ids outside are the caller's own."""
+
+    def __init__(self, engine: Engine, channel: Channel) -> None:
+        self.engine = engine
+        self.channel = channel
+        self._engine_ids: dict[int, int] = {}
+        self._caller_ids: dict[int, int] = {}
+
+    def run(self) -> None:
+        while not self.channel.is_closed:
+            while self.channel.has_input() and not self.channel.is_closed:
+                for message in self.channel.receive():
+                    self._heed(message)
+            output = self.engine.step()
+            self._send(output)
+            if output.was_idle:
+                self.engine.sleep([self.channel.socket.fileno()])
+
+    def _heed(self, message: ToEngine) -> None:
+        match message:
+            case Add():
+                self._add(message)
+            case Abort(request_id=caller_id):
+                engine_id = self._engine_ids.pop(caller_id, None)
+                if engine_id is not None:
+                    del self._caller_ids[engine_id]
+                    self.engine.abort(engine_id)
+            case AskStats(question_id=question_id):
+                self.channel.send(Stats(question_id, self.engine.stats()))
+            case Start():
+                raise AssertionError("an engine starts once")
+
+    def _add(self, message: Add) -> None:
+        try:
+            engine_id = self.engine.add(message.prompt, message.params, message.service_class)
+        except RequestError as error:
+            self.channel.send(Refused(message.request_id, error.field, error.reason))
+            return
+        self._engine_ids[message.request_id] = engine_id
+        self._caller_ids[engine_id] = message.request_id
+
+    def _send(self, output: StepOutput) -> None:
+        if not output.tokens:
+            return
+        tokens = []
+        for token in output.tokens:
+            caller_id = self._caller_ids[token.request_id]
+            lane_tokens = output.num_lane_tokens.get(token.request_id, 0)
+            tokens.append(Token(caller_id, token.token_id, token.finish_reason, lane_tokens))
+            if token.finish_reason is not None:
+                del self._engine_ids[caller_id], self._caller_ids[token.request_id]
+        self.channel.send(Tokens(tokens))
+
+
+def _start(channel: Channel, began: float) -> Engine:
+    from omniserve.engine.build import load_engine  # torch: only once the settings are here
+
+    (message,) = channel.receive()
+    assert isinstance(message, Start)
+    engine = load_engine(message.config, Path(message.path), arrivals=channel.has_input)
+    channel.send(Ready(engine.acceptance, time.monotonic() - began))
+    return engine
+
+
+def main(arguments: list[str]) -> int:
+    began = time.monotonic()
+    setproctitle.setproctitle("omniserve: engine")
+    # Ctrl-C reaches the whole process group; the caller decides what it means and closes the socket.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    channel = Channel(socket.socket(fileno=int(arguments[0])))
+    engine: Engine | None = None
+    try:
+        engine = _start(channel, began)
+        EngineLoop(engine, channel).run()
+    except OmniServeError as error:
+        channel.send(Failed(type(error).__name__, str(error)))
+        return 1
+    except Exception as error:
+        logger.exception("the engine failed")
+        channel.send(Failed("EngineDeadError", f"the engine failed: {type(error).__name__}: {error}"))
+        return 1
+    finally:
+        if engine is not None:
+            engine.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

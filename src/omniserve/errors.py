@@ -1,0 +1,37 @@
+"""Every error a user can meet, as one small tree.
+
+    OmniServeError
+     +-- ConfigError     a setting is unknown, out of range or impossible on this machine
+     +-- ModelError      a checkpoint is missing, broken or of an unsupported family
+     +-- RequestError    one request is refused; nothing else is disturbed
+     +-- EngineDeadError the engine process is gone; every waiting caller gets this
+
+Messages name the field, the limit and the way out.
+"""
+
+from __future__ import annotations
+
+
+class OmniServeError(Exception):
+    """Base of all errors raised on purpose by this package."""
+
+
+class ConfigError(OmniServeError):
+    """A setting is unknown, out of range, or cannot be met on this machine."""
+
+
+class ModelError(OmniServeError):
+    """A checkpoint is missing, broken, or of a family that is not supported."""
+
+
+class RequestError(OmniServeError, ValueError):
+    """One request is refused. `field` names the offending parameter, `reason` the limit and the way out."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        self.reason = message
+
+
+class EngineDeadError(OmniServeError):
+    """The engine process has ended; requests in flight are lost to this caller."""

@@ -1,0 +1,7 @@
+"""The host side: a process of its own that computes decode attention of lanes.
+
+segment.py    the memory shared by engine and host, and the engine's port to it
+supervisor.py starts the host process, notices its death, starts it again
+process.py    the host process itself: `python -m omniserve.host.process`
+scripted.py   a host without threads whose every step a test decides
+"""

@@ -1,0 +1,10 @@
+"""Decisions, as pure functions of state, time and cost. Nothing here imports torch, reads a clock or logs.
+
+pages.py      ids of KV pages and who owns them
+plan.py       what one scheduler step decides (plans) and what the engine carries out (steps, results)
+state.py      requests, their KV residence, and the only code that changes either
+scheduler.py  schedule(state, now, cost) -> plan
+residence.py  who makes room, who moves, who comes back
+lanes.py      which lanes enter, which pass runs next
+latency.py    the cost model seam
+"""

@@ -1,0 +1,511 @@
+"""Requests, where their KV lives, and the only code that changes either.
+
+    WAITING --Reserve--> PREFILL --last chunk--> DEVICE --Displace--> MOVING_OUT --landed--> LANE
+       ^                    |                      ^  |                    |                   |
+       +------- Drop -------+----------------------|--+--------------------+-------------------+
+                                                   +---- fetched ---- MOVING_IN <---StopLane---+
+
+A request in PREFILL that gets no chunk is *parked*: it keeps its pages. One in DEVICE whose full pages have
+copies on the host is *mirrored*. A LANE with reserved device pages is *coming back*: its full pages are
+fetched while it decodes. Once decoding, kv_tokens == num_tokens - 1: the last token has no KV yet.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+from omniserve.policy.pages import PagePool
+from omniserve.policy.plan import (
+    CancelSwapIn,
+    CopyIn,
+    CopyOut,
+    DeviceRows,
+    Displace,
+    Drop,
+    GrowHost,
+    LaneStart,
+    Move,
+    PageCopy,
+    Plan,
+    Reserve,
+    Step,
+    StepResult,
+    StopLane,
+    SwapIn,
+    Unmirror,
+)
+
+
+class Phase(StrEnum):
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DEVICE = "device"
+    MOVING_OUT = "moving_out"
+    LANE = "lane"
+    MOVING_IN = "moving_in"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Sizes the policy works within. Pages, tokens and rows; frames are staging pages in flight."""
+
+    num_layers: int
+    num_device_pages: int
+    num_host_pages: int
+    page_size: int
+    host_page_size: int
+    watermark_pages: int
+    max_num_seqs: int
+    max_lanes: int
+    max_lane_rows: int
+    num_frames: int
+    max_copies_per_step: int
+    host_offload: Literal["auto", "always", "never"]
+
+
+@dataclass(slots=True)
+class HostShare:
+    """What one request holds on the host.
+
+    copied_tokens: prefix handed to copying. unstaged, unlanded, unfetched: copy id -> first token of copies
+    that have not left the device page, not arrived on the host, not come back. in_flight: a row of the slot
+    is between exit and the end of its token. known_pages: pages the executor has been told.
+    """
+
+    pages: list[int] = field(default_factory=list)
+    slot: int | None = None
+    copied_tokens: int = 0
+    unstaged: dict[int, int] = field(default_factory=dict)
+    unlanded: dict[int, int] = field(default_factory=dict)
+    unfetched: dict[int, int] = field(default_factory=dict)
+    in_flight: bool = False
+    known_pages: int = 0
+
+    @property
+    def staged_tokens(self) -> int:
+        return min(self.unstaged.values(), default=self.copied_tokens)
+
+    @property
+    def is_busy(self) -> bool:
+        """Host work still touches the pages or the slot."""
+        return bool(self.unlanded or self.unfetched or self.in_flight)
+
+
+@dataclass(slots=True)
+class Request:
+    """One request as the policy sees it. `id` is its arrival number; it never changes.
+
+    device_pages: pages from index `num_released` on (a request moving out gives up leading pages first).
+    incoming_pages: device pages reserved for a lane that comes back; fetched_tokens: prefix asked for.
+    """
+
+    id: int
+    rank: int
+    best_effort: bool
+    num_prompt: int
+    max_tokens: int
+    num_tokens: int
+    kv_tokens: int = 0
+    phase: Phase = Phase.WAITING
+    device_pages: list[int] = field(default_factory=list)
+    num_released: int = 0
+    host: HostShare | None = None
+    incoming_pages: list[int] = field(default_factory=list)
+    fetched_tokens: int = 0
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who goes first: lower rank, then earlier arrival."""
+        return (self.rank, self.id)
+
+    @property
+    def share(self) -> HostShare:
+        assert self.host is not None, f"request {self.id} holds nothing on the host"
+        return self.host
+
+
+class State:
+    """All requests and both page pools. `schedule` reads it; only the methods here write it."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.device = PagePool(limits.num_device_pages, limits.page_size)
+        self.host = PagePool(limits.num_host_pages, limits.host_page_size)
+        self.host_ready = False
+        self.host_failed = limits.host_offload == "never"
+        self.waiting: list[tuple[int, int]] = []
+        self.active: dict[int, Request] = {}
+        self.requests: dict[int, Request] = {}
+        self.free_slots = list(range(limits.max_lanes - 1, -1, -1))
+        self.retiring: list[HostShare] = []
+        self.lanes_unserved = 0
+        self.num_dropped = 0
+        self.num_displaced = 0
+        self.num_swapped_in = 0
+        self.num_broken_promises = 0
+        self._copies: dict[int, HostShare] = {}
+        self._next_copy = 0
+        self._cancel_slots: list[int] = []
+        self._cancel_fetches: list[int] = []
+
+    # ------------------------------------------------------------ arrivals and departures
+
+    def add(self, request: Request) -> None:
+        assert request.id not in self.requests
+        self.requests[request.id] = request
+        insort(self.waiting, request.order)
+
+    def abort(self, request_id: int) -> bool:
+        """Forget a request in any phase; False when it is unknown or already finished."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return False
+        self._finish(request)
+        return True
+
+    def take_cancels(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Slots and fetches the executor must cancel before it does anything else."""
+        cancels = tuple(self._cancel_slots), tuple(self._cancel_fetches)
+        self._cancel_slots, self._cancel_fetches = [], []
+        return cancels
+
+    def host_started(self) -> None:
+        self.host_ready = True
+
+    def host_lost(self, failed_for_good: bool = False) -> None:
+        """The host is gone with all its KV: what depended on it recomputes, the rest goes on."""
+        self.host_ready = False
+        self.host_failed = self.host_failed or failed_for_good
+        self.retiring.clear()
+        self._copies.clear()
+        self._cancel_slots, self._cancel_fetches = [], []
+        self.host = PagePool(self.limits.num_host_pages, self.limits.host_page_size)
+        self.free_slots = list(range(self.limits.max_lanes - 1, -1, -1))
+        for request in list(self.active.values()):
+            if request.host is None:
+                continue
+            request.host = None
+            if request.phase is Phase.MOVING_OUT and request.num_released == 0:
+                request.phase = Phase.DEVICE
+            elif request.phase in (Phase.MOVING_OUT, Phase.LANE, Phase.MOVING_IN):
+                self._drop(request)
+
+    # ------------------------------------------------------------ reading
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.requests
+
+    def first_waiting(self) -> Iterator[Request]:
+        """Requests without KV, in the order in which they may start."""
+        return (self.requests[request_id] for _, request_id in self.waiting)
+
+    def in_phase(self, *phases: Phase) -> list[Request]:
+        """Active requests in any of `phases`, in order of rank and arrival."""
+        return sorted((r for r in self.active.values() if r.phase in phases), key=lambda r: r.order)
+
+    @property
+    def num_free_frames(self) -> int:
+        return self.limits.num_frames - len(self._copies)
+
+    @property
+    def waits_for_host(self) -> bool:
+        """Something on the host is under way and will be reported."""
+        return bool(self._copies or self.retiring) or any(
+            r.host is not None and r.host.in_flight for r in self.active.values()
+        )
+
+    # ------------------------------------------------------------ plan -> step
+
+    def commit(self, plan: Plan) -> Step:
+        """Carry out the plan's moves on the books and fill in ids."""
+        copies_out: list[PageCopy] = []
+        copies_in: list[PageCopy] = []
+        for move in plan.moves:
+            self._commit_move(move, copies_out, copies_in)
+        rows = [self._device_rows(self.active[i], 1) for i in plan.decodes]
+        rows += [self._device_rows(self.active[c.request_id], c.num_tokens) for c in plan.chunks]
+        lane_starts = tuple(self._start_lane(self.active[i]) for i in plan.lane_starts)
+        cancel_slots, cancel_fetches = self.take_cancels()
+        return Step(
+            kind=plan.kind,
+            rows=tuple(rows),
+            lane_starts=lane_starts,
+            lane_cap=plan.lane_cap,
+            budget_s=plan.budget_s,
+            cancel_slots=cancel_slots,
+            cancel_fetches=cancel_fetches,
+            copies_out=tuple(copies_out),
+            copies_in=tuple(copies_in),
+        )
+
+    def _commit_move(self, move: Move, out: list[PageCopy], back: list[PageCopy]) -> None:
+        request = self.requests[move.request_id]
+        match move:
+            case Drop():
+                self._drop(request)
+            case Displace():
+                self._displace(request)
+            case Reserve(num_pages=count):
+                self._reserve(request, count)
+            case GrowHost(num_pages=count):
+                request.share.pages += self.host.allocate(count)
+            case CopyOut(start=start, num_tokens=count):
+                out.append(self._copy_out(request, start, count))
+            case Unmirror():
+                self._retire(request)
+            case SwapIn(num_pages=count):
+                request.incoming_pages += self.device.allocate(count)
+            case CopyIn(start=start, num_tokens=count):
+                back.append(self._copy_in(request, start, count))
+            case CancelSwapIn():
+                self._cancel_swap_in(request)
+            case StopLane():
+                request.phase = Phase.MOVING_IN
+
+    def _reserve(self, request: Request, count: int) -> None:
+        request.device_pages += self.device.allocate(count)
+        if request.phase is Phase.WAITING:
+            self.waiting.remove(request.order)
+            self.active[request.id] = request
+            request.phase = Phase.PREFILL
+
+    def _displace(self, request: Request) -> None:
+        if request.host is None:
+            request.host = HostShare()
+        share = request.host
+        share.slot = self.free_slots.pop()
+        missing = self.host.pages_for(request.kv_tokens + 1) - len(share.pages)
+        share.pages += self.host.allocate(max(0, missing))
+        request.phase = Phase.MOVING_OUT
+        self.num_displaced += 1
+        self.num_broken_promises += not request.best_effort
+        self._release_staged(request)
+
+    def _release_staged(self, request: Request) -> None:
+        """Free the leading device pages whose content has left them."""
+        staged = request.share.staged_tokens
+        done = staged == request.kv_tokens
+        clean = self.device.pages_for(staged) if done else staged // self.device.page_size
+        count = min(clean - request.num_released, len(request.device_pages))
+        if done:
+            count = len(request.device_pages)
+        if count > 0:
+            self.device.release(request.device_pages[:count])
+            del request.device_pages[:count]
+            request.num_released += count
+
+    def _copy_out(self, request: Request, start: int, count: int) -> PageCopy:
+        if request.host is None:
+            request.host = HostShare()
+        share = request.host
+        assert start == share.copied_tokens, "copies to the host go in order"
+        missing = self.host.pages_for(start + count) - len(share.pages)
+        share.pages += self.host.allocate(max(0, missing))
+        page = request.device_pages[start // self.device.page_size - request.num_released]
+        copy = self._page_copy(share, page, start, count)
+        share.unstaged[copy.copy_id] = start
+        share.unlanded[copy.copy_id] = start
+        share.copied_tokens = start + count
+        return copy
+
+    def _copy_in(self, request: Request, start: int, count: int) -> PageCopy:
+        assert start == request.fetched_tokens, "copies to the device go in order"
+        page = request.incoming_pages[start // self.device.page_size]
+        copy = self._page_copy(request.share, page, start, count)
+        request.share.unfetched[copy.copy_id] = start
+        request.fetched_tokens = start + count
+        return copy
+
+    def _page_copy(self, share: HostShare, page: int, start: int, count: int) -> PageCopy:
+        copy_id = self._next_copy
+        self._next_copy += 1
+        self._copies[copy_id] = share
+        first, last = start // self.host.page_size, (start + count - 1) // self.host.page_size
+        return PageCopy(
+            copy_id, page, count, start % self.host.page_size, tuple(share.pages[first : last + 1])
+        )
+
+    def _cancel_swap_in(self, request: Request) -> None:
+        self.device.release(request.incoming_pages)
+        request.incoming_pages = []
+        request.fetched_tokens = 0
+        if request.host is not None:
+            self._cancel_fetches += request.host.unfetched
+        if request.phase is Phase.MOVING_IN:
+            request.phase = Phase.LANE
+
+    def _device_rows(self, request: Request, count: int) -> DeviceRows:
+        start = request.kv_tokens
+        samples = start + count == request.num_tokens
+        return DeviceRows(request.id, start, count, samples, tuple(request.device_pages))
+
+    def _start_lane(self, request: Request) -> LaneStart:
+        share = request.share
+        assert share.slot is not None, "a lane owns a slot"
+        assert not share.in_flight, "one row in flight"
+        assert request.phase is Phase.LANE
+        assert len(share.pages) >= self.host.pages_for(request.kv_tokens + 1), "a lane owns its next page"
+        first = share.known_pages
+        share.known_pages = len(share.pages)
+        share.in_flight = True
+        return LaneStart(request.id, share.slot, request.kv_tokens, first, tuple(share.pages[first:]))
+
+    # ------------------------------------------------------------ result -> state
+
+    def apply(self, step: Step, result: StepResult) -> list[Request]:
+        """Take in what a step brought; returns the requests that finished."""
+        for rows in step.rows:
+            request = self.active[rows.request_id]
+            request.kv_tokens += rows.num_tokens
+            if rows.samples:
+                request.phase = Phase.DEVICE
+        self.apply_acknowledgements(result)
+        self.lanes_unserved = result.lanes_unserved
+        finished = []
+        for token in result.tokens:
+            request = self.active[token.request_id]
+            request.num_tokens += 1
+            if token.by_lane:
+                request.kv_tokens += 1
+                request.share.in_flight = False
+            if token.finish_reason is not None:
+                self._finish(request)
+                finished.append(request)
+        return finished
+
+    def apply_acknowledgements(self, result: StepResult) -> None:
+        """Copies that left, landed or came back, and cancelled slots whose task has ended."""
+        for copy_id in result.staged:
+            if copy_id in self._copies:
+                self._copies[copy_id].unstaged.pop(copy_id, None)
+        for copy_id in result.arrived:
+            share = self._copies.pop(copy_id, None)
+            if share is None:
+                continue  # of a host that is gone
+            for pending in (share.unstaged, share.unlanded, share.unfetched):
+                pending.pop(copy_id, None)
+        for share in self.retiring:
+            if share.slot in result.drained:
+                share.in_flight = False
+        for request in self.active.values():
+            self._advance(request)
+        self._free_retired()
+
+    def _advance(self, request: Request) -> None:
+        """Moves that complete by themselves once their copies have arrived."""
+        share = request.host
+        if share is None:
+            return
+        if request.phase is Phase.MOVING_OUT:
+            self._release_staged(request)
+            if share.copied_tokens == request.kv_tokens and not share.unlanded:
+                request.phase = Phase.LANE
+                request.num_released = 0
+        elif request.phase is Phase.MOVING_IN and self._has_come_back(request):
+            request.device_pages, request.incoming_pages = request.incoming_pages, []
+            request.phase = Phase.DEVICE
+            self.num_swapped_in += 1
+            self._keep_as_mirror(request)
+
+    def _has_come_back(self, request: Request) -> bool:
+        return request.fetched_tokens == request.kv_tokens and not request.share.unfetched
+
+    def _keep_as_mirror(self, request: Request) -> None:
+        """Back on the device: the slot is free; full pages on the host stay valid copies."""
+        share = request.share
+        request.fetched_tokens = 0
+        assert share.slot is not None, "a lane owns a slot"
+        assert not share.in_flight, "a lane comes back at its token boundary"
+        self.free_slots.append(share.slot)
+        share.slot = None
+        share.known_pages = 0
+        share.copied_tokens = request.kv_tokens - request.kv_tokens % self.device.page_size
+        kept = self.host.pages_for(share.copied_tokens)
+        self.host.release(share.pages[kept:])
+        del share.pages[kept:]
+
+    # ------------------------------------------------------------ leaving
+
+    def _drop(self, request: Request) -> None:
+        self._leave(request)
+        self.active.pop(request.id)
+        request.phase = Phase.WAITING
+        insort(self.waiting, request.order)
+        self.num_dropped += 1
+        self.num_broken_promises += not request.best_effort
+
+    def _finish(self, request: Request) -> None:
+        if request.phase is Phase.WAITING:
+            self.waiting.remove(request.order)
+        self._leave(request)
+        self.active.pop(request.id, None)
+        del self.requests[request.id]
+        request.phase = Phase.FINISHED
+
+    def _leave(self, request: Request) -> None:
+        """Give up all KV. Device pages are free now; host pages when their last task or copy ends."""
+        self._cancel_swap_in(request)
+        self.device.release(request.device_pages)
+        request.device_pages = []
+        request.num_released = 0
+        request.kv_tokens = 0
+        if request.host is not None:
+            self._retire(request)
+
+    def _retire(self, request: Request) -> None:
+        share = request.share
+        request.host = None
+        if share.in_flight:
+            assert share.slot is not None
+            self._cancel_slots.append(share.slot)
+        self.retiring.append(share)
+        self._free_retired()
+
+    def _free_retired(self) -> None:
+        for share in [s for s in self.retiring if not s.is_busy]:
+            self.retiring.remove(share)
+            self.host.release(share.pages)
+            if share.slot is not None:
+                self.free_slots.append(share.slot)
+
+    # ------------------------------------------------------------ accounting
+
+    def check(self) -> None:
+        """Assert the books: no page leaked or owned twice, every request in exactly one state."""
+        everyone = list(self.requests.values())
+        shares = [r.host for r in everyone if r.host is not None] + self.retiring
+        self.device.check([p for r in everyone for p in (r.device_pages, r.incoming_pages)])
+        self.host.check([s.pages for s in shares])
+        slots = [s.slot for s in shares if s.slot is not None]
+        assert sorted(slots + self.free_slots) == list(range(self.limits.max_lanes)), "slots leaked"
+        assert sorted(r.order for r in everyone if r.phase is Phase.WAITING) == self.waiting
+        assert {r.id for r in everyone if r.phase is not Phase.WAITING} == set(self.active)
+        for request in everyone:
+            self._check_request(request)
+
+    def _check_request(self, request: Request) -> None:
+        phase, share = request.phase, request.host
+        has_slot = share is not None and share.slot is not None
+        assert has_slot == (phase in (Phase.MOVING_OUT, Phase.LANE, Phase.MOVING_IN)), (phase, share)
+        assert not request.incoming_pages or phase in (Phase.LANE, Phase.MOVING_IN)
+        if phase is Phase.WAITING:
+            assert (request.kv_tokens, share, request.device_pages) == (0, None, [])
+        if phase in (Phase.DEVICE, Phase.LANE, Phase.MOVING_OUT, Phase.MOVING_IN):
+            assert request.kv_tokens == request.num_tokens - 1, (phase, request)
+        if phase is Phase.DEVICE:
+            assert len(request.device_pages) >= self.device.pages_for(request.kv_tokens)
+        if phase in (Phase.LANE, Phase.MOVING_IN):
+            assert not request.device_pages
+            assert len(request.share.pages) >= self.host.pages_for(request.kv_tokens)
+
+
+def requests_worse_than(requests: Iterable[Request], other: Request) -> list[Request]:
+    """Those that must give way to `other`: higher rank or later arrival; the last in line first."""
+    worse = [r for r in requests if r.order > other.order]
+    return sorted(worse, key=lambda r: r.order, reverse=True)

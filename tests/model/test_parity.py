@@ -1,0 +1,176 @@
+"""The decoder computes what transformers computes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from model.reference import causal_attention, decoder_logits, greedy, transformers_model
+from torch import Tensor
+
+from omniserve.errors import ModelError
+from omniserve.model.decoder import Decoder, Shard
+from omniserve.model.loading import load_decoder
+
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "tied": {"tie_word_embeddings": True},
+    "one group of 8": {"num_attention_heads": 8, "num_key_value_heads": 1},
+    "groups of 3": {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 144},
+    "no groups": {"num_key_value_heads": 4},
+    "head size 80": {"head_dim": 80},
+    "head size 128": {"head_dim": 128},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "linear rope": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama3 rope": {"rope_scaling": LLAMA3_SCALING, "rope_theta": 500000.0},
+    "high theta, large eps": {"rope_theta": 1e6, "rms_norm_eps": 1e-2},
+}
+PROMPT = [(7 * i * i + 3 * i + 11) % 256 for i in range(150)]
+
+TinyLlama = Callable[..., Path]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_float32_logits_equal_those_of_transformers(tiny_llama: TinyLlama, variant: str) -> None:
+    path = tiny_llama(**VARIANTS[variant])
+    with torch.inference_mode():
+        expected = transformers_model(path)(torch.tensor([PROMPT])).logits[0]
+    got = decoder_logits(load_decoder(path), PROMPT)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=0, atol=3e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("variant", ["plain", "biases", "groups of 3"])
+def test_bfloat16_is_as_near_to_float32_as_transformers_is(tiny_llama: TinyLlama, variant: str) -> None:
+    path = tiny_llama(**VARIANTS[variant])
+    with torch.inference_mode():
+        exact = transformers_model(path)(torch.tensor([PROMPT])).logits[0]
+        theirs = transformers_model(path, torch.bfloat16)(torch.tensor([PROMPT])).logits[0].float()
+    ours = decoder_logits(load_decoder(path, torch.bfloat16), PROMPT)
+    # Both round at every step; the mean error is a statistic of thousands of logits and hardly moves.
+    assert (ours - exact).abs().mean() < 1.3 * (theirs - exact).abs().mean()
+
+
+@pytest.mark.parametrize(
+    "text", ["The capital of France is", "def f(x):\n    return x + 1234\n", "é 漢字 🙂"]
+)
+def test_smollm2_logits_equal_those_of_transformers(
+    smollm2_path: Path, smollm2_reference: Any, smollm2_decoder: Decoder, text: str
+) -> None:
+    from omniserve.model.tokenizer import Tokenizer
+
+    ids = Tokenizer(smollm2_path).encode(text)
+    with torch.inference_mode():
+        expected = smollm2_reference(torch.tensor([ids])).logits[0]
+    got = decoder_logits(smollm2_decoder, ids)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert got.argmax(-1).tolist() == expected.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_greedy_text_of_tiny_models_is_diverse(tiny_llama: TinyLlama, variant: str) -> None:
+    decoder = load_decoder(tiny_llama(**VARIANTS[variant]))
+    assert len(set(greedy(decoder, PROMPT[:10], 32))) >= 20
+
+
+def test_rows_do_not_depend_on_the_rows_beside_them(tiny_llama: TinyLlama) -> None:
+    decoder = load_decoder(tiny_llama())
+    x = torch.randn(17, decoder.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    attn = torch.randn(17, decoder.num_heads * decoder.head_dim, generator=torch.Generator().manual_seed(2))
+    positions = torch.arange(100, 117)
+    whole = [*decoder.pre_attention(1, x, positions), decoder.post_attention(1, attn, x), decoder.logits(x)]
+    for row in (slice(0, 1), slice(5, 9), slice(16, 17)):
+        part = [
+            *decoder.pre_attention(1, x[row], positions[row]),
+            decoder.post_attention(1, attn[row], x[row]),
+            decoder.logits(x[row]),
+        ]
+        for one, all_ in zip(part, whole, strict=True):
+            torch.testing.assert_close(one, all_[row], rtol=1e-5, atol=1e-5)
+
+
+def test_views_of_larger_buffers_are_read_and_never_written(tiny_llama: TinyLlama) -> None:
+    decoder = load_decoder(tiny_llama())
+    hidden, width = decoder.config.hidden_size, decoder.num_heads * decoder.head_dim
+    buffer, results = torch.randn(8, hidden), torch.randn(8, width + 5)
+    before = buffer.clone(), results.clone()
+    x, attn, positions = buffer[2:6], results[2:6, 5:], torch.arange(4)
+    q, _, _ = decoder.pre_attention(0, x, positions)
+    expected = decoder.post_attention(0, attn.contiguous(), x.contiguous())
+    assert torch.equal(decoder.post_attention(0, attn, x), expected)
+    assert torch.equal(q, decoder.pre_attention(0, x.contiguous(), positions)[0])
+    assert torch.equal(buffer, before[0])
+    assert torch.equal(results, before[1])
+
+
+@pytest.mark.parametrize("variant", ["plain", "biases"])
+def test_two_shards_equal_the_whole_model(tiny_llama: TinyLlama, variant: str) -> None:
+    path = tiny_llama(**VARIANTS[variant])
+    expected = decoder_logits(load_decoder(path), PROMPT[:20])
+    reduce = SummingAllReduce(size=2)
+    results: dict[int, Tensor] = {}
+
+    def run(rank: int) -> None:
+        shard = Shard(rank, 2)
+        decoder = load_decoder(path, shard=shard, all_reduce=lambda x: reduce(rank, x))
+        results[rank] = decoder_logits(decoder, PROMPT[:20])
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == [0, 1]
+    assert torch.equal(results[0], results[1])
+    torch.testing.assert_close(results[0], expected, rtol=0, atol=3e-5 * float(expected.abs().max()))
+
+
+def test_a_shard_that_does_not_divide_the_heads_is_refused(tiny_llama: TinyLlama) -> None:
+    with pytest.raises(ModelError, match="num_key_value_heads 2 cannot be divided by 4"):
+        load_decoder(tiny_llama(), shard=Shard(0, 4))
+    with pytest.raises(ModelError, match=r"rank 2 is not within 0\.\.1"):
+        Shard(2, 2)
+
+
+class SummingAllReduce:
+    """Sums what `size` threads bring; each gets a copy of its own."""
+
+    def __init__(self, size: int) -> None:
+        self._parts: list[Tensor | None] = [None] * size
+        self._barrier = threading.Barrier(size, timeout=60)
+
+    def __call__(self, rank: int, x: Tensor) -> Tensor:
+        self._parts[rank] = x
+        self._barrier.wait()
+        total = torch.stack([part for part in self._parts if part is not None]).sum(0)
+        self._barrier.wait()
+        return total
+
+
+@pytest.fixture(scope="module")
+def smollm2_reference(smollm2_path: Path) -> Any:
+    return transformers_model(smollm2_path)
+
+
+@pytest.fixture(scope="module")
+def smollm2_decoder(smollm2_path: Path) -> Decoder:
+    return load_decoder(smollm2_path, max_model_len=2048)
+
+
+def test_the_reference_attention_is_causal(tiny_llama: TinyLlama) -> None:
+    decoder = load_decoder(tiny_llama())
+    q, k, v = (torch.randn(6, heads * decoder.head_dim) for heads in (4, 2, 2))
+    whole = causal_attention(decoder, q, k, v)
+    part = causal_attention(decoder, q[:4], k[:4], v[:4])
+    torch.testing.assert_close(whole[:4], part)
