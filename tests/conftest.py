@@ -100,7 +100,7 @@ def _shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
-        attention = {name: (kv, hidden) for name in ("k_proj", "v_proj")}
+        attention = dict.fromkeys(("k_proj", "v_proj"), (kv, hidden))
         attention |= {"q_proj": (q, hidden), "o_proj": (hidden, q)}
         mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
         for block, shapes, has_bias in (
@@ -119,7 +119,7 @@ def _shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _write_byte_tokenizer(folder: Path, config: dict[str, Any]) -> None:
-    """Tokens 0..255 are bytes, then <bos>, <eos>; ids above decode to short words that encoding never gives."""
+    """Tokens 0..255 are bytes, then <bos>, <eos>; ids above decode to words that encoding never gives."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

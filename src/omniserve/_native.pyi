@@ -2,11 +2,13 @@
 
 Conventions of the whole module:
 
-- Addresses (``*_addr``, ``address``) are integers as ``torch.Tensor.data_ptr()`` or ``numpy.ndarray.ctypes.data`` give
-  them; the caller keeps the memory alive and vouches for shape and dtype. Strides are in elements, between rows.
-- dtypes are "float32", "bfloat16" or "float16". *act dtype* is that of the model's rows, *KV dtype* that of pages.
+- Addresses (``*_addr``, ``address``) are integers as ``torch.Tensor.data_ptr()`` or
+  ``numpy.ndarray.ctypes.data`` give them; the caller keeps the memory alive and vouches for shape and
+  dtype. Strides are in elements, between rows.
+- dtypes are "float32", "bfloat16" or "float16". *act dtype* is that of the model's rows, *KV dtype* that
+  of pages.
 - Seconds and bytes; log-sum-exp is the natural logarithm.
-- A value out of range raises ValueError naming field and limit; a call in the wrong state raises RuntimeError.
+- A value out of range raises ValueError naming field and limit; a call in the wrong state RuntimeError.
 """
 
 from typing import TypedDict
@@ -47,7 +49,8 @@ class LaneStatsDict(TypedDict):
 class KvGeometry:
     """Shape of one side's KV. head_dim is a multiple of 8 from 64 to 256, page_size any number of tokens.
 
-    A page is one contiguous blob ``[layer][K: [kv_head][head_dim][page_size] | V: [kv_head][page_size][head_dim]]``.
+    A page is one contiguous blob
+    ``[layer][K: [kv_head][head_dim][page_size] | V: [kv_head][page_size][head_dim]]``.
     """
 
     def __init__(
@@ -87,9 +90,10 @@ class PagedKv:
         page_ids_addr: int,
         offsets_addr: int,
     ) -> None:
-        """Writes row i of k and v, each [num_kv_heads * head_dim] in act_dtype, to token offsets[i] of page_ids[i].
+        """Writes row i of k and v to token offsets[i] of page page_ids[i], converted to the KV dtype.
 
-        page_ids and offsets are int32 [n]. Nothing is written when one of them is out of range.
+        Rows are [num_kv_heads * head_dim] in act_dtype; page_ids and offsets are int32 [n]. Nothing is
+        written when one of them is out of range.
         """
     def gather(
         self,
@@ -100,7 +104,7 @@ class PagedKv:
         v_out_addr: int,
         first_token: int = 0,
     ) -> None:
-        """Copies tokens [first_token, num_tokens) of the sequence with page table ``table`` (int32) of one layer.
+        """Copies tokens [first_token, num_tokens) of one layer, through the int32 page table ``table``.
 
         k_out and v_out are [num_kv_heads][num_tokens - first_token][head_dim] in the KV dtype.
         """
@@ -108,7 +112,7 @@ class PagedKv:
 class ThreadTeam:
     """``num_threads`` threads, the caller included, that share each `paged_attention`.
 
-    The others are pinned to cpus[i % len(cpus)] for i = 1 .. num_threads - 1, or inherit the creator's affinity.
+    Member i > 0 is pinned to cpus[i % len(cpus)], or inherits the creator's affinity.
     """
 
     def __init__(self, num_threads: int, cpus: list[int] = ...) -> None: ...
@@ -130,8 +134,9 @@ def paged_attention(
 ) -> None:
     """Decode attention of one query token for each of n sequences.
 
-    q and out are float32 [n][num_heads * head_dim]; tables int32 [n][table_stride]; context_lens int32 [n], the query's
-    own token included (0 gives zeros). Query head h uses KV head h // (num_heads // num_kv_heads).
+    q and out are float32 [n][num_heads * head_dim]; tables int32 [n][table_stride]; context_lens int32 [n],
+    the query's own token included (0 gives zeros). Query head h uses KV head
+    h // (num_heads // num_kv_heads).
     """
 
 def attention_pieces(
@@ -142,10 +147,10 @@ def attention_pieces(
     bounds: list[int],
     scale: float,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Attention of q [num_heads, head_dim] over tokens [bounds[0], bounds[-1]), piece by piece, merged; for tests.
+    """Attention of q [num_heads, head_dim] over tokens [bounds[0], bounds[-1]), piecewise; for tests.
 
-    Returns (out [num_heads, head_dim], lse [num_heads]). Equal bounds make an empty piece; no tokens at all give zeros
-    and -inf.
+    Returns (out [num_heads, head_dim], lse [num_heads]) after merging the pieces. Equal bounds make an empty
+    piece; no tokens at all give zeros and -inf.
     """
 
 def exp_nonpositive(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -220,7 +225,8 @@ def segment_bytes(geometry: LaneGeometry) -> int:
 class LanePort:
     """The device process's end of the segment. One thread uses it.
 
-    A slot's life: ``reset``, ``set_pages``, then for each token ``start_token`` and for each layer ``exit`` and ``take``.
+    A slot's life: ``reset``, ``set_pages``, then for each token ``start_token`` and for each layer ``exit``
+    and ``take``.
     """
 
     def __init__(self, geometry: LaneGeometry, address: int) -> None:
@@ -241,10 +247,10 @@ class LanePort:
         x_addr: int,
         x_stride: int,
     ) -> None:
-        """n rows leave the batch: q, k, v and residual x (act dtype) of slots[i] (int32) are copied and submitted.
+        """n rows leave the batch: q, k, v and residual x (act dtype) of slots[i] (int32) are submitted.
 
-        Call it with n = 0 as well, to tell the host where the device is. RuntimeError when a slot already has a row in
-        flight or owns no host page for its token; nothing is submitted then.
+        Call it with n = 0 as well, to tell the host where the device is. RuntimeError when a slot already has
+        a row in flight or owns no host page for its token; nothing is submitted then.
         """
     def take(
         self,
@@ -257,26 +263,29 @@ class LanePort:
         x_addr: int,
         x_stride: int,
     ) -> int:
-        """Slots waiting at ``layer`` whose result is there now, oldest first, at most ``cap``; returns how many.
+        """Slots waiting at ``layer`` whose result is there now, oldest first, at most ``cap``; how many.
 
-        slots_out is int32 [cap]; row i of attn [num_heads * head_dim] and x [hidden_size] (act dtype) are filled. With
-        same_iteration false only rows submitted before this walk began count; outside walks every row does.
+        slots_out is int32 [cap]; row i of attn [num_heads * head_dim] and x [hidden_size] (act dtype) are
+        filled. With same_iteration false only rows submitted before this walk began count; outside walks
+        every row does.
         """
     def wait_all(self, layer: int, timeout_s: float) -> bool:
         """Waits until every slot waiting at ``layer`` has its result; false after timeout_s."""
     def wait_any(self, timeout_s: float) -> bool:
         """Waits until any waiting slot has its result; false after timeout_s."""
     def scan(self, ready_addr: int, waiting_addr: int, oldest_addr: int) -> None:
-        """Per layer: int32 slots ready, int32 slots waiting (those included), uint64 submission number of the oldest
-        ready one (2**64 - 1 when none)."""
+        """Per layer: int32 slots ready, int32 slots waiting (those included), uint64 oldest.
+
+        ``oldest`` is the submission number of the oldest ready row, 2**64 - 1 when there is none.
+        """
     def set_pages(self, slot: int, start: int, ids: list[int]) -> None:
-        """Host pages of the lane from index ``start`` on; with a row in flight only pages after that row's."""
+        """Host pages of the lane from index ``start`` on; with a row in flight only those after its own."""
     def start_token(self, slot: int, position: int) -> None:
         """Position of the token whose rows are submitted next; it attends to position + 1 tokens."""
     def reset(self, slot: int) -> None:
         """New owner: new epoch, no pages. RuntimeError while something is in flight."""
     def cancel(self, slot: int) -> bool:
-        """Forgets the row in flight. True: slot and host pages are free now; false: once `drained` names the slot."""
+        """Forgets the row in flight. True: slot and pages are free now; false: once `drained` names it."""
     def drained(self) -> list[int]:
         """Slots cancelled in flight that the host has acknowledged since the last call."""
     def free_frames(self) -> int:
@@ -290,9 +299,10 @@ class LanePort:
         host_offset: int,
         host_pages: list[int],
     ) -> None:
-        """Device page -> host: tokens from token_offset on go to host pages from token host_offset of the first one on.
+        """Device page -> host: num_tokens tokens of it, from token_offset on.
 
-        host_pages names exactly the pages touched. The device page may be reused as soon as this returns.
+        They go to consecutive tokens of ``host_pages`` (exactly the pages touched), from token host_offset of
+        the first one on. The device page may be reused as soon as this returns.
         """
     def fetch(
         self,
@@ -311,7 +321,8 @@ class LanePort:
     def arm(self) -> bool:
         """Asks the host to write its eventfd at the next completion (of a row, an acknowledgement or a copy).
 
-        True: something is complete already; do not sleep. The eventfd may be written once after `disarm`: drain it.
+        True: something is complete already; do not sleep. The eventfd may still be written once after
+        `disarm`: drain it.
         """
     def disarm(self) -> None: ...
     def stats(self) -> LaneStatsDict: ...
@@ -319,8 +330,9 @@ class LanePort:
 class HostWorkers:
     """The host process's end of the segment at ``address``: the KV arena, and workers that serve it.
 
-    Worker i is pinned to cpus[i % len(cpus)] when given; ``nice`` (0 .. 19) lowers their priority; ``arena_bytes`` above
-    0 is a limit on KV memory (ValueError when the segment asks for more). Call `stop` before unmapping the segment.
+    Worker i is pinned to cpus[i % len(cpus)] when given; ``nice`` (0 .. 19) lowers their priority;
+    ``arena_bytes`` above 0 is a limit on KV memory (ValueError when the segment asks for more). Call `stop`
+    before unmapping the segment.
     """
 
     def __init__(
@@ -337,9 +349,9 @@ class HostWorkers:
     @property
     def kv(self) -> PagedKv: ...
     def pending(self) -> list[tuple[int, int]]:
-        """(layer, slot) of every row to serve by hand, oldest first. Only without threads, as the next three."""
+        """(layer, slot) of every row to serve by hand, oldest first. Only without threads, as below."""
     def serve(self, slot: int) -> bool:
-        """Serves exactly that slot's row (a row of an old epoch is acknowledged); false when there is none."""
+        """Serves that slot's row (one of an old epoch is acknowledged only); false when there is none."""
     def pending_copies(self) -> list[int]: ...
     def serve_copy(self, id: int) -> bool: ...
     def stats(self) -> list[WorkerStatsDict]: ...

@@ -96,7 +96,7 @@ class EngineConfig:
     host_offload: HostOffload = "auto"
     reentry: Reentry = "same_iteration"
     max_model_len: int | None = None
-    max_num_batched_tokens: int = 256
+    max_num_batched_tokens: int = 64
     max_num_seqs: int = 64
     max_lanes: int = 64
     max_lane_rows: int = 16

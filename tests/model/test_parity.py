@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from model.reference import causal_attention, decoder_logits, greedy, transformers_model
 from torch import Tensor
 
+from model.reference import causal_attention, decoder_logits, greedy, transformers_model
 from omniserve.errors import ModelError
 from omniserve.model.decoder import Decoder, Shard
 from omniserve.model.loading import load_decoder

@@ -184,13 +184,15 @@ class Engine:
         """What the port and the host's workers counted since this host came up."""
         names = ("lane_entries", "same_iteration_entries", "cancelled_rows", "landed_pages", "fetched_pages")
         if self.executor.segment is None:
-            return {**dict.fromkeys(names, 0), "host_busy_share": 0.0, "host_kv_bytes_read": 0}
+            return {**dict.fromkeys(names, 0), "host_busy_s": 0.0, "host_busy_share": 0.0, "host_pid": None}
         port = self.executor.segment.port.stats()
         workers = port["workers"]
         busy_s = sum(w["busy_s"] for w in workers)
         return {
             **{name: port[name] for name in names},
+            "host_busy_s": busy_s,
             "host_busy_share": busy_s / (max(1, len(workers)) * elapsed_s),
+            "host_pid": port["host_pid"],
             "host_kv_bytes_read": sum(w["kv_bytes_read"] for w in workers),
         }
 

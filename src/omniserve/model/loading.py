@@ -87,7 +87,7 @@ def _safetensors_files(path: Path) -> list[Path]:
     if index.is_file():
         try:
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{index}: not a safetensors index: {error!r}") from error
         return [path / name for name in files]
     single = path / "model.safetensors"

@@ -1,0 +1,133 @@
+"""The `omniserve` command: generate, demo, model fetch. Flags are the settings of EngineConfig."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, asdict, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from omniserve import __version__
+from omniserve.config import EngineConfig
+from omniserve.errors import OmniServeError
+from omniserve.types import SERVICE_CLASSES, SamplingParams
+
+# Exit statuses: 1 something went wrong while running, 2 the command line itself (argparse's own).
+EXIT_ERROR = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status. Errors are one line on standard error."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except OmniServeError as error:
+        print(f"omniserve: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="omniserve", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"omniserve {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_generate(
+        commands.add_parser("generate", help="generate for prompts given here or on standard input")
+    )
+    demo = commands.add_parser("demo", help="chat and batch on a real model, in about a minute")
+    demo.add_argument("--seconds", type=float, default=14.0, help="length of each of the two legs")
+    demo.add_argument("--json", metavar="FILE", help="write what was measured to FILE as well")
+    demo.set_defaults(run=_demo)
+    model = commands.add_parser("model", help="models on this machine")
+    actions = model.add_subparsers(required=True, metavar="ACTION")
+    fetch = actions.add_parser("fetch", help="download and convert a model, or check that it is there")
+    fetch.add_argument("name", nargs="?", default="smollm2-135m")
+    fetch.set_defaults(run=_fetch)
+    return parser
+
+
+def _add_generate(generate: argparse.ArgumentParser) -> None:
+    generate.add_argument("prompt", nargs="*", help="prompts; none: one per line of standard input")
+    generate.add_argument("--chat", action="store_true", help="wrap each prompt in the model's chat template")
+    generate.add_argument("--service-class", choices=list(SERVICE_CLASSES), default="latency_sensitive")
+    generate.add_argument("--max-tokens", type=int, default=64)
+    generate.add_argument("--temperature", type=float, default=0.0)
+    generate.add_argument(
+        "--stop", action="append", default=[], help="stop string; may be given several times"
+    )
+    generate.add_argument("--ignore-eos", action="store_true")
+    generate.add_argument("--sampling-seed", type=int, default=0)
+    generate.add_argument("--json", action="store_true", help="one JSON object per prompt")
+    generate.add_argument(
+        "--stats", action="store_true", help="engine statistics on standard error at the end"
+    )
+    _add_settings(generate)
+    generate.set_defaults(run=_generate)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """One flag per field of EngineConfig, named like it."""
+    group = parser.add_argument_group("engine settings")
+    hints = get_type_hints(EngineConfig)
+    for setting in fields(EngineConfig):
+        flag = "--" + setting.name.replace("_", "-")
+        group.add_argument(flag, default=argparse.SUPPRESS, **_flag_options(hints[setting.name], setting))
+
+
+def _flag_options(hint: Any, setting: Field[Any]) -> dict[str, Any]:
+    """What argparse is told about a field of type T, T | None or Literal[...]."""
+    kind = hint
+    if get_origin(hint) is not Literal and get_args(hint):
+        (kind,) = (k for k in get_args(hint) if k is not type(None))
+    shown = "automatic" if setting.default in (None, MISSING) else setting.default
+    if get_origin(kind) is Literal:
+        return {"choices": get_args(kind), "help": f"default: {shown}"}
+    return {"type": kind, "metavar": kind.__name__.upper(), "help": f"default: {shown}"}
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    return {f.name: getattr(options, f.name) for f in fields(EngineConfig) if hasattr(options, f.name)}
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from omniserve.engine.llm import LLM
+
+    prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    params = SamplingParams(
+        temperature=options.temperature,
+        max_tokens=options.max_tokens,
+        ignore_eos=options.ignore_eos,
+        stop=options.stop,
+        seed=options.sampling_seed,
+    )
+    with LLM(**_settings(options)) as llm:
+        if options.chat:
+            conversations = [[{"role": "user", "content": p}] for p in prompts]
+            outputs = llm.chat(conversations, params, options.service_class)
+        else:
+            outputs = llm.generate(prompts, params, options.service_class)
+        for output in outputs:
+            print(json.dumps(asdict(output)) if options.json else output.text)
+        if options.stats:
+            print(json.dumps(llm.stats(), indent=2), file=sys.stderr)
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from omniserve.demo import run_demo
+
+    return run_demo(options.seconds, options.json)
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from omniserve.model.sources import ensure_model
+
+    print(ensure_model(options.name))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
