@@ -59,7 +59,7 @@ def _add_generate(generate: argparse.ArgumentParser) -> None:
         "--stop", action="append", default=[], help="stop string; may be given several times"
     )
     generate.add_argument("--ignore-eos", action="store_true")
-    generate.add_argument("--sampling-seed", type=int, default=0)
+    generate.add_argument("--sampling-seed", type=int, help="fixes the noise of a temperature above 0")
     generate.add_argument("--json", action="store_true", help="one JSON object per prompt")
     generate.add_argument(
         "--stats", action="store_true", help="engine statistics on standard error at the end"

@@ -84,6 +84,10 @@ class EngineConfig:
                       slots, and lane rows that may enter at one layer.
     page_size         tokens per device page; host_page_size: tokens per host page.
     watermark         share of device pages that BE leaves free or clean for LS.
+    max_copies_per_step
+                      pages that start to move between device and host in one step.
+    pass_budget_s     seconds of lane passes before the engine looks up again.
+    seed              seed of requests that bring none, plus their number.
     """
 
     model: str = "smollm2-135m"

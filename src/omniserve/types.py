@@ -51,7 +51,8 @@ def service_class_named(name: str) -> ServiceClass:
 class SamplingParams:
     """How to choose tokens of one request.
 
-    temperature 0 is greedy. `seed` fixes the noise: the same text whatever else is in the batch.
+    temperature 0 is greedy. `seed` fixes the noise: the same text whatever else is in the batch; None takes
+    the engine's seed plus the request's number.
     `stop` strings end the text before their first occurrence; `stop_token_ids` end it at that token.
     """
 
@@ -60,7 +61,7 @@ class SamplingParams:
     ignore_eos: bool = False
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -73,7 +74,7 @@ class SamplingParams:
             raise RequestError("stop", "stop strings must be non-empty text")
         if any(not isinstance(t, int) or t < 0 for t in self.stop_token_ids):
             raise RequestError("stop_token_ids", "must be token ids, integers of at least 0")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+        if self.seed is not None and (not isinstance(self.seed, int) or not 0 <= self.seed < 2**63):
             raise RequestError("seed", f"must be an integer in [0, 2**63), got {self.seed!r}")
 
 

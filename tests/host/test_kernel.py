@@ -200,7 +200,7 @@ def test_no_tokens_give_zeros_and_minus_infinity(simd: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("score_size", [1e3, 1e4])
 def test_huge_scores_stay_finite_and_exact(simd: str, dtype: str, score_size: float) -> None:
-    """Scores of 1e4 differ by thousands: softmax picks the largest, exp must neither overflow nor give NaN."""
+    """Scores of 1e4 differ by thousands: softmax picks the largest, exp must not overflow or give NaN."""
     case = Case(num_tokens=333, group=5, head_dim=128, dtype=dtype, score_size=score_size)
     store = case.build()
     out, lse = reference(store.q, store.keys, store.values, case.scale)

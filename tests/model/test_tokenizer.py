@@ -169,6 +169,42 @@ def test_the_cut_off_tail_of_a_character_is_given_at_the_end(tokenizer: Tokenize
     assert stream.finish() == tokenizer.decode(ids)[1:] != ""
 
 
+@pytest.fixture(scope="module")
+def byte_fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A tokenizer in the manner of Llama 2: words with a space mark, and a token for every byte."""
+    import tokenizers
+    from tokenizers import decoders, models
+
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁hello", "▁wor", "ld", "é"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    folder = tmp_path_factory.mktemp("byte-fallback")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return Tokenizer(folder)
+
+
+@given(words=st.lists(st.one_of(st.integers(257, 261), KNOWN_CHARACTERS), max_size=20))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_text_in_byte_tokens_streams_too(byte_fallback: Tokenizer, words: list[int | str]) -> None:
+    ids: list[int] = []
+    for word in words:
+        ids += [word] if isinstance(word, int) else [byte + 1 for byte in word.encode()]
+    stream = byte_fallback.stream()
+    pieces = [stream.push(token_id) for token_id in ids]
+    assert "".join(pieces) + stream.finish() == byte_fallback.decode(ids)
+
+
+@given(ids=st.lists(st.integers(0, 261), max_size=30))
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_broken_bytes_never_stop_a_stream(byte_fallback: Tokenizer, ids: list[int]) -> None:
+    stream = byte_fallback.stream()
+    text = "".join(stream.push(token_id) for token_id in ids) + stream.finish()
+    assert len(text) >= len(byte_fallback.decode(ids))
+
+
 def test_facts_of_the_model(tokenizer: Tokenizer, tiny_llama: TinyLlama) -> None:
     assert (tokenizer.vocab_size, tokenizer.eos_token_ids) == (49152, (2,))
     tiny = Tokenizer(tiny_llama())

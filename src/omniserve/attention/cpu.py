@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omniserve import _native
+import omniserve._native as _native
 from omniserve.policy.plan import DeviceRows
 
 

@@ -14,10 +14,10 @@
 namespace omniserve {
 
 struct HostOptions {
-    int eventfd = -1;        // wakes the engine; -1: nobody to wake
-    std::vector<int> cpus;   // worker i is pinned to cpus[i % size]; empty: inherits
-    int nice = 0;            // added priority value of worker threads, 0 .. 19
-    size_t arena_bytes = 0;  // upper limit of KV memory; 0: none
+    int eventfd = -1;            // wakes the engine; -1: nobody to wake
+    std::vector<int> cpus = {};  // worker i is pinned to cpus[i % size]; empty: inherits
+    int nice = 0;                // added priority value of worker threads, 0 .. 19
+    size_t arena_bytes = 0;      // upper limit of KV memory; 0: none
 };
 
 class HostWorkers {

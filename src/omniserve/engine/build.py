@@ -153,7 +153,8 @@ def make_engine(
         )
         the_host = host(geometry, split.host_cpus, len(split.host_cpus))
     cost = cost or FixedBudget(config.max_num_batched_tokens, config.max_lane_rows, config.pass_budget_s)
-    return Engine(executor, the_host, limits, cost, make_acceptance(limits, model, max_model_len))
+    acceptance = make_acceptance(limits, model, max_model_len)
+    return Engine(executor, the_host, limits, cost, acceptance, config.seed)
 
 
 def load_engine(config: EngineConfig, path: Path, arrivals: Callable[[], bool] = lambda: False) -> Engine:

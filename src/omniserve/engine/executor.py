@@ -84,6 +84,7 @@ class CpuExecutor:
         self._ids = torch.empty(rows, dtype=torch.int64)
         self._positions = torch.empty(rows, dtype=torch.int64)
         self._slots = np.empty(max_lane_rows, dtype=np.int32)
+        self._freed_slots: list[int] = []  # cancelled with nothing under way: acknowledged next time
 
     # ------------------------------------------------------------ the seam
 
@@ -100,6 +101,7 @@ class CpuExecutor:
     def detach(self) -> None:
         """The host is gone, and every task and copy with it."""
         self.segment = None
+        self._freed_slots.clear()
 
     def cancel(self, slots: tuple[int, ...], fetches: tuple[int, ...]) -> None:
         """Give up tasks in flight and copies to the device; each is acknowledged later."""
@@ -107,8 +109,7 @@ class CpuExecutor:
             return
         for copy_id in fetches:
             self.segment.port.cancel_fetch(copy_id)
-        for slot in slots:
-            self.segment.port.cancel(slot)
+        self._freed_slots += [slot for slot in slots if self.segment.port.cancel(slot)]
 
     @torch.inference_mode()
     def launch(self, step: Step) -> StepResult:
@@ -135,7 +136,9 @@ class CpuExecutor:
         if self.segment is None:
             return StepResult()
         port = self.segment.port
-        return StepResult(arrived=tuple(port.collect_copies()), drained=tuple(port.drained()))
+        drained = (*self._freed_slots, *port.drained())
+        self._freed_slots.clear()
+        return StepResult(arrived=tuple(port.collect_copies()), drained=drained)
 
     def has_ready_lanes(self) -> bool:
         return self.segment is not None and any(self.segment.scan()[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import select
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -44,12 +44,14 @@ class Engine:
         limits: Limits,
         cost: CostModel,
         acceptance: Acceptance,
+        seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.executor = executor
         self.host = host
         self.cost = cost
         self.acceptance = acceptance
+        self.seed = seed
         self.state = State(limits)
         self._clock = clock
         self._next_id = 0
@@ -75,7 +77,7 @@ class Engine:
                 len(prompt),
                 params.max_tokens,
                 params.temperature,
-                params.seed,
+                self.seed + request_id if params.seed is None else params.seed,
                 stop_ids,
             )
         )
@@ -185,7 +187,7 @@ class Engine:
         names = ("lane_entries", "same_iteration_entries", "cancelled_rows", "landed_pages", "fetched_pages")
         if self.executor.segment is None:
             return {**dict.fromkeys(names, 0), "host_busy_s": 0.0, "host_busy_share": 0.0, "host_pid": None}
-        port = self.executor.segment.port.stats()
+        port: Mapping[str, Any] = self.executor.segment.port.stats()
         workers = port["workers"]
         busy_s = sum(w["busy_s"] for w in workers)
         return {

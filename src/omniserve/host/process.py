@@ -7,6 +7,7 @@ closing at the other end (or the engine's death) is the order to stop.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -16,7 +17,7 @@ import sys
 
 import setproctitle
 
-from omniserve import _native
+import omniserve._native as _native
 
 PR_SET_PDEATHSIG = 1
 # Below the device threads: host attention is best-effort work.
@@ -35,7 +36,8 @@ def main(arguments: list[str]) -> int:
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     workers = _native.HostWorkers(address, event_fd, cpus, NICENESS)
     workers.start(threads)
-    with socket.socket(fileno=control_fd) as control:
+    # An engine that is gone by now needs no answer.
+    with socket.socket(fileno=control_fd) as control, contextlib.suppress(ConnectionError):
         control.sendall(b"ready")
         while control.recv(16):
             pass

@@ -6,7 +6,7 @@ cancel. The engine cannot tell the difference.
 
 from __future__ import annotations
 
-from omniserve import _native
+import omniserve._native as _native
 from omniserve.host.segment import LaneSegment
 from omniserve.host.supervisor import HostEvent
 
@@ -31,8 +31,12 @@ class ScriptedHost:
         return [self.segment.event_fd]
 
     def lose(self) -> None:
-        """All KV and every task in flight are gone; a fresh host takes the place."""
-        self._news.append("lost")
+        """All KV and every task in flight are gone; a fresh host takes the place.
+
+        Its start is news only after its loss: one lost before it was heard of is never attached.
+        """
+        self.segment.close()
+        self._news = ["lost"]
         self._start()
 
     def pending(self) -> list[tuple[int, int]]:

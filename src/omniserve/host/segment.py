@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omniserve import _native
+import omniserve._native as _native
 
 
 def address_of(memory: mmap.mmap) -> int:

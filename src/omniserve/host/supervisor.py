@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
-from omniserve import _native
+import omniserve._native as _native
 from omniserve.host.segment import LaneSegment
 
 HostEvent = Literal["started", "lost", "failed"]

@@ -90,6 +90,9 @@ def _build(folder: Path, source: Mapping[str, str], build: Callable[[Path], None
     try:
         build(new)
         names = sorted(path.name for path in new.iterdir())
+        for name in names:
+            # Some writers make private files; a cache may be shared.
+            (new / name).chmod(0o644)
         files = {n: {"size": (new / n).stat().st_size, "sha256": sha256_of(new / n)} for n in names}
         _write_object(new / MANIFEST, {"source": dict(source), "files": files})
         _remember(new, {name: _fingerprint(new / name) for name in names})

@@ -90,7 +90,11 @@ class Tokenizer:
 
 
 class DetokenizerStream:
-    """Turns ids into text piece by piece. The pieces, `finish()` included, join to `decode` of all ids."""
+    """Turns ids into text piece by piece. The pieces, `finish()` included, join to `decode` of all ids.
+
+    One exception: tokenizers with byte tokens turn a whole run of bytes into U+FFFD when a later one makes it
+    invalid. What was given out before then stays as it was.
+    """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
@@ -102,16 +106,27 @@ class DetokenizerStream:
     def push(self, token_id: int) -> str:
         """Text that became certain with this token; empty while a character is incomplete."""
         self._ids.append(token_id)
-        piece = self._stream.step(self._tokenizer, token_id) or ""
+        try:
+            piece = self._stream.step(self._tokenizer, token_id) or ""
+        except Exception:  # what the library raises when a run of bytes became invalid
+            piece = self._restart()
         self._num_chars += len(piece)
         return piece
 
+    def _restart(self) -> str:
+        """The text not given out yet; the stream goes on behind it."""
+        self._stream = DecodeStream(self._ids, skip_special_tokens=self._skip_special_tokens)
+        return self._decoded()[self._num_chars :]
+
     def finish(self) -> str:
         """What is left when no more tokens come: an incomplete character, as U+FFFD. Empty mostly."""
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip_special_tokens)
+        text = self._decoded()
         rest = text[self._num_chars :]
-        self._num_chars = len(text)
+        self._num_chars = max(self._num_chars, len(text))
         return rest
+
+    def _decoded(self) -> str:
+        return self._tokenizer.decode(self._ids, skip_special_tokens=self._skip_special_tokens)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -1,0 +1,4 @@
+"""Benchmarks: commands that anyone can run and that write what they measured to a file.
+
+core.py   start-up, tokens/s beside transformers, lane tokens/s, cost of lane rows in a walk
+"""

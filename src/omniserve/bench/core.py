@@ -1,0 +1,268 @@
+"""First figures of the engine: `python -m omniserve.bench.core [--out FILE]`.
+
+Comparisons alternate the two sides within one run, at equal threads; medians over repeats with their range.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from omniserve import LLM, SamplingParams
+from omniserve.config import EngineConfig, available_cpus, split_cpus
+
+MODEL = "smollm2-135m"
+PROMPT = "The quick brown fox jumps over the lazy dog and then"
+OUTPUT_TOKENS = 64
+CONCURRENCY = (1, 8, 32)
+LANE_ROWS = (0, 1, 4, 8, 16)
+LANE_COUNTS = (1, 8, 32)
+LANE_CONTEXT = 256
+
+
+class Spread:
+    """Median and range of repeated measurements."""
+
+    def __init__(self, values: list[float]) -> None:
+        self.median = statistics.median(values)
+        self.low, self.high = min(values), max(values)
+
+    def __str__(self) -> str:
+        return f"{self.median:.4g} ({self.low:.4g} to {self.high:.4g})"
+
+    def as_dict(self) -> dict[str, float]:
+        return {"median": self.median, "low": self.low, "high": self.high}
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+# ---------------------------------------------------------------- start-up
+
+
+def measure_startup(repeats: int) -> Spread:
+    """Seconds from nothing to the first token could be asked for: engine process, weights, memory."""
+
+    def start() -> None:
+        LLM(MODEL).close()
+
+    start()  # fills the page cache
+    return Spread([seconds_of(start) for _ in range(repeats)])
+
+
+# ---------------------------------------------------------------- beside transformers
+
+
+class Transformers:
+    """Batched greedy generation by transformers on the same weights, left-padded, all threads."""
+
+    def __init__(self, threads: int) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from omniserve.model.sources import ensure_model
+
+        torch.set_num_threads(threads)
+        path = ensure_model(MODEL)
+        self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+    def generate(self, count: int) -> None:
+        inputs = self.tokenizer([PROMPT] * count, return_tensors="pt", padding=True)
+        output = self.model.generate(
+            **inputs, do_sample=False, max_new_tokens=OUTPUT_TOKENS, min_new_tokens=OUTPUT_TOKENS
+        )
+        assert output.shape[1] == inputs["input_ids"].shape[1] + OUTPUT_TOKENS
+
+
+def measure_throughput(repeats: int) -> dict[int, tuple[Spread, Spread]]:
+    """Output tokens/s at each concurrency: ours without a host on all cores, and transformers."""
+    threads = len(available_cpus())
+    peer = Transformers(threads)
+    params = SamplingParams(max_tokens=OUTPUT_TOKENS, ignore_eos=True)
+    result = {}
+    with LLM(MODEL, host_offload="never", device_threads=threads) as llm:
+        for count in CONCURRENCY:
+            ours: list[float] = []
+            theirs: list[float] = []
+            for repeat in range(repeats + 1):
+                own_s = seconds_of(lambda: llm.generate([PROMPT] * count, params))  # noqa: B023
+                peer_s = seconds_of(lambda: peer.generate(count))  # noqa: B023
+                if repeat:  # the first round warms both up
+                    ours.append(count * OUTPUT_TOKENS / own_s)
+                    theirs.append(count * OUTPUT_TOKENS / peer_s)
+            result[count] = (Spread(ours), Spread(theirs))
+    return result
+
+
+# ---------------------------------------------------------------- lanes
+
+
+def measure_lane_rate(repeats: int) -> dict[int, Spread]:
+    """Lane tokens/s with no other work: every decode token by host attention, in passes."""
+    params = SamplingParams(max_tokens=32, ignore_eos=True)
+    prompt = [(7 * i) % 40000 + 100 for i in range(LANE_CONTEXT)]
+    result = {}
+    with LLM(MODEL, host_offload="always", max_lane_rows=32) as llm:
+        for count in LANE_COUNTS:
+            rates = []
+            for _ in range(repeats):
+                llm.generate([prompt], params, "best_effort")
+                before = llm.stats()
+                llm.generate([prompt] * count, params, "best_effort")
+                after = llm.stats()
+                busy_s = after["pass_s"] - before["pass_s"] + after["starved_s"] - before["starved_s"]
+                rates.append((after["num_lane_tokens"] - before["num_lane_tokens"]) / busy_s)
+            result[count] = Spread(rates)
+    return result
+
+
+def measure_walk_cost(repeats: int, device_rows: int) -> dict[int, Spread]:
+    """Seconds of one walk with `device_rows` decode rows and r lane rows at every layer.
+
+    A scripted host answers between walks, off the clock: what is timed is the rows' own cost (GEMM rows,
+    exits and entries), not the host's. With the paper's rule and r starts a walk, r rows sit at each layer.
+    """
+    import torch
+
+    from omniserve.engine.build import make_engine
+    from omniserve.host.scripted import ScriptedHost
+    from omniserve.model.loading import load_decoder
+    from omniserve.model.sources import ensure_model
+
+    threads = len(split_cpus(EngineConfig()).device_cpus)
+    torch.set_num_threads(threads)
+    decoder = load_decoder(ensure_model(MODEL), torch.float32, max_model_len=1024)
+    result = {}
+    for lane_rows in LANE_ROWS:
+        config = EngineConfig(
+            host_offload="always",
+            reentry="next_iteration",
+            max_lanes=max(1, lane_rows * (decoder.num_layers + 2)),
+            max_lane_rows=max(1, lane_rows),
+            device_memory_bytes=1 << 30,
+            host_memory_bytes=2 << 30,
+            max_copies_per_step=32,
+            page_size=32,
+            host_page_size=32,
+        )
+        engine = make_engine(
+            config, decoder, 1024, split_cpus(config), host=lambda g, _c, _t: ScriptedHost(g)
+        )
+        host = engine.host
+        assert isinstance(host, ScriptedHost)
+        port, counters = host.segment.port, engine.executor.counters
+        lasting = SamplingParams(max_tokens=1000, ignore_eos=True)
+        for i in range(device_rows):
+            engine.add([100 + i], lasting, "latency_sensitive")
+        for i in range(lane_rows * (decoder.num_layers + 2)):
+            engine.add([200 + i], SamplingParams(max_tokens=25, ignore_eos=True), "best_effort")
+        for _ in range(4 * decoder.num_layers if lane_rows else 8):
+            engine.step()
+            host.serve_all()
+        samples = []
+        for _ in range(repeats):
+            entered, began_s = port.stats()["lane_entries"], counters.walk_s
+            engine.step()
+            samples.append(counters.walk_s - began_s)
+            rows = port.stats()["lane_entries"] - entered
+            assert rows == lane_rows * decoder.num_layers, (rows, lane_rows)
+            host.serve_all()
+        result[lane_rows] = Spread(samples)
+        engine.close()
+    return result
+
+
+# ---------------------------------------------------------------- report
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    names = {
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
+    }
+    return {
+        "cpu": ", ".join(sorted(names)),
+        "cpus": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="omniserve.bench.core", description=__doc__)
+    parser.add_argument("--out", default="results/core.json")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args(arguments)
+    console = Console()
+    report: dict[str, Any] = {"machine": _machine(), "repeats": options.repeats}
+
+    with console.status("start-up ..."):
+        startup = measure_startup(options.repeats)
+    console.print(f"start-up with a warm cache: {startup} s")
+    report["startup_s"] = startup.as_dict()
+
+    with console.status("lane tokens/s ..."):
+        lanes = measure_lane_rate(options.repeats)
+    table = Table(title=f"lane tokens/s, context {LANE_CONTEXT}, no device rows")
+    table.add_column("lanes")
+    table.add_column("tokens/s")
+    for count, rate in lanes.items():
+        table.add_row(str(count), str(rate))
+    console.print(table)
+    report["lane_tokens_per_s"] = {str(c): r.as_dict() for c, r in lanes.items()}
+
+    report["walk_s"] = {}
+    for device_rows in (1, 8):
+        with console.status(f"walks with {device_rows} device rows ..."):
+            walks = measure_walk_cost(4 * options.repeats, device_rows)
+        table = Table(title=f"one walk, {device_rows} device rows, lane rows at every layer")
+        for name in ("lane rows", "ms", "over 0 lane rows"):
+            table.add_column(name)
+        for rows, cost in walks.items():
+            ratio = cost.median / walks[0].median
+            table.add_row(
+                str(rows), str(Spread([v * 1e3 for v in (cost.low, cost.median, cost.high)])), f"{ratio:.2f}x"
+            )
+        console.print(table)
+        report["walk_s"][str(device_rows)] = {str(r): c.as_dict() for r, c in walks.items()}
+
+    with console.status("output tokens/s beside transformers ..."):
+        rates = measure_throughput(options.repeats)
+    table = Table(title=f"output tokens/s, {OUTPUT_TOKENS} tokens each, all cores")
+    for name in ("concurrent", "omniserve", "transformers.generate", "ratio"):
+        table.add_column(name)
+    for count, (ours, theirs) in rates.items():
+        table.add_row(str(count), str(ours), str(theirs), f"{ours.median / theirs.median:.2f}x")
+    console.print(table)
+    report["output_tokens_per_s"] = {
+        str(c): {"omniserve": o.as_dict(), "transformers": t.as_dict()} for c, (o, t) in rates.items()
+    }
+
+    path = Path(options.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    console.print(f"written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,94 @@
+// Both ends of a segment in one process, and rows to send through it.
+#pragma once
+
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "check.h"
+#include "host_workers.h"
+#include "lane_port.h"
+
+namespace omniserve::testing {
+
+struct Rows {
+    int n;
+    std::vector<float> q, k, v, x;
+};
+
+/// A port and a host over memory of exactly the size the segment asks for.
+struct Rig {
+    explicit Rig(const LaneGeometry& g, HostOptions options = {})
+        : geometry(g), memory(std::aligned_alloc(kLine, segment_bytes(g)), &std::free), port(g, memory.get()),
+          host(memory.get(), options) {}
+
+    /// New owner with a page table of its own pages: slot, slot + max_lanes, ...
+    void open_lane(int slot, int position = 0) {
+        std::vector<int32_t> pages;
+        for (int i = 0; i < geometry.max_pages_per_lane; ++i) pages.push_back(slot + i * geometry.max_lanes);
+        port.reset(slot);
+        port.set_pages(slot, 0, pages);
+        port.start_token(slot, position);
+    }
+
+    void exit(int layer, const std::vector<int32_t>& slots, const Rows& rows) {
+        port.exit(layer, rows.n, slots.data(), {rows.q.data(), ptrdiff_t(geometry.q_elements())},
+                  {rows.k.data(), ptrdiff_t(geometry.kv_elements())},
+                  {rows.v.data(), ptrdiff_t(geometry.kv_elements())}, {rows.x.data(), geometry.hidden_size});
+    }
+
+    struct Taken {
+        std::vector<int32_t> slots;
+        std::vector<float> attn, x;
+    };
+    Taken take(int layer, int cap, bool same_iteration = true) {
+        Taken taken;
+        taken.slots.resize(cap);
+        taken.attn.resize(cap * geometry.q_elements());
+        taken.x.resize(size_t(cap) * geometry.hidden_size);
+        const int n = port.take(layer, cap, same_iteration, taken.slots.data(),
+                                {taken.attn.data(), ptrdiff_t(geometry.q_elements())},
+                                {taken.x.data(), geometry.hidden_size});
+        taken.slots.resize(n);
+        return taken;
+    }
+
+    void serve_all() {
+        for (const auto& [layer, slot] : host.pending()) CHECK(host.serve(slot));
+    }
+
+    LaneGeometry geometry;
+    std::unique_ptr<void, decltype(&std::free)> memory;
+    LanePort port;
+    HostWorkers host;
+};
+
+inline Rows random_rows(const LaneGeometry& g, int n, std::mt19937& random) {
+    std::normal_distribution<float> normal;
+    const auto fill = [&](size_t count) {
+        std::vector<float> values(count);
+        for (float& value : values) value = normal(random);
+        return values;
+    };
+    return {n, fill(n * g.q_elements()), fill(n * g.kv_elements()), fill(n * g.kv_elements()),
+            fill(size_t(n) * g.hidden_size)};
+}
+
+inline LaneGeometry small_geometry() {
+    return {.num_layers = 3,
+            .num_heads = 4,
+            .num_kv_heads = 2,
+            .head_dim = 64,
+            .hidden_size = 16,
+            .act_dtype = DType::f32,
+            .kv_dtype = DType::f32,
+            .max_lanes = 5,
+            .host_page_size = 4,
+            .max_pages_per_lane = 4,
+            .num_host_pages = 20,
+            .device_page_size = 6,
+            .num_frames = 3};
+}
+
+}  // namespace omniserve::testing

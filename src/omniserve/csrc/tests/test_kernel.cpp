@@ -1,0 +1,202 @@
+// The kernel against double precision, in stores of exactly the bytes it may touch.
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "attention.h"
+#include "check.h"
+#include "paged_attention.h"
+
+using namespace omniserve;
+
+namespace {
+
+struct Store {
+    Store(KvGeometry g, int group, int num_tokens)
+        : group(group), num_tokens(num_tokens), num_pages((num_tokens + g.page_size - 1) / g.page_size),
+          memory(num_pages * g.page_bytes()), kv{g, memory.data(), num_pages} {
+        std::mt19937 random(g.head_dim * 1000 + g.page_size);
+        std::normal_distribution<float> normal;
+        const size_t width = size_t(g.num_kv_heads) * g.head_dim;
+        for (auto* values : {&keys, &this->values}) {
+            values->resize(num_tokens * width);
+            // Multiples of 1/8 below 16 are exact in every storage type.
+            for (float& value : *values) value = std::round(normal(random) * 8) / 8;
+        }
+        q.resize(group * width);
+        for (float& value : q) value = normal(random);
+        for (int i = 0; i < num_pages; ++i) table.push_back((i + 1) % num_pages);
+        std::vector<int32_t> pages, offsets;
+        for (int t = 0; t < num_tokens; ++t) {
+            pages.push_back(table[t / g.page_size]);
+            offsets.push_back(t % g.page_size);
+        }
+        for (int layer = 0; layer < g.num_layers; ++layer)
+            write_rows(kv, layer, num_tokens, {keys.data(), ptrdiff_t(width), values.data(), ptrdiff_t(width)},
+                       pages.data(), offsets.data());
+    }
+
+    double expected(int head, int dim, int first, int last) const {
+        const int head_dim = kv.geometry.head_dim, width = kv.geometry.num_kv_heads * head_dim;
+        const int column = head / group * head_dim;
+        std::vector<double> scores;
+        double top = -std::numeric_limits<double>::infinity(), sum = 0, out = 0;
+        for (int t = first; t < last; ++t) {
+            double score = 0;
+            for (int d = 0; d < head_dim; ++d) score += double(q[head * head_dim + d]) * keys[t * width + column + d];
+            scores.push_back(score / std::sqrt(head_dim));
+            top = std::max(top, scores.back());
+        }
+        for (int t = first; t < last; ++t) {
+            const double weight = std::exp(scores[t - first] - top);
+            sum += weight;
+            out += weight * values[t * width + column + dim];
+        }
+        return out / sum;
+    }
+
+    /// Attention of one KV head over [first, last) in pieces of `step` tokens.
+    std::vector<float> attend_head(int kv_head, int first, int last, int step) const {
+        const int head_dim = kv.geometry.head_dim;
+        std::vector<float> merged(state_floats(group, head_dim)), piece(merged.size());
+        std::vector<float> scratch(scratch_floats(group, head_dim)), out(size_t(group) * head_dim);
+        clear_state(merged.data(), group, head_dim);
+        for (int t = first; t < last; t += step) {
+            attend({&kv, table.data(), kv.geometry.num_layers - 1, kv_head, t, std::min(last, t + step),
+                    q.data() + size_t(kv_head) * group * head_dim, group, 1 / std::sqrt(float(head_dim)), piece.data(),
+                    scratch.data()});
+            merge_state(merged.data(), piece.data(), group, head_dim);
+        }
+        finish_state(merged.data(), group, head_dim, out.data());
+        return out;
+    }
+
+    int group, num_tokens, num_pages;
+    std::vector<std::byte> memory;
+    PagedKv kv;
+    std::vector<float> q, keys, values;  // q [heads][head_dim]; rows [num_tokens][num_kv_heads * head_dim]
+    std::vector<int32_t> table;
+};
+
+void check_all_heads(const Store& store, int first, int last, int step) {
+    const int head_dim = store.kv.geometry.head_dim;
+    for (int kv_head = 0; kv_head < store.kv.geometry.num_kv_heads; ++kv_head) {
+        const std::vector<float> out = store.attend_head(kv_head, first, last, step);
+        for (int g = 0; g < store.group; ++g)
+            for (int d = 0; d < head_dim; d += 7)
+                CHECK_NEAR(out[g * head_dim + d], store.expected(kv_head * store.group + g, d, first, last), 3e-6);
+    }
+}
+
+template <class Function>
+void on_every_path(Function&& function) {
+    for (const char* name : {"scalar", "avx2"}) {
+        try {
+            set_simd(name);
+        } catch (const std::invalid_argument&) {
+            continue;  // this CPU lacks it
+        }
+        function();
+    }
+    set_simd("auto");
+}
+
+}  // namespace
+
+TEST(attention_is_the_reference_for_every_type_page_and_head_size) {
+    on_every_path([] {
+        for (DType dtype : {DType::f32, DType::bf16, DType::f16})
+            for (int page_size : {1, 3, 16, 40})
+                for (int head_dim : {64, 72, 112, 256})
+                    check_all_heads(Store({1, 2, head_dim, page_size, dtype}, 3, 83), 0, 83, 83);
+    });
+}
+
+TEST(every_group_size_reads_its_own_queries) {
+    on_every_path([] {
+        for (int group : {1, 2, 4, 5, 6, 7, 8, 9, 16})
+            check_all_heads(Store({2, 1, 80, 16, DType::bf16}, group, 70), 0, 70, 70);
+    });
+}
+
+TEST(pieces_merge_to_the_whole) {
+    on_every_path([] {
+        for (int step : {1, 7, 64, 65}) check_all_heads(Store({1, 1, 64, 5, DType::f16}, 2, 131), 2, 131, step);
+    });
+}
+
+TEST(an_empty_state_is_neutral) {
+    std::vector<float> state(state_floats(1, 64)), empty(state.size()), out(64, 1.0f);
+    clear_state(empty.data(), 1, 64);
+    clear_state(state.data(), 1, 64);
+    merge_state(state.data(), empty.data(), 1, 64);
+    float lse = 0;
+    finish_state(state.data(), 1, 64, out.data(), &lse);
+    CHECK(out[0] == 0 && lse == -std::numeric_limits<float>::infinity());
+}
+
+TEST(half_precision_conversions_round_trip) {
+    for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+        const uint16_t half = static_cast<uint16_t>(bits);
+        const float as_f16 = f16_to_f32(half), as_bf16 = bf16_to_f32(half);
+        if (!std::isnan(as_f16)) CHECK(f32_to_f16(as_f16) == half);
+        else CHECK(std::isnan(f16_to_f32(f32_to_f16(as_f16))));
+        if (!std::isnan(as_bf16)) CHECK(f32_to_bf16(as_bf16) == half);
+        else CHECK(std::isnan(bf16_to_f32(f32_to_bf16(as_bf16))));
+        on_every_path([&] {
+            float wide;
+            kernels().to_f32(&half, DType::f16, &wide, 1);
+            CHECK(std::isnan(as_f16) ? std::isnan(wide) : wide == as_f16);
+        });
+    }
+}
+
+TEST(every_path_narrows_alike) {
+    std::mt19937 random(3);
+    std::vector<float> wide(4099);
+    for (float& value : wide) value = std::bit_cast<float>(uint32_t(random()));
+    for (DType dtype : {DType::bf16, DType::f16}) {
+        std::vector<uint16_t> expected(wide.size()), got(wide.size());
+        for (size_t i = 0; i < wide.size(); ++i)
+            expected[i] = dtype == DType::f16 ? f32_to_f16(wide[i]) : f32_to_bf16(wide[i]);
+        on_every_path([&] {
+            kernels().from_f32(wide.data(), got.data(), dtype, wide.size());
+            for (size_t i = 0; i < wide.size(); ++i) CHECK(got[i] == expected[i] || std::isnan(wide[i]));
+        });
+    }
+}
+
+TEST(a_team_agrees_with_its_caller_alone) {
+    const Store store({1, 2, 64, 16, DType::f32}, 2, 1500);
+    const std::vector<int32_t> lens = {1500, 3, 0, 900};
+    std::vector<int32_t> tables;
+    for (size_t i = 0; i < lens.size(); ++i) tables.insert(tables.end(), store.table.begin(), store.table.end());
+    std::vector<float> q, alone(lens.size() * store.q.size()), shared(alone.size());
+    for (size_t i = 0; i < lens.size(); ++i) q.insert(q.end(), store.q.begin(), store.q.end());
+    PagedAttentionArgs args{&store.kv,        0,           int(lens.size()), 4, q.data(), tables.data(),
+                            store.num_pages, lens.data(), alone.data(),     0.125f};
+    check(args);
+    ThreadTeam one(1), three(3);
+    paged_attention(one, args);
+    args.out = shared.data();
+    for (int repeat = 0; repeat < 20; ++repeat) {
+        std::fill(shared.begin(), shared.end(), NAN);
+        paged_attention(three, args);
+        for (size_t i = 0; i < alone.size(); ++i) CHECK_NEAR(shared[i], alone[i], 2e-6);
+    }
+}
+
+TEST(repack_moves_tokens_between_page_sizes_and_back) {
+    const KvGeometry big{2, 2, 64, 9, DType::bf16}, small{2, 2, 64, 4, DType::bf16};
+    std::vector<std::byte> from(big.page_bytes()), middle(3 * small.page_bytes()), back(big.page_bytes());
+    std::mt19937 random(1);
+    for (std::byte& value : from) value = std::byte(random());
+    for (int t = 0; t < 9; ++t)
+        repack(big, from.data(), t, small, middle.data() + (t + 3) / 4 * small.page_bytes(), (t + 3) % 4, 1);
+    repack(small, middle.data(), 3, big, back.data(), 0, 1);
+    repack(small, middle.data() + small.page_bytes(), 0, big, back.data(), 1, 4);
+    repack(small, middle.data() + 2 * small.page_bytes(), 0, big, back.data(), 5, 4);
+    CHECK(from == back);
+}

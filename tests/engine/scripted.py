@@ -1,0 +1,136 @@
+"""An engine whose host does exactly what a test says, when it says so, also in the middle of a walk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from engine.driver import BE, Subject, assert_nothing_is_left, build_engine
+from omniserve.attention.cpu import CpuAttention, DeviceBatch
+from omniserve.config import EngineConfig
+from omniserve.engine.loop import StepOutput
+from omniserve.host.scripted import ScriptedHost
+from omniserve.types import SamplingParams
+
+MAX_STEPS = 3000
+
+
+class InterruptedAttention:
+    """Device attention that hands over to `during(layer)` when it is done: that is when the host works."""
+
+    def __init__(self, attention: CpuAttention, during: Callable[[int], None]) -> None:
+        self._attention = attention
+        self._during = during
+        self.store = attention.store
+
+    def run(self, layer: int, batch: DeviceBatch, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        self._attention.run(layer, batch, q, k, v, out)
+        self._during(layer)
+
+
+@dataclass(slots=True)
+class Asked:
+    """A request and what came of it so far."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    best_effort: bool
+    tokens: list[int]
+    num_lane_tokens: int | None = None
+    is_aborted: bool = False
+
+
+class ScriptedEngine:
+    """An engine, its scripted host, and every request ever asked of it.
+
+    during: called with the layer after the device attention of each layer of a walk.
+    """
+
+    def __init__(self, subject: Subject, **config: Any) -> None:
+        # Passes end when no row is ready, never by the clock: a script has the same effect every time.
+        values = dict(max_model_len=subject.max_model_len, pass_budget_s=1e6, host_threads=1) | config
+        self.subject = subject
+        self.config = EngineConfig(**values)
+        self.engine = build_engine(subject, self.config, lambda geometry, cpus, threads: ScriptedHost(geometry))
+        assert isinstance(self.engine.host, ScriptedHost)
+        self.host = self.engine.host
+        self.asked: dict[int, Asked] = {}
+        self.during: Callable[[int], None] = lambda layer: None
+        inner = self.engine.executor.attention
+        self.engine.executor.attention = InterruptedAttention(inner, self._interrupt)  # type: ignore[assignment]
+        self.step()  # takes note of the host
+
+    def _interrupt(self, layer: int) -> None:
+        self.during(layer)
+
+    # ------------------------------------------------------------ what a script can do
+
+    def add(self, prompt: Sequence[int], max_tokens: int, service_class: str) -> int:
+        """Raises RequestError like the engine."""
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        request_id = self.engine.add(prompt, params, service_class)
+        self.asked[request_id] = Asked(tuple(prompt), max_tokens, service_class == BE, [])
+        return request_id
+
+    def step(self) -> StepOutput:
+        output = self.engine.step()
+        self.engine.state.check()
+        for token in output.tokens:
+            asked = self.asked[token.request_id]
+            assert not asked.is_aborted, "a token of a request that was given up"
+            asked.tokens.append(token.token_id)
+        for request_id, count in output.num_lane_tokens.items():
+            self.asked[request_id].num_lane_tokens = count
+        return output
+
+    def abort(self, request_id: int) -> None:
+        asked = self.asked[request_id]
+        is_running = len(asked.tokens) < asked.max_tokens and not asked.is_aborted
+        assert self.engine.abort(request_id) == is_running
+        asked.is_aborted = asked.is_aborted or is_running
+
+    def serve(self, index: int) -> None:
+        """Serve one pending task, the index-th of them, counted round."""
+        pending = self.host.pending()
+        if pending:
+            self.host.serve(pending[index % len(pending)][1])
+
+    def serve_copy(self, index: int) -> None:
+        pending = self.host.workers.pending_copies()
+        if pending:
+            self.host.workers.serve_copy(pending[index % len(pending)])
+
+    @property
+    def running(self) -> list[int]:
+        return sorted(self.engine.state.requests)
+
+    # ------------------------------------------------------------ what must hold in the end
+
+    def finish(self) -> None:
+        """Serve everything from now on, until every request has ended and every page is free."""
+        for _ in range(MAX_STEPS):
+            if self.engine.is_idle and not self.engine.state.waits_for_host:
+                break
+            self.host.serve_all()
+            self.step()
+        requests = list(self.engine.state.requests.values())
+        assert not requests, f"no end after {MAX_STEPS} steps: {requests}"
+        assert_nothing_is_left(self.engine)
+
+    def assert_exact(self) -> None:
+        """All texts are the reference's, those of aborted requests as far as they went; nobody waited."""
+        for asked in self.asked.values():
+            if asked.tokens:
+                self.subject.reference.check(asked.prompt, asked.tokens)
+            if asked.is_aborted:
+                continue
+            assert len(asked.tokens) == asked.max_tokens
+            if self.config.host_offload == "always":
+                assert asked.num_lane_tokens == (asked.max_tokens - 1 if asked.best_effort else 0)
+        assert self.engine.executor.counters.device_wait_s == 0
+
+    def close(self) -> None:
+        self.engine.close()

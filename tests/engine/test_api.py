@@ -1,0 +1,245 @@
+"""LLM and AsyncLLM as a user meets them: classes, bad input, stops, seeds, threads."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+import omniserve
+from omniserve import LLM, ConfigError, ModelError, RequestError, SamplingParams
+from omniserve.config import EngineConfig, split_cpus
+from omniserve.engine.async_llm import AsyncLLM
+from omniserve.engine.messages import Token
+from omniserve.engine.progress import Progress
+from omniserve.model.tokenizer import Tokenizer
+
+GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(host_offload="always", max_model_len=512) as engine:
+        yield engine
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    code = "import sys, omniserve; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_every_public_name_can_be_had() -> None:
+    assert {name for name in omniserve.__all__ if not hasattr(omniserve, name)} == set()
+
+
+def test_the_engine_starts_without_transformers() -> None:
+    code = (
+        "import sys\nfrom omniserve.engine.build import load_engine\n"
+        "from omniserve.config import EngineConfig\nfrom omniserve.model.sources import ensure_model\n"
+        "engine = load_engine(EngineConfig(max_model_len=64), ensure_model('smollm2-135m'))\n"
+        "engine.close()\nsys.exit('transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_both_classes_answer_alike(llm: LLM) -> None:
+    prompt = "The capital of France is"
+    chat, batch = llm.generate([prompt, prompt], GREEDY, ["latency_sensitive", "best_effort"])
+    assert chat.token_ids == batch.token_ids
+    assert chat.text == batch.text
+    assert chat.metrics.num_lane_tokens == 0
+    assert batch.metrics.num_lane_tokens == GREEDY.max_tokens - 1
+
+
+def test_an_output_carries_text_reason_and_metrics(llm: LLM) -> None:
+    (output,) = llm.generate("One, two, three,", GREEDY)
+    assert output.finish_reason == "length"
+    assert len(output.token_ids) == GREEDY.max_tokens
+    assert output.text == llm.tokenizer.decode(output.token_ids)
+    assert output.metrics.ttft_s is not None
+    assert output.metrics.tpot_s is not None
+
+
+def test_chat_uses_the_template_and_stops_at_the_end_of_turn(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    (output,) = llm.chat(messages, SamplingParams(max_tokens=40))
+    assert "Paris" in output.text
+    assert output.finish_reason == "stop"
+    assert "<|im_end|>" not in output.text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "service_class", "field", "says"),
+    [
+        ("", GREEDY, "latency_sensitive", "prompt", "at least one token"),
+        ([], GREEDY, "best_effort", "prompt", "at least one token"),
+        ([1, 10**9], GREEDY, "latency_sensitive", "prompt", "out of range"),
+        ([1, -1], GREEDY, "latency_sensitive", "prompt", "out of range"),
+        ([1, "a"], GREEDY, "latency_sensitive", "prompt", "out of range"),
+        ([1] * 600, GREEDY, "latency_sensitive", "prompt", "max_model_len 512"),
+        ([1] * 505, GREEDY, "best_effort", "max_tokens", "max_model_len 512"),
+        ("hello", GREEDY, "urgent", "service_class", "known classes: latency_sensitive, best_effort"),
+        ("hello", SamplingParams(stop_token_ids=[10**9]), "best_effort", "stop_token_ids", "out of range"),
+    ],
+)
+def test_a_bad_request_names_field_and_limit_and_disturbs_nobody(
+    llm: LLM, prompt: Any, params: SamplingParams, service_class: str, field: str, says: str
+) -> None:
+    with ThreadPoolExecutor() as pool:
+        neighbour = pool.submit(llm.generate, "The sky is", GREEDY, "best_effort")
+        with pytest.raises(RequestError, match=says) as caught:
+            llm.generate([prompt], params, service_class)
+        assert caught.value.field == field
+        (output,) = neighbour.result()
+    assert len(output.token_ids) == GREEDY.max_tokens
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"max_tokens": 0},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"stop": [""]},
+        {"stop_token_ids": [-3]},
+        {"seed": -1},
+    ],
+)
+def test_bad_sampling_params_are_refused_by_name(bad: dict[str, Any]) -> None:
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(**bad)
+    assert caught.value.field == next(iter(bad))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"colour": "red"}, "unknown setting colour"),
+        ({"page_size": 0}, "page_size"),
+        ({"host_offload": "sometimes"}, "auto, always, never"),
+        ({"reentry": "later"}, "same_iteration"),
+        ({"dtype": "int3"}, "dtype"),
+        ({"device": "cuda"}, "not supported yet"),
+        ({"watermark": 1.5}, "watermark"),
+        ({"device_threads": 10_000}, "CPUs are available"),
+        ({"max_model_len": 10**6}, "positions"),
+        ({"device_memory_bytes": 1000}, "at least 2 pages"),
+    ],
+)
+def test_a_bad_setting_is_refused_by_name(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        LLM(**settings)
+
+
+def test_an_unknown_model_names_what_is_there() -> None:
+    with pytest.raises(ModelError, match="smollm2-135m"):
+        LLM("no-such-model")
+
+
+def test_memory_too_small_for_one_request_is_said_at_acceptance() -> None:
+    with LLM(device_memory_bytes=4 << 20, host_offload="never", max_model_len=512) as small:
+        with pytest.raises(RequestError, match="device_memory_bytes"):
+            small.generate([[1] * 200], GREEDY)
+        assert len(small.generate([[1] * 20], GREEDY)[0].token_ids) == GREEDY.max_tokens
+
+
+def test_stop_strings_end_the_text_before_them(llm: LLM) -> None:
+    (free,) = llm.generate("The capital of France is", SamplingParams(max_tokens=24, ignore_eos=True))
+    stop = free.text[8:13]
+    params = SamplingParams(max_tokens=24, ignore_eos=True, stop=stop)
+    seen: list[str] = []
+    (output,) = llm.generate(
+        "The capital of France is", params, on_progress=lambda _, partial: seen.append(partial.text)
+    )
+    assert output.finish_reason == "stop"
+    assert output.text == free.text[: free.text.index(stop)]
+    assert all(output.text.startswith(text) for text in seen), "text once given never shrinks"
+
+
+def test_stop_token_ids_end_at_that_token(llm: LLM) -> None:
+    (free,) = llm.generate("Once upon a time", GREEDY)
+    stop_id = free.token_ids[5]
+    params = SamplingParams(max_tokens=12, ignore_eos=True, stop_token_ids=[stop_id])
+    (output,) = llm.generate("Once upon a time", params)
+    assert output.finish_reason == "stop"
+    assert output.token_ids == free.token_ids[: free.token_ids.index(stop_id) + 1]
+
+
+def test_a_seed_gives_the_same_text_in_any_company(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=12, temperature=1.0, seed=5, ignore_eos=True)
+    (alone,) = llm.generate("The weather today", params)
+    crowd = llm.generate(["The weather today"] + ["Hello"] * 5, params, ["best_effort"] * 6)
+    assert crowd[0].token_ids == alone.token_ids
+    other = SamplingParams(max_tokens=12, temperature=1.0, seed=6, ignore_eos=True)
+    assert llm.generate("The weather today", other)[0].token_ids != alone.token_ids
+
+
+def test_calls_from_several_threads_run_at_once(llm: LLM) -> None:
+    prompts = [f"Number {i} is" for i in range(8)]
+    expected = [o.token_ids for o in llm.generate(prompts, GREEDY)]
+    with ThreadPoolExecutor(8) as pool:
+        calls = [
+            pool.submit(llm.generate, p, GREEDY, c)
+            for p, c in zip(prompts, ["latency_sensitive", "best_effort"] * 4, strict=True)
+        ]
+        assert [call.result()[0].token_ids for call in calls] == expected
+
+
+def test_stats_count_lanes_and_pages_by_owner(llm: LLM) -> None:
+    before = llm.stats()
+    llm.generate(["A", "B"], GREEDY, "best_effort")
+    after = llm.stats()
+    assert after["num_lane_tokens"] - before["num_lane_tokens"] == 2 * (GREEDY.max_tokens - 1)
+    layers = 30
+    assert after["lane_entries"] - before["lane_entries"] == 2 * (GREEDY.max_tokens - 1) * layers
+    for name in ("same_iteration_entries", "lane_passes", "device_wait_s", "starved_s", "host_busy_share"):
+        assert name in after
+    pages = after["pages"]
+    assert pages["device_free"] == pages["device_total"]
+    assert pages["host_lanes"] == 0
+
+
+def test_abort_by_id_ends_the_iterator_with_its_reason() -> None:
+    async def scenario() -> None:
+        engine = AsyncLLM(host_offload="never", max_model_len=512)
+        try:
+            outputs = []
+            params = SamplingParams(max_tokens=400, ignore_eos=True)
+            async for output in engine.submit("Hello", params, request_id="mine"):
+                outputs.append(output)
+                if len(outputs) == 3:
+                    assert await engine.abort("mine")
+            assert outputs[-1].finish_reason == "abort"
+            assert len(outputs) < 50
+            assert not await engine.abort("mine")
+        finally:
+            engine.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_stop_string_across_tokens_is_found(smollm2_path: Any) -> None:
+    tokenizer = Tokenizer(smollm2_path)
+    ids = tokenizer.encode("The quick brown fox jumps over")
+    progress = Progress(tokenizer, "r", [1], SamplingParams(stop="ck brown f"), 0.0)
+    outputs = []
+    for token in ids:
+        outputs.append(progress.push(Token(0, token)))
+        if progress.is_finished:
+            break
+    assert outputs[-1].text == "The qui"
+    assert outputs[-1].finish_reason == "stop"
+
+
+def test_threads_never_exceed_the_cpus_and_sides_do_not_overlap() -> None:
+    split = split_cpus(EngineConfig(), cpus=[0, 1, 2, 3, 4])
+    assert set(split.device_cpus) & set(split.host_cpus) == set()
+    assert split_cpus(EngineConfig(host_offload="never"), cpus=[3, 5]).device_cpus == (3, 5)
+    assert split_cpus(EngineConfig(device_threads=3), cpus=[0, 1, 2, 3]).host_cpus == (3,)
+    with pytest.raises(ConfigError, match="device_threads"):
+        split_cpus(EngineConfig(device_threads=3, host_threads=2), cpus=[0, 1, 2, 3])

@@ -1,0 +1,80 @@
+"""Every token of SmolLM2 equals transformers', whatever happens to the requests (float32; DESIGN 5)."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from engine.driver import Subject
+from engine.prompts import LENGTHS, Pool, pool_of, text_of
+from engine.scenarios import SCENARIOS, Settings, few_lengths, serve
+from omniserve.config import Reentry
+
+REENTRIES: tuple[Reentry, ...] = ("same_iteration", "next_iteration")
+CHUNKS = (16, 64, 512)
+# (page_size, host_page_size): equal, either one the larger, and one that does not divide the other.
+PAGES = ((16, 16), (8, 16), (16, 8), (8, 5))
+AXES = (tuple(SCENARIOS), REENTRIES, CHUNKS, PAGES)
+Case = tuple[str, Reentry, int, tuple[int, int]]
+MATRIX: list[Case] = list(itertools.product(*AXES))
+
+
+def pairs_of(case: Case) -> set[tuple[int, object, int, object]]:
+    """All pairs of settings that a case tries together."""
+    return {(i, case[i], j, case[j]) for i, j in itertools.combinations(range(len(case)), 2)}
+
+
+def pairwise(cases: list[Case]) -> list[Case]:
+    """A small part of `cases` in which every pair of settings still occurs: always the one with most new pairs."""
+    missing = set().union(*map(pairs_of, cases))
+    chosen = []
+    while missing:
+        chosen.append(max(cases, key=lambda case: len(pairs_of(case) & missing)))
+        missing -= pairs_of(chosen[-1])
+    return chosen
+
+
+def name_of(case: Case) -> str:
+    scenario, reentry, chunk, (page_size, host_page_size) = case
+    return f"{scenario}-{reentry}-chunk{chunk}-page{page_size}-host_page{host_page_size}"
+
+
+@pytest.fixture(scope="module")
+def pool(smollm2_path: Path) -> Pool:
+    from omniserve.model.tokenizer import Tokenizer
+
+    return pool_of(Tokenizer(smollm2_path).encode(text_of(4)))
+
+
+def serve_case(smollm2: Subject, pool: Pool, case: Case, lengths: list[int]) -> None:
+    scenario, reentry, chunk, (page_size, host_page_size) = case
+    settings = Settings(reentry, chunk, page_size, host_page_size)
+    serve(smollm2, SCENARIOS[scenario](pool, settings, lengths, random.Random(name_of(case))), settings)
+
+
+@pytest.mark.parametrize("case", pairwise(MATRIX), ids=name_of)
+def test_tokens_equal_in_every_pair_of_settings(smollm2: Subject, pool: Pool, case: Case) -> None:
+    serve_case(smollm2, pool, case, few_lengths(random.Random(name_of(case))))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", MATRIX, ids=name_of)
+def test_tokens_equal_in_the_whole_matrix(smollm2: Subject, pool: Pool, case: Case) -> None:
+    serve_case(smollm2, pool, case, list(LENGTHS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["ls_alone", "be_always", "mixed"])
+def test_all_prompts_from_1_to_1500_tokens_at_once(smollm2: Subject, pool: Pool, scenario: str) -> None:
+    assert len(LENGTHS) >= 24
+    serve_case(smollm2, pool, (scenario, "same_iteration", 64, (16, 16)), list(LENGTHS))
+
+
+def test_tokens_equal_when_the_device_waits_for_lanes(smollm2: Subject, pool: Pool) -> None:
+    assert "wait" in get_args(Reentry)
+    lengths = few_lengths(random.Random(1), 6)
+    serve_case(smollm2, pool, ("mixed", "wait", 64, (16, 16)), lengths)
