@@ -21,7 +21,7 @@ from omniserve.engine.loop import Engine
 from omniserve.host.supervisor import Host, HostSupervisor
 from omniserve.model.decoder import Decoder
 from omniserve.model.loading import load_decoder
-from omniserve.policy.state import Phase
+from omniserve.policy.request import Phase
 from omniserve.types import SamplingParams
 
 MAX_STEPS = 20_000

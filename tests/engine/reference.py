@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omniserve.config import available_cpus
-
 TIE = 1e-3
 # Measured on all scenarios: below 1e-5 of the scale; a wrong or missing KV entry costs 1e-2 and more.
 LOGIT_TOLERANCE = 2e-4
@@ -89,7 +87,7 @@ class Reference:
         key = tuple(prompt), tuple(ours)
         if key not in self._forced:
             ids = torch.tensor([[*prompt, *ours[:-1]]])
-            with torch.inference_mode(), all_threads():
+            with torch.inference_mode(), one_thread():
                 self._forced[key] = self.model(ids, logits_to_keep=len(ours)).logits[0].float()
         return self._forced[key]
 
@@ -133,7 +131,7 @@ class Reference:
         run = self._runs.get(prompt)
         if run is None or len(run.tokens) < max_new_tokens:
             ids = torch.tensor([prompt])
-            with torch.inference_mode(), all_threads():
+            with torch.inference_mode(), one_thread():
                 out = self.model.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),
@@ -148,10 +146,11 @@ class Reference:
 
 
 @contextmanager
-def all_threads() -> Iterator[None]:
-    """torch on every usable CPU for a while: no engine is running then."""
+def one_thread() -> Iterator[None]:
+    """torch on one thread for a while: rounding is the same on every machine, and a busy one makes no call wait
+    for a thread that is not running."""
     before = torch.get_num_threads()
-    torch.set_num_threads(len(available_cpus()))
+    torch.set_num_threads(1)
     try:
         yield
     finally:

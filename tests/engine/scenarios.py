@@ -17,7 +17,7 @@ from engine.prompts import SHORT_LENGTHS, Pool
 from omniserve.config import EngineConfig, Reentry
 from omniserve.engine.loop import Engine
 from omniserve.host.supervisor import HostSupervisor
-from omniserve.policy.state import Phase
+from omniserve.policy.request import Phase
 
 ROOMY_TOKENS = 8192
 

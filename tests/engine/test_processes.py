@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from engine.reference import Reference
 from omniserve import LLM, EngineDeadError, RequestOutput, SamplingParams
 from omniserve.engine.async_llm import AsyncLLM
 
@@ -86,17 +87,17 @@ def stopped(pid: int) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def solo(reference: Any) -> dict[str, Any]:
-    """Checks outputs token by token against transformers (tie rule of reference.py)."""
-    return {"check": reference.check}
+def reference(smollm2_path: Path) -> Reference:
+    """transformers on the same weights."""
+    return Reference(smollm2_path)
 
 
-def assert_exact(reference: Any, outputs: list[RequestOutput]) -> None:
+def assert_exact(reference: Reference, outputs: list[RequestOutput]) -> None:
     for output in outputs:
         reference.check(output.prompt_token_ids, output.token_ids)
 
 
-def frozen_host(reentry: str, reference: Any) -> bool:
+def frozen_host(reentry: str, reference: Reference) -> bool:
     """Chat while the host is stopped with lanes in flight; returns whether chat finished before SIGCONT.
 
     Whatever happened, lanes must yield nothing while frozen, and every token of chat and batch be exact.
@@ -126,15 +127,15 @@ def frozen_host(reentry: str, reference: Any) -> bool:
 
 
 @pytest.mark.parametrize("reentry", ["same_iteration", "next_iteration"])
-def test_chat_goes_on_token_exact_while_the_host_is_stopped(reentry: str, reference: Any) -> None:
+def test_chat_goes_on_token_exact_while_the_host_is_stopped(reentry: str, reference: Reference) -> None:
     assert frozen_host(reentry, reference)
 
 
-def test_the_synchronous_rule_fails_where_ours_goes_on(reference: Any) -> None:
+def test_the_synchronous_rule_fails_where_ours_goes_on(reference: Reference) -> None:
     assert not frozen_host("wait", reference)
 
 
-def test_a_killed_host_costs_lanes_a_prefill_and_chat_nothing(reference: Any) -> None:
+def test_a_killed_host_costs_lanes_a_prefill_and_chat_nothing(reference: Reference) -> None:
     with LLM(host_offload="always", max_num_batched_tokens=32) as llm:
         batch = Background(llm, BATCH, LONG, "best_effort")
         chat = Background(llm, CHAT, LONG, "latency_sensitive")

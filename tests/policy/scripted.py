@@ -7,37 +7,34 @@ from dataclasses import dataclass, field
 
 from omniserve.policy.latency import FixedBudget
 from omniserve.policy.plan import NewToken, Step, StepResult
+from omniserve.policy.request import Limits, Phase, Request
 from omniserve.policy.scheduler import schedule
-from omniserve.policy.state import Limits, Phase, Request, State
+from omniserve.policy.state import State
 
 NUM_LAYERS = 2
 
 
 def make_limits(**changes: object) -> Limits:
-    values: dict[str, object] = dict(
-        num_layers=NUM_LAYERS,
-        num_device_pages=12,
-        num_host_pages=16,
-        page_size=4,
-        host_page_size=4,
-        watermark_pages=1,
-        max_num_seqs=8,
-        max_lanes=4,
-        max_lane_rows=3,
-        num_frames=4,
-        max_copies_per_step=3,
-        host_offload="auto",
-    )
+    values: dict[str, object] = {
+        "num_layers": NUM_LAYERS,
+        "num_device_pages": 12,
+        "num_host_pages": 16,
+        "page_size": 4,
+        "host_page_size": 4,
+        "watermark_pages": 1,
+        "max_num_seqs": 8,
+        "max_lanes": 4,
+        "max_lane_rows": 3,
+        "num_frames": 4,
+        "max_copies_per_step": 3,
+        "host_offload": "auto",
+    }
     return Limits(**(values | changes))  # type: ignore[arg-type]
 
 
 @dataclass
 class World:
-    """State plus what the outside knows: tokens still owed, tasks and copies under way.
-
-    Content of the KV is modelled by what each page was last written with, so that a row that reads a page
-    somebody else wrote is noticed.
-    """
+    """State plus what the outside knows: tokens still owed, tasks and copies under way."""
 
     limits: Limits
     chunk_tokens: int = 8
@@ -48,7 +45,6 @@ class World:
     slot_request: dict[int, int] = field(default_factory=dict)
     cancelled: set[int] = field(default_factory=set)
     copies: dict[int, tuple[str, int]] = field(default_factory=dict)
-    device_kv: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     finished: list[int] = field(default_factory=list)
     next_id: int = 0
 
@@ -85,7 +81,10 @@ class World:
             self.cancelled.add(slot)
 
     def step(self, host_serves: Callable[[str, int], bool] = lambda kind, key: True) -> bool:
-        """One scheduler step; `host_serves(kind, id)` decides what the host gets done. False: nothing to do."""
+        """One scheduler step; `host_serves(kind, id)` decides what the host gets done.
+
+        False when there is nothing to do.
+        """
         plan = schedule(self.state, 0.0, self.cost)
         if plan.is_empty and not self.lane_progress and not self.copies:
             return False

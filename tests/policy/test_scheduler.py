@@ -12,9 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from omniserve.policy.latency import FixedBudget
 from omniserve.policy.plan import Drop, SwapIn
+from omniserve.policy.request import Phase
 from omniserve.policy.scheduler import schedule
-from omniserve.policy.state import Phase, State
-from tests.policy.scripted import World, make_limits
+from omniserve.policy.state import State
+from policy.scripted import World, make_limits
 
 
 def test_policy_imports_no_torch() -> None:

@@ -27,7 +27,7 @@ from omniserve.model.decoder import Decoder
 from omniserve.model.families import ModelConfig, read_model_config
 from omniserve.model.loading import load_decoder
 from omniserve.policy.latency import CostModel, FixedBudget
-from omniserve.policy.state import Limits
+from omniserve.policy.request import Limits
 
 MAX_DEFAULT_MODEL_LEN = 8192
 # Staging frames between device and host: pages in flight at once.

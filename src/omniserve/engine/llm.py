@@ -100,7 +100,12 @@ class LLM:
         self.close()
 
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
 
     def _run_batch(
         self,
@@ -126,7 +131,13 @@ class LLM:
             return last
 
         async def run_all() -> list[RequestOutput]:
-            return list(await asyncio.gather(*(run_one(i) for i in range(len(batch)))))
+            tasks = [asyncio.create_task(run_one(i)) for i in range(len(batch))]
+            try:
+                return list(await asyncio.gather(*tasks))
+            finally:  # one failed, or the caller was interrupted: the others must not run on
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
 
         return self._call(run_all())
 

@@ -14,8 +14,9 @@ from omniserve.engine.records import Record
 from omniserve.host.supervisor import Host
 from omniserve.policy.latency import CostModel
 from omniserve.policy.plan import NewToken, StepResult
+from omniserve.policy.request import Limits, Phase, Request
 from omniserve.policy.scheduler import schedule
-from omniserve.policy.state import Limits, Phase, Request, State
+from omniserve.policy.state import State
 from omniserve.types import SamplingParams, service_class_named
 
 # Longest sleep without any event: a net under lost wake-ups, not a polling interval.
@@ -174,6 +175,7 @@ class Engine:
         for name in ("num_dropped", "num_displaced", "num_swapped_in", "num_broken_promises"):
             stats[name] = getattr(state, name)
         stats["host_deaths"] = self._host_deaths
+        stats["host_pid"] = None if self.host is None else self.host.pid
         stats["host_state"] = self._host_state()
         stats["requests"] = {
             phase.value: len(state.in_phase(phase)) for phase in Phase if phase is not Phase.FINISHED
@@ -186,7 +188,7 @@ class Engine:
         """What the port and the host's workers counted since this host came up."""
         names = ("lane_entries", "same_iteration_entries", "cancelled_rows", "landed_pages", "fetched_pages")
         if self.executor.segment is None:
-            return {**dict.fromkeys(names, 0), "host_busy_s": 0.0, "host_busy_share": 0.0, "host_pid": None}
+            return {**dict.fromkeys(names, 0), "host_busy_s": 0.0, "host_busy_share": 0.0}
         port: Mapping[str, Any] = self.executor.segment.port.stats()
         workers = port["workers"]
         busy_s = sum(w["busy_s"] for w in workers)
@@ -194,7 +196,6 @@ class Engine:
             **{name: port[name] for name in names},
             "host_busy_s": busy_s,
             "host_busy_share": busy_s / (max(1, len(workers)) * elapsed_s),
-            "host_pid": port["host_pid"],
             "host_kv_bytes_read": sum(w["kv_bytes_read"] for w in workers),
         }
 

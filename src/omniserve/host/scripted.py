@@ -6,6 +6,8 @@ cancel. The engine cannot tell the difference.
 
 from __future__ import annotations
 
+import os
+
 import omniserve._native as _native
 from omniserve.host.segment import LaneSegment
 from omniserve.host.supervisor import HostEvent
@@ -23,6 +25,10 @@ class ScriptedHost:
         self.segment = LaneSegment(self._geometry)
         self.workers = _native.HostWorkers(self.segment.address, self.segment.event_fd, [], 0)
         self._news.append("started")
+
+    @property
+    def pid(self) -> int:
+        return os.getpid()
 
     def poll(self) -> HostEvent | None:
         return self._news.pop(0) if self._news else None

@@ -22,6 +22,11 @@ class Host(Protocol):
 
     segment: LaneSegment
 
+    @property
+    def pid(self) -> int:
+        """Process id of the present host."""
+        ...
+
     def poll(self) -> HostEvent | None:
         """News since the last call: it is ready, it is gone (another one is starting), or gone for good."""
         ...

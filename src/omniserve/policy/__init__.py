@@ -2,7 +2,8 @@
 
 pages.py      ids of KV pages and who owns them
 plan.py       what one scheduler step decides (plans) and what the engine carries out (steps, results)
-state.py      requests, their KV residence, and the only code that changes either
+request.py    one request, its residence, and the limits everything keeps to
+state.py      all requests and both pools, and the only code that changes them
 scheduler.py  schedule(state, now, cost) -> plan
 residence.py  who makes room, who moves, who comes back
 lanes.py      which lanes enter, which pass runs next

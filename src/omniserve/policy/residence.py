@@ -19,7 +19,8 @@ from omniserve.policy.plan import (
     SwapIn,
     Unmirror,
 )
-from omniserve.policy.state import Phase, Request, State, requests_worse_than
+from omniserve.policy.request import Phase, Request, requests_worse_than
+from omniserve.policy.state import State
 
 
 class Room:
@@ -64,9 +65,14 @@ class Room:
         return max(0, self.state.host.pages_for(num_tokens) - self.host_pages_of(request))
 
     def can_displace(self, request: Request) -> bool:
-        """Whether the request can start to move now: it decodes, a slot and host pages are free."""
+        """Whether the request can start to move now: it decodes, a slot and host pages are free.
+
+        One that the host could not hold to its last token stays on the device.
+        """
+        longest = self.state.host.pages_for(request.num_prompt + request.max_tokens)
         return (
             self.host_usable
+            and longest <= self.limits.num_host_pages
             and request.phase is Phase.DEVICE
             and request.id not in self.leaving
             and self.free_slots > 0

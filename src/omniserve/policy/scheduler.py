@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from omniserve.policy.latency import CostModel, WalkLoad
 from omniserve.policy.plan import Chunk, Plan
+from omniserve.policy.request import Phase, Request
 from omniserve.policy.residence import Room
-from omniserve.policy.state import Phase, Request, State
+from omniserve.policy.state import State
 
 
 def schedule(state: State, now: float, cost: CostModel) -> Plan:
@@ -37,6 +38,12 @@ class _Planner:
         self.oldest_best_effort = min(
             (r.order for r in state.requests.values() if r.best_effort), default=None
         )
+
+    def _oldest_best_effort(self) -> tuple[int, int] | None:
+        """Its place in line: this request is never a victim of another best-effort one."""
+        waiting = next((r for r in self.state.first_waiting() if r.best_effort), None)
+        active = [r for r in self.state.active.values() if r.best_effort]
+        return min((r.order for r in (*active, waiting) if r is not None), default=None)
 
     def plan(self) -> Plan:
         running = self.state.in_phase(Phase.DEVICE)

@@ -33,6 +33,7 @@ TEST(a_cancelled_row_is_acknowledged_and_its_result_never_seen) {
     CHECK(!rig.port.cancel(0));
     CHECK(rig.port.drained().empty());
     rig.serve_all();
+    CHECK(rig.host.header().workers[0].stale_tasks == 1 && rig.host.header().workers[0].tasks == 0);
     CHECK(rig.take(1, 5).slots.empty());
     CHECK(rig.port.drained() == std::vector<int32_t>({0}));
     rig.open_lane(0);

@@ -1,0 +1,103 @@
+"""One request as the policy sees it, what it holds on the host, and the sizes everything keeps to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+
+class Phase(StrEnum):
+    WAITING = "waiting"
+    PREFILL = "prefill"
+    DEVICE = "device"
+    MOVING_OUT = "moving_out"
+    LANE = "lane"
+    MOVING_IN = "moving_in"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Sizes the policy works within. Pages, tokens and rows; frames are staging pages in flight."""
+
+    num_layers: int
+    num_device_pages: int
+    num_host_pages: int
+    page_size: int
+    host_page_size: int
+    watermark_pages: int
+    max_num_seqs: int
+    max_lanes: int
+    max_lane_rows: int
+    num_frames: int
+    max_copies_per_step: int
+    host_offload: Literal["auto", "always", "never"]
+
+
+@dataclass(slots=True)
+class HostShare:
+    """What one request holds on the host.
+
+    copied_tokens: prefix handed to copying. unstaged, unlanded, unfetched: copy id -> first token of copies
+    that have not left the device page, not arrived on the host, not come back. in_flight: a row of the slot
+    is between exit and the end of its token. known_pages: pages the executor has been told.
+    """
+
+    pages: list[int] = field(default_factory=list)
+    slot: int | None = None
+    copied_tokens: int = 0
+    unstaged: dict[int, int] = field(default_factory=dict)
+    unlanded: dict[int, int] = field(default_factory=dict)
+    unfetched: dict[int, int] = field(default_factory=dict)
+    in_flight: bool = False
+    known_pages: int = 0
+
+    @property
+    def staged_tokens(self) -> int:
+        return min(self.unstaged.values(), default=self.copied_tokens)
+
+    @property
+    def is_busy(self) -> bool:
+        """Host work still touches the pages or the slot."""
+        return bool(self.unlanded or self.unfetched or self.in_flight)
+
+
+@dataclass(slots=True)
+class Request:
+    """One request as the policy sees it. `id` is its arrival number; it never changes.
+
+    device_pages: pages from index `num_released` on (a request moving out gives up leading pages first).
+    incoming_pages: device pages reserved for a lane that comes back; fetched_tokens: prefix asked for.
+    """
+
+    id: int
+    rank: int
+    best_effort: bool
+    num_prompt: int
+    max_tokens: int
+    num_tokens: int
+    kv_tokens: int = 0
+    phase: Phase = Phase.WAITING
+    device_pages: list[int] = field(default_factory=list)
+    num_released: int = 0
+    host: HostShare | None = None
+    incoming_pages: list[int] = field(default_factory=list)
+    fetched_tokens: int = 0
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who goes first: lower rank, then earlier arrival."""
+        return (self.rank, self.id)
+
+    @property
+    def share(self) -> HostShare:
+        assert self.host is not None, f"request {self.id} holds nothing on the host"
+        return self.host
+
+
+def requests_worse_than(requests: Iterable[Request], other: Request) -> list[Request]:
+    """Those that must give way to `other`: higher rank or later arrival; the last in line first."""
+    worse = [r for r in requests if r.order > other.order]
+    return sorted(worse, key=lambda r: r.order, reverse=True)
