@@ -35,9 +35,7 @@ class _Planner:
         self.decodes: list[int] = []
         self.chunks: list[Chunk] = []
         self.lane_starts: list[int] = []
-        self.oldest_best_effort = min(
-            (r.order for r in state.requests.values() if r.best_effort), default=None
-        )
+        self.oldest_best_effort = self._oldest_best_effort()
 
     def _oldest_best_effort(self) -> tuple[int, int] | None:
         """Its place in line: this request is never a victim of another best-effort one."""
