@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from omniserve import _native as native
+from omniserve.policy.lanes import WaitingLane, take
 
 NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, HIDDEN = 3, 4, 2, 64, 24
 HOST_PAGE, DEVICE_PAGE, MAX_LANES, PAGES_PER_LANE = 4, 6, 4, 6
@@ -621,18 +622,16 @@ class LaneMachine(RuleBasedStateMachine):
 
     @rule(layer=layers, cap=st.integers(0, MAX_LANES), same_iteration=st.booleans())
     def take(self, layer: int, cap: int, same_iteration: bool) -> None:
-        may = [
-            entry
-            for entry in self.waiting
-            if entry[1] == layer
-            and entry[0] in self.served
-            and (same_iteration or not self.in_walk or entry[2] < self.iteration)
-        ][:cap]
-        assert self.rig.take(layer, cap, same_iteration) == [slot for slot, _, _ in may]
-        for entry in may:
-            self.waiting.remove(entry)
-            self.served.remove(entry[0])
-            self.advance(entry[0], layer)
+        """The native rule is the policy's own; outside walks no row is too young."""
+        here = [entry for entry in self.waiting if entry[1] == layer]
+        lanes = [WaitingLane(slot, born, slot in self.served) for slot, _, born in here]
+        now = self.iteration if self.in_walk else self.iteration + 1
+        entering = take(lanes, cap, now, same_iteration)
+        assert self.rig.take(layer, cap, same_iteration) == entering
+        self.waiting = [entry for entry in self.waiting if entry[0] not in entering]
+        for slot in entering:
+            self.served.remove(slot)
+            self.advance(slot, layer)
 
     def advance(self, slot: int, layer: int) -> None:
         self.idle[slot] = (layer + 1) % NUM_LAYERS
