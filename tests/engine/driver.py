@@ -217,7 +217,7 @@ def assert_nothing_is_left(engine: Engine) -> None:
 
 
 def assert_exact(subject: Subject, outcome: Outcome) -> None:
-    """Every token and every logit is the reference's, and the device never waited for the host."""
+    """Every token and every logit is the reference's."""
     for i, arrival in enumerate(outcome.arrivals):
         assert len(outcome.tokens[i]) == arrival.max_tokens
         subject.reference.check(arrival.prompt, outcome.tokens[i])

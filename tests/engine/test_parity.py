@@ -38,9 +38,13 @@ def pairwise(cases: list[Case]) -> list[Case]:
     return chosen
 
 
+def settings_of(case: Case) -> Settings:
+    _, reentry, chunk, (page_size, host_page_size) = case
+    return Settings(reentry, chunk, page_size, host_page_size)
+
+
 def name_of(case: Case) -> str:
-    scenario, reentry, chunk, (page_size, host_page_size) = case
-    return f"{scenario}-{reentry}-chunk{chunk}-page{page_size}-host_page{host_page_size}"
+    return f"{case[0]}-{settings_of(case)}"
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +55,8 @@ def pool(smollm2_path: Path) -> Pool:
 
 
 def serve_case(smollm2: Subject, pool: Pool, case: Case, lengths: list[int]) -> None:
-    scenario, reentry, chunk, (page_size, host_page_size) = case
-    settings = Settings(reentry, chunk, page_size, host_page_size)
-    serve(smollm2, SCENARIOS[scenario](pool, settings, lengths, random.Random(name_of(case))), settings)
+    settings = settings_of(case)
+    serve(smollm2, SCENARIOS[case[0]](pool, settings, lengths, random.Random(name_of(case))), settings)
 
 
 @pytest.mark.parametrize("case", pairwise(MATRIX), ids=name_of)

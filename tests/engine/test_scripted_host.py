@@ -77,13 +77,13 @@ class LoseHost:
 class Turn:
     """What happens before a step, and between the layers of its walk.
 
-    serve, copies: which of the pending tasks and copies are served, by index. during: the same for one task
-    after the device attention of each layer (None: none).
+    serve, copies: which of the pending tasks and copies are served, by index; then comes the event. during:
+    one task to serve after the device attention of each layer (None: none).
     """
 
-    event: Arrive | Abort | LoseHost | None
     serve: list[int]
     copies: list[int]
+    event: Arrive | Abort | LoseHost | None
     during: list[int | None]
 
 
@@ -139,12 +139,12 @@ def play(subject: Subject, config: dict[str, Any], arrivals: list[Arrive], turns
 
 
 def take(run: ScriptedEngine, turn: Turn) -> None:
-    if turn.event is not None:
-        happen(run, turn.event)
     for index in turn.serve:
         run.serve(index)
     for index in turn.copies:
         run.serve_copy(index)
+    if turn.event is not None:
+        happen(run, turn.event)
     waiting = list(turn.during)
 
     def during(layer: int) -> None:
@@ -231,7 +231,7 @@ def crowd(subject: Subject, rng: random.Random, seen: Counter[tuple[str, Phase]]
             event = Arrive(rng.randrange(NUM_TEXTS), length, max_tokens, rng.choice([BE, BE, LS]))
         serve = [rng.randrange(8) for _ in range(rng.randrange(4))]
         copies = [0] if rng.random() < copy_rate else []
-        take(run, Turn(event, serve, copies, []))
+        take(run, Turn(serve, copies, event, []))
         state = run.engine.state
         for name, pool in (("device", state.device), ("host", state.host)):
             if pool.num_free == 0:

@@ -340,7 +340,7 @@ def test_a_write_outside_the_store_changes_nothing() -> None:
     for page_ids, offsets, message in (
         ([0, 3], [0, 0], r"page 3 is outside 0 \.\. 2"),
         ([0, -1], [0, 0], r"page -1 is outside"),
-        ([0, 1], [0, 16], r"token 16 is outside a page of 16"),
+        ([0, 1], [0, 16], r"token 16 is outside 0 \.\. 15"),
     ):
         ids, at = np.array(page_ids, np.int32), np.array(offsets, np.int32)
         with pytest.raises(ValueError, match=message):
@@ -358,8 +358,8 @@ def test_a_write_outside_the_store_changes_nothing() -> None:
     [
         ({"head_dim": 32}, "head_dim must be a multiple of 8 from 64 to 256, not 32"),
         ({"head_dim": 100}, "head_dim must be a multiple of 8 from 64 to 256, not 100"),
-        ({"page_size": 0}, "page_size must be at least 1 token, not 0"),
-        ({"num_kv_heads": 0}, "num_kv_heads must be at least 1, not 0"),
+        ({"page_size": 0}, "page_size must be from 1 to 1048576, not 0"),
+        ({"num_kv_heads": 0}, "num_kv_heads must be from 1 to 65536, not 0"),
         ({"dtype": "int8"}, "dtype must be float32, bfloat16 or float16, not int8"),
     ],
 )

@@ -3,7 +3,7 @@
 //     using T                                     storage type of one KV element
 //     scores(tile, ...)                           scores[group][kScoreStride] of the tile's tokens
 //     softmax(row, count, m, l)                   turns a score row into weights, returns the factor for older sums
-//     accumulate(tile, next, ...)                 acc[group][head_dim] = acc * rescale + weights * V; prefetches next's K
+//     accumulate(tile, next, ...)                 acc[group][head_dim] = acc * rescale + weights * V; fetches next's K
 //
 // Everything is in an unnamed namespace and avoids std:: functions: code compiled for AVX2 must never be what the
 // linker keeps for callers on a CPU without it.

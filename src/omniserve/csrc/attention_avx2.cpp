@@ -182,17 +182,41 @@ struct Avx2Ops {
         return rescale;
     }
 
+    /// Bytes to prefetch while a run is summed.
+    struct Ahead {
+        const char* at = nullptr;
+        const char* end = nullptr;
+    };
+
+    /// K of dimensions [dim, dim + num_dims) of the next tile's run r. In a run that is a whole page they are one
+    /// stretch, left to the caller to fetch a line at a time: a burst of prefetches outruns the miss buffers of a core
+    /// and is dropped. Rows of a part of a page lie apart and are prefetched here.
+    static Ahead k_ahead(const Tile<T>* next, int r, int page_size, int dim, int num_dims) {
+        if (!next || r >= next->num_runs) return {};
+        const Run<T>& run = next->runs[r];
+        const T* k = run.k + size_t(dim) * page_size;
+        if (run.count == page_size)
+            return {reinterpret_cast<const char*>(k), reinterpret_cast<const char*>(k + size_t(num_dims) * page_size)};
+        for (int d = 0; d < num_dims; ++d, k += page_size)
+            for (int t = 0; t < run.count; t += 64 / int(sizeof(T))) _mm_prefetch(k + t, _MM_HINT_T0);
+        return {};
+    }
+
     /// Values of 16 * kUnits dimensions from `dim` on, summed over the tile for kGroup queries.
     template <int kGroup, int kUnits>
-    static void sum_values(const Tile<T>& tile, int dim, int head_dim, const float* weights, const float* rescale,
-                           float* acc) {
+    static void sum_values(const Tile<T>& tile, const Tile<T>* next, int page_size, int dim, int head_dim,
+                           const float* weights, const float* rescale, float* acc) {
+        constexpr int kLines = (kUnits * 16 * int(sizeof(T)) + 63) / 64;  // K of as many dimensions, per token
         Pair sum[kGroup][kUnits];
         for (auto& part : sum)
             for (Pair& pair : part) pair = {_mm256_setzero_ps(), _mm256_setzero_ps()};
         const float* weight = weights;
         for (int r = 0; r < tile.num_runs; ++r) {
+            Ahead ahead = k_ahead(next, r, page_size, dim, kUnits * 16);
             const T* v = tile.runs[r].v + dim;
             for (int t = 0; t < tile.runs[r].count; ++t, ++weight, v += head_dim) {
+                for (int i = 0; i < kLines && ahead.at < ahead.end; ++i, ahead.at += 64)
+                    _mm_prefetch(ahead.at, _MM_HINT_T0);
 #pragma GCC unroll 4
                 for (int u = 0; u < kUnits; ++u) {
                     const Pair x = S::load16(v + u * 16);
@@ -227,17 +251,6 @@ struct Avx2Ops {
         _mm256_storeu_ps(acc + dim, sum);
     }
 
-    /// Prefetches dimensions [first, last) of the K columns of one run.
-    static void prefetch_k(const Run<T>& run, int page_size, int first, int last) {
-        const int row_bytes = page_size * int(sizeof(T));
-        const int run_bytes = run.count * int(sizeof(T));
-        const int step = row_bytes >= 64 ? 1 : 64 / row_bytes;
-        for (int d = first; d < last; d += step) {
-            const char* row = reinterpret_cast<const char*>(run.k + size_t(d) * page_size);
-            for (int byte = 0; byte == 0 || byte < run_bytes; byte += 64) _mm_prefetch(row + byte, _MM_HINT_T0);
-        }
-    }
-
     template <int kGroup>
     static void sum_group(const Tile<T>& tile, const Tile<T>* next, int page_size, int head_dim, const float* weights,
                           const float* rescale, float* acc) {
@@ -246,16 +259,14 @@ struct Avx2Ops {
         for (int unit = 0, size; unit < units; unit += size) {
             size = next_part(units - unit, kMaxUnits);
             const int dim = unit * 16;
-            if (next)
-                for (int r = 0; r < next->num_runs; ++r) prefetch_k(next->runs[r], page_size, dim, dim + size * 16);
             if constexpr (kMaxUnits >= 4) {
-                if (size == 4) sum_values<kGroup, 4>(tile, dim, head_dim, weights, rescale, acc);
-                if (size == 3) sum_values<kGroup, 3>(tile, dim, head_dim, weights, rescale, acc);
+                if (size == 4) sum_values<kGroup, 4>(tile, next, page_size, dim, head_dim, weights, rescale, acc);
+                if (size == 3) sum_values<kGroup, 3>(tile, next, page_size, dim, head_dim, weights, rescale, acc);
             }
             if constexpr (kMaxUnits >= 2) {
-                if (size == 2) sum_values<kGroup, 2>(tile, dim, head_dim, weights, rescale, acc);
+                if (size == 2) sum_values<kGroup, 2>(tile, next, page_size, dim, head_dim, weights, rescale, acc);
             }
-            if (size == 1) sum_values<kGroup, 1>(tile, dim, head_dim, weights, rescale, acc);
+            if (size == 1) sum_values<kGroup, 1>(tile, next, page_size, dim, head_dim, weights, rescale, acc);
         }
         if (head_dim % 16)
             for (int g = 0; g < kGroup; ++g)

@@ -12,6 +12,7 @@
 #include <memory>
 
 #include "attention.h"
+#include "errors.h"
 #include "host_workers.h"
 #include "lane_port.h"
 #include "paged_attention.h"
@@ -51,9 +52,10 @@ nb::tuple attention_pieces(const PagedKv& kv, int layer, FloatInput q, TableInpu
                            float scale) {
     const KvGeometry& g = kv.geometry;
     const int num_heads = static_cast<int>(q.shape(0));
-    if (int(q.shape(1)) != g.head_dim) throw std::invalid_argument("q must be [num_heads][" + std::to_string(g.head_dim) + "]");
+    if (int(q.shape(1)) != g.head_dim)
+        refuse("q must be [num_heads][" + std::to_string(g.head_dim) + "]");
     if (bounds.empty() || bounds.front() < 0 || !std::is_sorted(bounds.begin(), bounds.end()))
-        throw std::invalid_argument("bounds must rise from 0 or more");
+        refuse("bounds must rise from 0 or more");
     const int32_t length = static_cast<int32_t>(bounds.back());
     std::vector<float> out(size_t(num_heads) * g.head_dim), lse(num_heads);
     check({&kv, layer, 1, num_heads, q.data(), table.data(), ptrdiff_t(table.shape(0)), &length, out.data(), scale});
@@ -87,7 +89,8 @@ double stream_read_gbps(Address address, size_t bytes) {
 void bind_kernel(nb::module_& m) {
     nb::class_<KvGeometry>(m, "KvGeometry")
         .def("__init__",
-             [](KvGeometry* self, int num_layers, int num_kv_heads, int head_dim, int page_size, const std::string& dtype) {
+             [](KvGeometry* self, int num_layers, int num_kv_heads, int head_dim, int page_size,
+                const std::string& dtype) {
                  const KvGeometry g{num_layers, num_kv_heads, head_dim, page_size, parse_dtype("dtype", dtype)};
                  g.check();
                  new (self) KvGeometry(g);
@@ -103,8 +106,8 @@ void bind_kernel(nb::module_& m) {
     nb::class_<PagedKv>(m, "PagedKv")
         .def("__init__",
              [](PagedKv* self, const KvGeometry& geometry, Address address, int64_t num_pages) {
-                 if (address == 0 || address % 4) throw std::invalid_argument("address must be a multiple of 4, not 0");
-                 if (num_pages < 1) throw std::invalid_argument("num_pages must be at least 1");
+                 if (address == 0 || address % 4) refuse("address must be a multiple of 4, not 0");
+                 require_range("num_pages", num_pages, 1, INT32_MAX);
                  new (self) PagedKv{geometry, at<std::byte>(address), num_pages};
              },
              "geometry"_a, "address"_a, "num_pages"_a)
@@ -112,8 +115,7 @@ void bind_kernel(nb::module_& m) {
         .def_ro("num_pages", &PagedKv::num_pages)
         .def("page_address",
              [](const PagedKv& kv, int64_t id) {
-                 if (id < 0 || id >= kv.num_pages)
-                     throw std::invalid_argument("id: page " + std::to_string(id) + " is outside 0 .. " + std::to_string(kv.num_pages - 1));
+                 require_index("id: page", id, kv.num_pages);
                  return reinterpret_cast<Address>(kv.page(id));
              },
              "id"_a)
@@ -121,7 +123,9 @@ void bind_kernel(nb::module_& m) {
              [](const PagedKv& kv, int layer, int n, Address k, ptrdiff_t k_stride, Address v, ptrdiff_t v_stride,
                 const std::string& act_dtype, Address page_ids, Address offsets) {
                  const KvRows rows{at<void>(k), k_stride, at<void>(v), v_stride, parse_dtype("act_dtype", act_dtype)};
-                 const auto write = [&] { write_rows(kv, layer, n, rows, at<int32_t>(page_ids), at<int32_t>(offsets)); };
+                 const auto write = [&] {
+                     write_rows(kv, layer, n, rows, at<int32_t>(page_ids), at<int32_t>(offsets));
+                 };
                  n <= 16 ? write() : without_gil(write);  // a few rows take a few microseconds
              },
              "layer"_a, "n"_a, "k_addr"_a, "k_stride"_a, "v_addr"_a, "v_stride"_a, "act_dtype"_a, "page_ids_addr"_a,
@@ -130,7 +134,8 @@ void bind_kernel(nb::module_& m) {
              [](const PagedKv& kv, int layer, Address table, int64_t num_tokens, Address k_out, Address v_out,
                 int64_t first_token) {
                  without_gil([&] {
-                     gather_tokens(kv, layer, at<int32_t>(table), first_token, num_tokens, at<void>(k_out), at<void>(v_out));
+                     gather_tokens(kv, layer, at<int32_t>(table), first_token, num_tokens, at<void>(k_out),
+                                   at<void>(v_out));
                  });
              },
              "layer"_a, "table_addr"_a, "num_tokens"_a, "k_out_addr"_a, "v_out_addr"_a, "first_token"_a = 0);
@@ -243,7 +248,9 @@ nb::dict port_stats(const LanePort& port) {
 void bind_lane_port(nb::module_& m) {
     nb::class_<LanePort>(m, "LanePort")
         .def("__init__",
-             [](LanePort* self, const LaneGeometry& geometry, Address address) { new (self) LanePort(geometry, at<void>(address)); },
+             [](LanePort* self, const LaneGeometry& geometry, Address address) {
+                 new (self) LanePort(geometry, at<void>(address));
+             },
              "geometry"_a, "address"_a)
         .def("begin_walk", &LanePort::begin_walk)
         .def("end_walk", &LanePort::end_walk)

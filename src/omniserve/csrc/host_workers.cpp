@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "errors.h"
 #include "park.h"
 #include "thread_team.h"
 
@@ -20,11 +21,9 @@ const Segment& check_limits(const Segment& segment, const HostOptions& options) 
     const LaneGeometry& g = segment.geometry();
     const size_t needed = g.host_kv().page_bytes() * size_t(g.num_host_pages);
     if (options.arena_bytes > 0 && needed > options.arena_bytes)
-        throw std::invalid_argument("arena_bytes: " + std::to_string(g.num_host_pages) + " host pages need " +
-                                    std::to_string(needed) + " bytes, the limit is " +
-                                    std::to_string(options.arena_bytes));
-    if (options.nice < 0 || options.nice > 19)
-        throw std::invalid_argument("nice must be from 0 to 19, not " + std::to_string(options.nice));
+        refuse("arena_bytes: " + std::to_string(g.num_host_pages) + " host pages need " + std::to_string(needed) +
+               " bytes, the limit is " + std::to_string(options.arena_bytes));
+    require_range("nice", options.nice, 0, 19);
     return segment;
 }
 
@@ -45,9 +44,7 @@ HostWorkers::~HostWorkers() {
 }
 
 void HostWorkers::start(int num_threads) {
-    if (num_threads < 1 || num_threads > kMaxWorkers)
-        throw std::invalid_argument("num_threads must be from 1 to " + std::to_string(kMaxWorkers) + ", not " +
-                                    std::to_string(num_threads));
+    require_range("num_threads", num_threads, 1, kMaxWorkers);
     if (!threads_.empty()) throw std::logic_error("workers are running already");
     for (const Task& task : stashed_tasks_) runner_.serve(task, by_hand_);
     for (int frame : stashed_frames_) runner_.copy(frame, by_hand_);
@@ -76,8 +73,8 @@ void HostWorkers::loop(int index) {
     while (!stop_.load(std::memory_order_relaxed)) {
         const uint32_t seen = segment_.header().work_seq.load(std::memory_order_seq_cst);
         if (serve_next(worker)) continue;
-        const bool is_needed = spin_until(kSpinNs, [this] { return has_work() || stop_.load(std::memory_order_relaxed); });
-        if (!is_needed) park(seen);
+        const auto is_needed = [this] { return has_work() || stop_.load(std::memory_order_relaxed); };
+        if (!spin_until(kSpinNs, is_needed)) park(seen);
     }
 }
 

@@ -3,12 +3,10 @@
 #include <algorithm>
 #include <cstring>
 
+#include "errors.h"
+
 namespace omniserve {
 namespace {
-
-void require(bool holds, const std::string& message) {
-    if (!holds) throw std::invalid_argument(message);
-}
 
 template <class Out, class In>
 Out convert(In value, DType from, DType to) {
@@ -38,8 +36,10 @@ void write_rows_as(const PagedKv& kv, int layer, int num_rows, const KvRows& row
         for (int head = 0; head < g.num_kv_heads; ++head, k += g.head_dim, v += g.head_dim) {
             Out* k_to = kv.k_block<Out>(page_ids[i], layer, head) + offsets[i];
             Out* v_to = kv.v_block<Out>(page_ids[i], layer, head) + size_t(offsets[i]) * g.head_dim;
-            for (int d = 0; d < g.head_dim; ++d) k_to[size_t(d) * g.page_size] = convert<Out>(k[d], rows.dtype, g.dtype);
-            for (int d = 0; d < g.head_dim; ++d) v_to[d] = convert<Out>(v[d], rows.dtype, g.dtype);
+            for (int d = 0; d < g.head_dim; ++d) {
+                k_to[size_t(d) * g.page_size] = convert<Out>(k[d], rows.dtype, g.dtype);
+                v_to[d] = convert<Out>(v[d], rows.dtype, g.dtype);
+            }
         }
     }
 }
@@ -79,23 +79,19 @@ void gather_as(const PagedKv& kv, int layer, const int32_t* page_table, int64_t 
 }  // namespace
 
 void KvGeometry::check() const {
-    require(num_layers >= 1, "num_layers must be at least 1, not " + std::to_string(num_layers));
-    require(num_kv_heads >= 1, "num_kv_heads must be at least 1, not " + std::to_string(num_kv_heads));
-    require(head_dim >= kMinHeadDim && head_dim <= kMaxHeadDim && head_dim % 8 == 0,
-            "head_dim must be a multiple of 8 from 64 to 256, not " + std::to_string(head_dim));
-    require(page_size >= 1, "page_size must be at least 1 token, not " + std::to_string(page_size));
+    require_range("num_layers", num_layers, 1, 1 << 16);
+    require_range("num_kv_heads", num_kv_heads, 1, 1 << 16);
+    if (head_dim < kMinHeadDim || head_dim > kMaxHeadDim || head_dim % 8 != 0)
+        refuse("head_dim must be a multiple of 8 from 64 to 256, not " + std::to_string(head_dim));
+    require_range("page_size", page_size, 1, kMaxPageSize);
 }
 
 void write_rows(const PagedKv& kv, int layer, int num_rows, const KvRows& rows, const int32_t* page_ids,
                 const int32_t* offsets) {
-    require(layer >= 0 && layer < kv.geometry.num_layers, "layer " + std::to_string(layer) + " is outside 0 .. " +
-                                                              std::to_string(kv.geometry.num_layers - 1));
+    require_index("layer", layer, kv.geometry.num_layers);
     for (int i = 0; i < num_rows; ++i) {
-        require(page_ids[i] >= 0 && page_ids[i] < kv.num_pages, "page_ids: page " + std::to_string(page_ids[i]) +
-                                                                    " is outside 0 .. " + std::to_string(kv.num_pages - 1));
-        require(offsets[i] >= 0 && offsets[i] < kv.geometry.page_size,
-                "offsets: token " + std::to_string(offsets[i]) + " is outside a page of " +
-                    std::to_string(kv.geometry.page_size));
+        require_index("page_ids: page", page_ids[i], kv.num_pages);
+        require_index("offsets: token", offsets[i], kv.geometry.page_size);
     }
     const bool wide_out = kv.geometry.dtype == DType::f32;
     const bool wide_in = rows.dtype == DType::f32;
@@ -108,14 +104,11 @@ void write_rows(const PagedKv& kv, int layer, int num_rows, const KvRows& rows, 
 void gather_tokens(const PagedKv& kv, int layer, const int32_t* page_table, int64_t first, int64_t last, void* k_out,
                    void* v_out) {
     const KvGeometry& g = kv.geometry;
-    require(layer >= 0 && layer < g.num_layers,
-            "layer " + std::to_string(layer) + " is outside 0 .. " + std::to_string(g.num_layers - 1));
-    require(first >= 0 && first <= last, "tokens [" + std::to_string(first) + ", " + std::to_string(last) +
-                                             ") are not a range");
+    require_index("layer", layer, g.num_layers);
+    if (first < 0 || first > last)
+        refuse("tokens [" + std::to_string(first) + ", " + std::to_string(last) + ") are not a range");
     for (int64_t page = first / g.page_size; page * g.page_size < last; ++page)
-        require(page_table[page] >= 0 && page_table[page] < kv.num_pages,
-                "page_table: page " + std::to_string(page_table[page]) + " is outside 0 .. " +
-                    std::to_string(kv.num_pages - 1));
+        require_index("page_table: page", page_table[page], kv.num_pages);
     if (g.dtype == DType::f32)
         gather_as(kv, layer, page_table, first, last, static_cast<float*>(k_out), static_cast<float*>(v_out));
     else

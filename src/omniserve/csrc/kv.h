@@ -18,6 +18,7 @@ namespace omniserve {
 
 inline constexpr int kMinHeadDim = 64;
 inline constexpr int kMaxHeadDim = 256;
+inline constexpr int kMaxPageSize = 1 << 20;  // tokens
 
 struct KvGeometry {
     int32_t num_layers = 0;
@@ -71,8 +72,9 @@ struct KvRows {
 void write_rows(const PagedKv& kv, int layer, int num_rows, const KvRows& rows, const int32_t* page_ids,
                 const int32_t* offsets);
 
-/// Copies tokens [first, last) of one sequence and layer to k_out and v_out, each [num_kv_heads][last - first][head_dim]
-/// in the KV dtype. Throws std::invalid_argument when the table names a page outside the store.
+/// Copies tokens [first, last) of one sequence and layer to k_out and v_out, each
+/// [num_kv_heads][last - first][head_dim] in the KV dtype. Throws std::invalid_argument when the table names a page
+/// outside the store.
 void gather_tokens(const PagedKv& kv, int layer, const int32_t* page_table, int64_t first, int64_t last, void* k_out,
                    void* v_out);
 

@@ -6,16 +6,13 @@
 #include <string>
 
 #include "attention.h"
+#include "errors.h"
 #include "park.h"
 
 namespace omniserve {
 namespace {
 
 constexpr uint64_t kSleepStepNs = 20'000;  // of the waits, after their spin
-
-void require(bool holds, const std::string& message) {
-    if (!holds) throw std::invalid_argument(message);
-}
 
 void require_state(bool holds, int slot, const char* message) {
     if (!holds) throw std::logic_error("slot " + std::to_string(slot) + " " + message);
@@ -190,29 +187,22 @@ void LanePort::scan(int32_t* ready, int32_t* waiting, uint64_t* oldest_ready) co
 }
 
 LanePort::Lane& LanePort::lane(int slot) {
-    require(slot >= 0 && slot < geometry().max_lanes,
-            "slot " + std::to_string(slot) + " is outside 0 .. " + std::to_string(geometry().max_lanes - 1));
+    require_index("slot", slot, geometry().max_lanes);
     return lanes_[slot];
 }
 
-void LanePort::check_layer(int layer) const {
-    require(layer >= 0 && layer < geometry().num_layers,
-            "layer " + std::to_string(layer) + " is outside 0 .. " + std::to_string(geometry().num_layers - 1));
-}
+void LanePort::check_layer(int layer) const { require_index("layer", layer, geometry().num_layers); }
 
 void LanePort::set_pages(int slot, int start, const std::vector<int32_t>& ids) {
     Lane& here = lane(slot);
     require_state(here.state != LaneState::draining, slot, "is draining: the host may still read its page table");
-    require(start >= 0 && start <= here.num_pages, "start must be from 0 to the " + std::to_string(here.num_pages) +
-                                                       " pages already set, not " + std::to_string(start));
-    require(start + ids.size() <= size_t(geometry().max_pages_per_lane),
-            "ids: a lane has at most " + std::to_string(geometry().max_pages_per_lane) + " host pages");
+    require_range("start", start, 0, here.num_pages);  // no gap after the pages already set
+    if (start + ids.size() > size_t(geometry().max_pages_per_lane))
+        refuse("ids: a lane has at most " + std::to_string(geometry().max_pages_per_lane) + " host pages");
     const int position = segment_.order(slot).position.load(std::memory_order_relaxed);
     require_state(here.state == LaneState::idle || start > position / geometry().host_page_size, slot,
                   "has a row in flight that reads this part of its page table");
-    for (int32_t id : ids)
-        require(id >= 0 && id < geometry().num_host_pages, "ids: host page " + std::to_string(id) + " is outside 0 .. " +
-                                                               std::to_string(geometry().num_host_pages - 1));
+    for (int32_t id : ids) require_index("ids: host page", id, geometry().num_host_pages);
     std::copy(ids.begin(), ids.end(), segment_.page_table(slot) + start);
     here.num_pages = start + static_cast<int>(ids.size());
 }
@@ -220,9 +210,9 @@ void LanePort::set_pages(int slot, int start, const std::vector<int32_t>& ids) {
 void LanePort::start_token(int slot, int position) {
     Lane& here = lane(slot);
     require_state(here.state == LaneState::idle, slot, "has a row in flight");
-    require(position >= 0 && position / geometry().host_page_size < here.num_pages,
-            "position " + std::to_string(position) + " is outside the " + std::to_string(here.num_pages) +
-                " host pages of slot " + std::to_string(slot));
+    if (position < 0 || position / geometry().host_page_size >= here.num_pages)
+        refuse("position " + std::to_string(position) + " is outside the " + std::to_string(here.num_pages) +
+               " host pages of slot " + std::to_string(slot));
     segment_.order(slot).position.store(position, std::memory_order_relaxed);
 }
 
@@ -257,19 +247,20 @@ std::vector<int32_t> LanePort::drained() {
     return slots;
 }
 
-LanePort::FrameJob& LanePort::submit_copy(const PageCopy& copy, CopyKind kind, const void* device_page) {
+void LanePort::check_copy(const PageCopy& copy) const {
     const int page = geometry().device_page_size, host_page = geometry().host_page_size;
-    require(copy.num_tokens >= 1 && copy.token_offset >= 0 && copy.token_offset + copy.num_tokens <= page,
-            "num_tokens: tokens [" + std::to_string(copy.token_offset) + ", " +
-                std::to_string(copy.token_offset + copy.num_tokens) + ") are no part of a device page of " + std::to_string(page));
-    require(copy.host_offset >= 0 && copy.host_offset < host_page,
-            "host_offset must be from 0 to " + std::to_string(host_page - 1) + ", not " + std::to_string(copy.host_offset));
+    require_index("token_offset", copy.token_offset, page);
+    require_range("num_tokens", copy.num_tokens, 1, page - copy.token_offset);
+    require_index("host_offset", copy.host_offset, host_page);
     const int needed = (copy.host_offset + copy.num_tokens + host_page - 1) / host_page;
-    require(int(copy.host_pages.size()) == needed, "host_pages must name " + std::to_string(needed) + " pages, not " +
-                                                       std::to_string(copy.host_pages.size()));
-    for (int32_t id : copy.host_pages)
-        require(id >= 0 && id < geometry().num_host_pages,
-                "host_pages: page " + std::to_string(id) + " is outside 0 .. " + std::to_string(geometry().num_host_pages - 1));
+    if (int(copy.host_pages.size()) != needed)
+        refuse("host_pages must name " + std::to_string(needed) + " pages, not " +
+               std::to_string(copy.host_pages.size()));
+    for (int32_t id : copy.host_pages) require_index("host_pages: page", id, geometry().num_host_pages);
+}
+
+LanePort::FrameJob& LanePort::submit_copy(const PageCopy& copy, CopyKind kind, const void* device_page) {
+    check_copy(copy);
     if (free_frames_.empty()) throw std::logic_error("no free frame: ask free_frames first");
 
     const int frame = free_frames_.back();
@@ -329,9 +320,9 @@ bool LanePort::any_complete() const {
             if (is_answered(entry.slot)) return true;
     for (int32_t slot : draining_)
         if (is_answered(slot)) return true;
-    for (const FrameJob& job : frame_jobs_)
-        if (segment_.command(job.frame).state.load(std::memory_order_seq_cst) == uint32_t(FrameState::done)) return true;
-    return false;
+    return std::any_of(frame_jobs_.begin(), frame_jobs_.end(), [&](const FrameJob& job) {
+        return segment_.command(job.frame).state.load(std::memory_order_seq_cst) == uint32_t(FrameState::done);
+    });
 }
 
 bool LanePort::arm() {

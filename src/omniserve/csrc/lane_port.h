@@ -131,6 +131,7 @@ private:
     void submit(int layer, int slot);
     void publish_exit(int layer);
     void publish_take(int layer);
+    void check_copy(const PageCopy& copy) const;
     FrameJob& submit_copy(const PageCopy& copy, CopyKind kind, const void* device_page);
 
     Segment segment_;

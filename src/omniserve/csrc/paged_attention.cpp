@@ -5,15 +5,13 @@
 #include <string>
 #include <vector>
 
+#include "errors.h"
+
 namespace omniserve {
 namespace {
 
 constexpr int64_t kMinPieceTokens = 256;  // below this the merge costs more than it brings
 constexpr int kPiecesPerThread = 4;       // enough to even out pieces of different length
-
-void require(bool holds, const std::string& message) {
-    if (!holds) throw std::invalid_argument(message);
-}
 
 /// Token ranges of one sequence and KV head: pieces [first_piece, first_piece + num_pieces) of equal length.
 struct Share {
@@ -28,7 +26,8 @@ public:
         : team_(team), args_(args), head_dim_(args.kv->geometry.head_dim),
           group_(args.num_heads / args.kv->geometry.num_kv_heads), state_(state_floats(group_, head_dim_)) {
         divide();
-        if (num_pieces_ > int64_t(shares_.size())) states_ = std::make_unique_for_overwrite<float[]>(num_pieces_ * state_);
+        if (num_pieces_ > int64_t(shares_.size()))
+            states_ = std::make_unique_for_overwrite<float[]>(num_pieces_ * state_);
         left_ = std::make_unique<std::atomic<int32_t>[]>(shares_.size());
         for (size_t i = 0; i < shares_.size(); ++i) left_[i].store(shares_[i].num_pieces, std::memory_order_relaxed);
     }
@@ -49,9 +48,9 @@ private:
         const int num_kv_heads = args_.kv->geometry.num_kv_heads, threads = team_.num_threads();
         int64_t tokens = 0;
         for (int i = 0; i < args_.num_sequences; ++i) tokens += args_.context_lens[i];
-        const int64_t target = threads == 1
-                                   ? INT64_MAX
-                                   : std::max(kMinPieceTokens, tokens * num_kv_heads / (threads * kPiecesPerThread));
+        const int64_t target = threads == 1 ? INT64_MAX
+                                            : std::max(kMinPieceTokens,
+                                                       tokens * num_kv_heads / (threads * kPiecesPerThread));
         shares_.reserve(size_t(args_.num_sequences) * num_kv_heads);
         for (int i = 0; i < args_.num_sequences; ++i) {
             const int64_t length = args_.context_lens[i];
@@ -70,7 +69,7 @@ private:
         const Share& share = shares_[index];
         const int64_t length = args_.context_lens[share.sequence];
         const int64_t first = std::min(length, (piece - share.first_piece) * share.piece_tokens);
-        const size_t row = size_t(share.sequence) * args_.num_heads * head_dim_ + size_t(share.kv_head) * group_ * head_dim_;
+        const size_t row = (size_t(share.sequence) * args_.num_heads + size_t(share.kv_head) * group_) * head_dim_;
         AttendArgs attend_args{.kv = args_.kv,
                                .page_table = args_.page_tables + share.sequence * args_.table_stride,
                                .layer = args_.layer,
@@ -106,24 +105,20 @@ private:
 
 void check(const PagedAttentionArgs& args) {
     const KvGeometry& g = args.kv->geometry;
-    require(args.layer >= 0 && args.layer < g.num_layers,
-            "layer " + std::to_string(args.layer) + " is outside 0 .. " + std::to_string(g.num_layers - 1));
-    require(args.num_sequences >= 0, "n must not be negative");
-    require(args.num_heads >= 1 && args.num_heads % g.num_kv_heads == 0,
-            "num_heads must be a positive multiple of num_kv_heads " + std::to_string(g.num_kv_heads) + ", not " +
-                std::to_string(args.num_heads));
+    require_index("layer", args.layer, g.num_layers);
+    if (args.num_sequences < 0) refuse("n must not be negative");
+    if (args.num_heads < 1 || args.num_heads % g.num_kv_heads != 0)
+        refuse("num_heads must be a positive multiple of num_kv_heads " + std::to_string(g.num_kv_heads) + ", not " +
+               std::to_string(args.num_heads));
     for (int i = 0; i < args.num_sequences; ++i) {
         const int64_t length = args.context_lens[i];
-        require(length >= 0, "context_lens[" + std::to_string(i) + "] must not be negative");
         const int64_t pages = (length + g.page_size - 1) / g.page_size;
-        require(pages <= args.table_stride, "context_lens[" + std::to_string(i) + "] needs " + std::to_string(pages) +
-                                                " pages, more than the page table's " +
-                                                std::to_string(args.table_stride));
+        if (length < 0) refuse("context_lens[" + std::to_string(i) + "] must not be negative");
+        if (pages > args.table_stride)
+            refuse("context_lens[" + std::to_string(i) + "] needs " + std::to_string(pages) +
+                   " pages, more than the page table's " + std::to_string(args.table_stride));
         const int32_t* table = args.page_tables + i * args.table_stride;
-        for (int64_t page = 0; page < pages; ++page)
-            require(table[page] >= 0 && table[page] < args.kv->num_pages,
-                    "tables: page " + std::to_string(table[page]) + " is outside 0 .. " +
-                        std::to_string(args.kv->num_pages - 1));
+        for (int64_t page = 0; page < pages; ++page) require_index("tables: page", table[page], args.kv->num_pages);
     }
 }
 

@@ -6,6 +6,7 @@
 #include <new>
 #include <string>
 
+#include "errors.h"
 #include "park.h"
 
 namespace omniserve {
@@ -15,13 +16,8 @@ static_assert(std::atomic<uint32_t>::is_always_lock_free && std::atomic<uint64_t
 
 constexpr size_t align_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
-void require(bool holds, const std::string& message) {
-    if (!holds) throw std::invalid_argument(message);
-}
-
-void require_range(const char* field, int64_t value, int64_t low, int64_t high) {
-    require(value >= low && value <= high, std::string(field) + " must be from " + std::to_string(low) + " to " +
-                                               std::to_string(high) + ", not " + std::to_string(value));
+void check_alignment(const void* address) {
+    if (!address || reinterpret_cast<uintptr_t>(address) % kLine != 0) refuse("address must be 64-byte aligned");
 }
 
 }  // namespace
@@ -29,16 +25,17 @@ void require_range(const char* field, int64_t value, int64_t low, int64_t high) 
 void LaneGeometry::check() const {
     host_kv().check();
     require_range("num_heads", num_heads, 1, 1 << 16);
-    require(num_heads % num_kv_heads == 0, "num_heads must be a multiple of num_kv_heads " +
-                                               std::to_string(num_kv_heads) + ", not " + std::to_string(num_heads));
+    if (num_heads % num_kv_heads != 0)
+        refuse("num_heads must be a multiple of num_kv_heads " + std::to_string(num_kv_heads) + ", not " +
+               std::to_string(num_heads));
     require_range("hidden_size", hidden_size, 1, 1 << 24);
     require_range("max_lanes", max_lanes, 1, 1 << 20);
-    require_range("host_page_size", host_page_size, 1, 1 << 20);
+    require_range("host_page_size", host_page_size, 1, kMaxPageSize);
     require_range("max_pages_per_lane", max_pages_per_lane, 1, 1 << 24);
     require_range("num_host_pages", num_host_pages, 1, INT32_MAX);
-    require_range("device_page_size", device_page_size, 1, 1 << 20);
+    require_range("device_page_size", device_page_size, 1, kMaxPageSize);
     require_range("num_frames", num_frames, 0, 1 << 16);
-    require(scale >= 0.0f && std::isfinite(scale), "scale must be positive, or 0 for 1 / sqrt(head_dim)");
+    if (!(scale >= 0.0f && std::isfinite(scale))) refuse("scale must be positive, or 0 for 1 / sqrt(head_dim)");
 }
 
 float LaneGeometry::score_scale() const { return scale > 0.0f ? scale : 1.0f / std::sqrt(float(head_dim)); }
@@ -118,7 +115,7 @@ Ring Segment::ring(int index, uint64_t capacity) const {
 
 Segment Segment::create(const LaneGeometry& geometry, void* address) {
     geometry.check();
-    require(address && reinterpret_cast<uintptr_t>(address) % kLine == 0, "address must be 64-byte aligned");
+    check_alignment(address);
     Segment segment(geometry, address);
     // Everything up to the commands is words and tables, for which zero is the right start; rows and frames are
     // written before they are read.
@@ -133,11 +130,12 @@ Segment Segment::create(const LaneGeometry& geometry, void* address) {
 }
 
 Segment Segment::attach(void* address) {
-    require(address && reinterpret_cast<uintptr_t>(address) % kLine == 0, "address must be 64-byte aligned");
+    check_alignment(address);
     const SegmentHeader& header = *static_cast<const SegmentHeader*>(address);
-    require(header.magic.load(std::memory_order_acquire) == kSegmentMagic, "address holds no lane segment");
-    require(header.version == kSegmentVersion, "segment version is " + std::to_string(header.version) +
-                                                   ", this build speaks " + std::to_string(kSegmentVersion));
+    if (header.magic.load(std::memory_order_acquire) != kSegmentMagic) refuse("address holds no lane segment");
+    if (header.version != kSegmentVersion)
+        refuse("segment version is " + std::to_string(header.version) + ", this build speaks " +
+               std::to_string(kSegmentVersion));
     header.geometry.check();
     return Segment(header.geometry, address);
 }

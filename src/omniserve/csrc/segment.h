@@ -2,7 +2,8 @@
 //
 // The engine creates it (a memfd) and lays it out; the host attaches and reads the geometry from it. Who writes what:
 //
-//     engine   q, k, v, position, page table, epoch of a slot; submissions; frame commands; walk words; engine_waiting = 1
+//     engine   q, k, v, position, page table, epoch of a slot; submissions; frame commands; walk words;
+//              engine_waiting = 1
 //     host     result and done of a slot; frame state `done`; counters; engine_waiting = 0 (exchange)
 //
 // One row in flight per lane bounds everything: a slot's arrays are rewritten only after its last ticket was
@@ -186,7 +187,9 @@ public:
     int num_bitmap_words() const { return (geometry_.num_layers + 63) / 64; }
 
     std::byte* frame(int index) const { return row<std::byte>(offsets_.frames, index, offsets_.frame_bytes); }
-    FrameCommand& command(int index) const { return *row<FrameCommand>(offsets_.commands, index, offsets_.command_row); }
+    FrameCommand& command(int index) const {
+        return *row<FrameCommand>(offsets_.commands, index, offsets_.command_row);
+    }
 
     /// Wakes up to `count` parked workers; call after publishing work.
     void notify_workers(int count) const;

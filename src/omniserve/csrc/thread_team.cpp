@@ -3,9 +3,7 @@
 #include <pthread.h>
 #include <sched.h>
 
-#include <stdexcept>
-#include <string>
-
+#include "errors.h"
 #include "park.h"
 
 namespace omniserve {
@@ -19,8 +17,7 @@ void pin_this_thread(int cpu) {
 }
 
 ThreadTeam::ThreadTeam(int num_threads, std::vector<int> cpus) {
-    if (num_threads < 1 || num_threads > 1024)
-        throw std::invalid_argument("num_threads must be from 1 to 1024, not " + std::to_string(num_threads));
+    require_range("num_threads", num_threads, 1, 1024);
     scratch_.resize(num_threads);
     for (int member = 1; member < num_threads; ++member) {
         const int cpu = cpus.empty() ? -1 : cpus[member % cpus.size()];
