@@ -154,7 +154,7 @@ def attention_pieces(
     """
 
 def exp_nonpositive(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The kernel's exp of x <= 0: relative error at most 3e-7, exactly 0 below -87."""
+    """The kernel's exp of x <= 0: relative error at most 1e-7, exactly 0 below -87."""
 
 def set_simd(name: str) -> None:
     """Chooses "scalar", "avx2" or "auto" (the best this CPU has) for the whole process, between calls."""

@@ -105,7 +105,7 @@ class EngineConfig:
     max_lanes: int = 64
     max_lane_rows: int = 16
     page_size: int = 16
-    host_page_size: int = 16
+    host_page_size: int = 64
     watermark: float = 0.1
     max_copies_per_step: int = 8
     pass_budget_s: float = 0.05

@@ -278,6 +278,21 @@ def test_a_lane_given_up_in_flight_keeps_its_slot_and_pages_until_the_host_ackno
     run.close()
 
 
+def test_a_ready_lane_that_is_given_up_holds_back_no_other_request(subject: Subject) -> None:
+    """New batch prompts wait while a walk has left ready lanes behind, but not for one that is gone."""
+    run, lane = lane_in_flight(subject, reentry="next_iteration", max_lanes=1)
+    successor = run.add(text_of(2, 5), 3, BE)
+    run.add(text_of(1, 5), 2, LS)
+    run.during = lambda layer: run.host.serve_all()
+    run.step()
+    assert run.engine.state.lanes_unserved == 1
+    run.during = lambda layer: None
+    run.abort(lane)
+    run.finish()
+    assert len(run.asked[successor].tokens) == 3
+    run.close()
+
+
 def test_a_frozen_host_holds_up_its_lanes_and_nobody_else(subject: Subject) -> None:
     run, lane = lane_in_flight(subject)
     chat = run.add(text_of(1, 20), 12, LS)

@@ -44,7 +44,7 @@ struct Kernels {
     const char* name;
     /// Fills args.state; each KV element is read from memory once for all queries of the group.
     void (*attend[kNumDTypes])(const AttendArgs& args);
-    /// y[i] = exp(x[i]) for x[i] <= 0, relative error at most 3e-7; exactly 0 below -87.
+    /// y[i] = exp(x[i]) for x[i] <= 0, relative error at most 1e-7; exactly 0 below -87.
     void (*exp_nonpositive)(const float* x, float* y, size_t count);
     void (*to_f32)(const void* from, DType dtype, float* to, size_t count);
     void (*from_f32)(const float* from, void* to, DType dtype, size_t count);

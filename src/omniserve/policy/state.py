@@ -75,6 +75,7 @@ class State:
         if request is None:
             return False
         self._finish(request)
+        self.lanes_unserved = 0  # it may have been one of them; the next walk counts again
         return True
 
     def take_cancels(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -90,6 +91,7 @@ class State:
         """The host is gone with all its KV: what depended on it recomputes, the rest goes on."""
         self.host_ready = False
         self.host_failed = self.host_failed or failed_for_good
+        self.lanes_unserved = 0
         self.retiring.clear()
         self._copies.clear()
         self._cancel_slots, self._cancel_fetches = [], []
