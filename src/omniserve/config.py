@@ -17,13 +17,31 @@ DTypeName = Literal["auto", "float32", "bfloat16"]
 # page cache need the rest.
 DEVICE_MEMORY_SHARE = 0.15
 HOST_MEMORY_SHARE = 0.30
+# Limits of the native part.
+MAX_HOST_THREADS = 1024
+MAX_LANES = 1 << 20
 
 
-def available_cpus() -> list[int]:
-    """CPU ids this process may use: the affinity mask, cut to the cgroup's CPU quota (rounded down, >= 1)."""
-    cpus = sorted(os.sched_getaffinity(0))
+@dataclass(frozen=True, slots=True)
+class CpuBudget:
+    """CPUs this process may use: how many at once, and which. `count` is below len(cpus) under a quota."""
+
+    count: int
+    cpus: tuple[int, ...]
+
+
+def available_cpus() -> CpuBudget:
+    """The affinity mask, siblings of one physical core side by side, and the cgroup's quota rounded down."""
+    cpus = tuple(sorted(os.sched_getaffinity(0), key=_core_of))
     quota = _cgroup_cpu_quota()
-    return cpus if quota is None else cpus[: max(1, int(quota))]
+    return CpuBudget(len(cpus) if quota is None else min(len(cpus), max(1, int(quota))), cpus)
+
+
+def _core_of(cpu: int) -> tuple[int, int, int]:
+    """Sort key: package, physical core, CPU."""
+    folder = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+    package, core = (_read(folder / name) or "0" for name in ("physical_package_id", "core_id"))
+    return (int(package), int(core), cpu)
 
 
 def memory_limit_bytes() -> int:
@@ -61,6 +79,10 @@ def _cgroup_cpu_quota() -> float | None:
         if len(parts) == 2 and parts[0] != "max":
             quotas.append(int(parts[0]) / int(parts[1]))
     return min(quotas, default=None)
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +146,16 @@ class EngineConfig:
                      "max_model_len"):  # fmt: skip
             if getattr(self, name) is not None:
                 self._check_positive(name)
-        if not 0.0 <= self.watermark < 1.0:
-            raise ConfigError(f"watermark: must lie in [0, 1), got {self.watermark!r}")
-        if not self.pass_budget_s > 0:
-            raise ConfigError(f"pass_budget_s: must be above 0 seconds, got {self.pass_budget_s!r}")
+        if not _is_number(self.watermark) or not 0.0 <= self.watermark < 1.0:
+            raise ConfigError(f"watermark: must be a number in [0, 1), got {self.watermark!r}")
+        if not _is_number(self.pass_budget_s) or not self.pass_budget_s > 0:
+            raise ConfigError(f"pass_budget_s: must be a number above 0, got {self.pass_budget_s!r}")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**62:
+            raise ConfigError(f"seed: must be an integer in [0, 2**62), got {self.seed!r}")
+        if (self.host_threads or 0) > MAX_HOST_THREADS:
+            raise ConfigError(f"host_threads: at most {MAX_HOST_THREADS}, got {self.host_threads}")
+        if self.max_lanes > MAX_LANES:
+            raise ConfigError(f"max_lanes: at most {MAX_LANES}, got {self.max_lanes}")
 
     def _check_choice(self, name: str, choices: object) -> None:
         value = getattr(self, name)
@@ -136,33 +164,48 @@ class EngineConfig:
 
     def _check_positive(self, name: str) -> None:
         value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if type(value) is not int or value < 1:
             raise ConfigError(f"{name}: must be an integer of at least 1, got {value!r}")
 
 
 @dataclass(frozen=True, slots=True)
 class CpuSplit:
-    """Which CPUs each side runs on. The sets do not overlap unless the machine has a single CPU."""
+    """Threads of each side and the CPUs they are pinned to; empty: not pinned.
 
+    Pinned sides do not overlap unless there is a single CPU. Under a CPU quota smaller than the affinity mask
+    nothing is pinned: every container of the machine would choose the same CPUs.
+    """
+
+    device_threads: int
+    host_threads: int
     device_cpus: tuple[int, ...]
     host_cpus: tuple[int, ...]
 
 
-def split_cpus(config: EngineConfig, cpus: list[int] | None = None) -> CpuSplit:
+def split_cpus(config: EngineConfig, budget: CpuBudget | None = None) -> CpuSplit:
     """Divide the usable CPUs between device and host.
 
     Raises ConfigError when more threads are asked for than there are CPUs. On a single CPU both sides
     share it: correct, but the host then takes device time.
     """
-    cpus = available_cpus() if cpus is None else cpus
-    total = len(cpus)
+    budget = available_cpus() if budget is None else budget
+    device, host = _threads(config, budget.count)
+    if budget.count < len(budget.cpus):
+        return CpuSplit(device, host, (), ())
+    cpus = budget.cpus
+    shared = device + host > budget.count
+    return CpuSplit(device, host, cpus[:device], cpus[:host] if shared else cpus[device : device + host])
+
+
+def _threads(config: EngineConfig, total: int) -> tuple[int, int]:
+    """Threads of device and host on `total` CPUs."""
     if config.host_offload == "never":
         wanted = config.device_threads or total
         if wanted > total:
             raise ConfigError(f"device_threads: {wanted} asked for, {total} CPUs are available")
-        return CpuSplit(tuple(cpus[:wanted]), ())
+        return wanted, 0
     if total == 1 and (config.device_threads or 1) == (config.host_threads or 1) == 1:
-        return CpuSplit(tuple(cpus), tuple(cpus))
+        return 1, 1
     host = config.host_threads
     device = config.device_threads or (max(1, total // 2) if host is None else max(1, total - host))
     host = host or max(1, total - device)
@@ -171,4 +214,4 @@ def split_cpus(config: EngineConfig, cpus: list[int] | None = None) -> CpuSplit:
             f"device_threads + host_threads: {device} + {host} asked for, {total} CPUs are available; "
             "lower one of them, or set host_offload='never'"
         )
-    return CpuSplit(tuple(cpus[:device]), tuple(cpus[device : device + host]))
+    return device, host

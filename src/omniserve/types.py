@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Literal
 
 from omniserve.errors import RequestError
@@ -64,18 +65,41 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        if not isinstance(self.max_tokens, int) or self.max_tokens < 1:
+        """Bring fields to their exact types; RequestError naming the first that is wrong."""
+        stop: object = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, Sequence) or not all(_is_text(s) and s for s in stop):
+            raise RequestError("stop", f"must be non-empty text, or a list of it, got {self.stop!r}")
+        ids: object = self.stop_token_ids
+        if not isinstance(ids, Sequence) or not all(_is_int(t) and t >= 0 for t in ids):
+            raise RequestError("stop_token_ids", f"must be a list of integers of at least 0, got {ids!r}")
+        heat: object = self.temperature
+        if type(heat) is bool or not isinstance(heat, Real) or not 0 <= float(heat) <= 100:
+            raise RequestError("temperature", f"must be a number in [0, 100], got {heat!r}")
+        if not _is_int(self.max_tokens) or self.max_tokens < 1:
             raise RequestError("max_tokens", f"must be an integer of at least 1, got {self.max_tokens!r}")
-        if not 0.0 <= self.temperature <= 100.0:
-            raise RequestError("temperature", f"must lie in [0, 100], got {self.temperature!r}")
-        if any(not isinstance(s, str) or not s for s in self.stop):
-            raise RequestError("stop", "stop strings must be non-empty text")
-        if any(not isinstance(t, int) or t < 0 for t in self.stop_token_ids):
-            raise RequestError("stop_token_ids", "must be token ids, integers of at least 0")
-        if self.seed is not None and (not isinstance(self.seed, int) or not 0 <= self.seed < 2**63):
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError("ignore_eos", f"must be True or False, got {self.ignore_eos!r}")
+        if self.seed is not None and (not _is_int(self.seed) or not 0 <= self.seed < 2**63):
             raise RequestError("seed", f"must be an integer in [0, 2**63), got {self.seed!r}")
+        object.__setattr__(self, "stop", tuple(stop))
+        object.__setattr__(self, "stop_token_ids", tuple(ids))
+        object.__setattr__(self, "temperature", float(heat))
+
+
+def _is_int(value: object) -> bool:
+    """An exact integer: True and 1.0 are none."""
+    return type(value) is int
+
+
+def _is_text(value: object) -> bool:
+    """Text that can leave this process: a lone surrogate cannot."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)

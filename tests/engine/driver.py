@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from engine.reference import Reference
-from omniserve.attention.cpu import CpuKvStore
+from omniserve.attention.cpu import kv_geometry
 from omniserve.config import EngineConfig, split_cpus
-from omniserve.engine import executor as executor_module
+from omniserve.engine import cpu_executor as executor_module
 from omniserve.engine.build import make_engine
 from omniserve.engine.loop import Engine
 from omniserve.host.supervisor import Host, HostSupervisor
@@ -46,9 +46,8 @@ class Subject:
 
 
 def kv_page_bytes(decoder: Decoder, page_size: int) -> int:
-    return CpuKvStore.page_bytes(
-        decoder.num_layers, decoder.num_kv_heads, decoder.head_dim, page_size, decoder.dtype
-    )
+    heads, head_dim = decoder.num_kv_heads, decoder.head_dim
+    return kv_geometry(decoder.num_layers, heads, head_dim, page_size, decoder.dtype).page_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +104,7 @@ class LogitRecorder:
 
 def build_engine(subject: Subject, config: EngineConfig, host: Callable[..., Host] = HostSupervisor) -> Engine:
     split = split_cpus(config)
-    torch.set_num_threads(len(split.device_cpus))
+    torch.set_num_threads(split.device_threads)
     return make_engine(config, subject.decoder, subject.max_model_len, split, host=host)
 
 
@@ -135,7 +134,7 @@ class _Drive:
         self.recorder = LogitRecorder()
         self.index_of: dict[int, int] = {}
         self.tokens: list[list[int]] = [[] for _ in arrivals]
-        self.num_lane_tokens = [-1] * len(arrivals)
+        self.num_lane_tokens = [0] * len(arrivals)
         self.num_parked = 0
 
     def outcome(self) -> Outcome:
@@ -186,8 +185,7 @@ class _Drive:
         self.num_parked += any(r.kv_tokens and prefills.get(r.id) == r.kv_tokens for r in parked)
         for token in output.tokens:
             self.tokens[self.index_of[token.request_id]].append(token.token_id)
-        for request_id, count in output.num_lane_tokens.items():
-            self.num_lane_tokens[self.index_of[request_id]] = count
+            self.num_lane_tokens[self.index_of[token.request_id]] += token.by_lane
         self.after_step(self.engine)
         if output.was_idle and not self.engine.is_idle:
             self.engine.sleep(timeout_s=SLEEP_S)

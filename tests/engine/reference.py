@@ -116,7 +116,7 @@ class Reference:
 
     def check_logits(self, prompt: Sequence[int], ours: Sequence[int], logits: Tensor) -> float:
         """Assert that our logits [len(ours), vocab] are the reference's at every position; returns the worst
-        difference, as a share of the scale."""
+        difference, as a hold of the scale."""
         expected = self.logits(prompt, ours)
         errors = (logits - expected).abs().max(dim=-1).values / expected.abs().max(dim=-1).values
         worst = float(errors.max())

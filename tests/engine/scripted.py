@@ -68,9 +68,9 @@ class ScriptedEngine:
 
     # ------------------------------------------------------------ what a script can do
 
-    def add(self, prompt: Sequence[int], max_tokens: int, service_class: str) -> int:
+    def add(self, prompt: Sequence[int], max_tokens: int, service_class: str, **sampling: Any) -> int:
         """Raises RequestError like the engine."""
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **sampling)
         request_id = self.engine.add(prompt, params, service_class)
         self.asked[request_id] = Asked(tuple(prompt), max_tokens, service_class == BE, [])
         return request_id

@@ -7,13 +7,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from typing import Any
 
+import numpy as np
 import pytest
 
 import omniserve
-from omniserve import LLM, ConfigError, ModelError, RequestError, SamplingParams
-from omniserve.config import EngineConfig, split_cpus
+from omniserve import LLM, ConfigError, EngineDeadError, ModelError, RequestError, SamplingParams
+from omniserve.config import CpuBudget, EngineConfig, split_cpus
 from omniserve.engine.async_llm import AsyncLLM
 from omniserve.engine.messages import Token
 from omniserve.engine.progress import Progress
@@ -80,7 +82,9 @@ def test_chat_uses_the_template_and_stops_at_the_end_of_turn(llm: LLM) -> None:
         ([], GREEDY, "best_effort", "prompt", "at least one token"),
         ([1, 10**9], GREEDY, "latency_sensitive", "prompt", "out of range"),
         ([1, -1], GREEDY, "latency_sensitive", "prompt", "out of range"),
-        ([1, "a"], GREEDY, "latency_sensitive", "prompt", "out of range"),
+        ([1, "a"], GREEDY, "latency_sensitive", "prompt", "list of token ids"),
+        ([True, 1], GREEDY, "best_effort", "prompt", "out of range"),
+        (None, GREEDY, "best_effort", "prompt", "list of token ids"),
         ([1] * 600, GREEDY, "latency_sensitive", "prompt", "max_model_len 512"),
         ([1] * 505, GREEDY, "best_effort", "max_tokens", "max_model_len 512"),
         ("hello", GREEDY, "urgent", "service_class", "known classes: latency_sensitive, best_effort"),
@@ -103,11 +107,20 @@ def test_a_bad_request_names_field_and_limit_and_disturbs_nobody(
     "bad",
     [
         {"max_tokens": 0},
+        {"max_tokens": True},
+        {"max_tokens": 2.0},
         {"temperature": -1.0},
         {"temperature": float("nan")},
+        {"temperature": "hot"},
+        {"temperature": Decimal("0.5")},
         {"stop": [""]},
+        {"stop": 5},
+        {"stop": "\ud800"},
         {"stop_token_ids": [-3]},
+        {"stop_token_ids": 3},
+        {"ignore_eos": 1},
         {"seed": -1},
+        {"seed": True},
     ],
 )
 def test_bad_sampling_params_are_refused_by_name(bad: dict[str, Any]) -> None:
@@ -126,6 +139,10 @@ def test_bad_sampling_params_are_refused_by_name(bad: dict[str, Any]) -> None:
         ({"dtype": "int3"}, "dtype"),
         ({"device": "cuda"}, "not supported yet"),
         ({"watermark": 1.5}, "watermark"),
+        ({"watermark": "a"}, "watermark"),
+        ({"seed": None}, "seed"),
+        ({"max_lanes": 1 << 30}, "max_lanes"),
+        ({"host_threads": 5000}, "host_threads"),
         ({"device_threads": 10_000}, "CPUs are available"),
         ({"max_model_len": 10**6}, "positions"),
         ({"device_memory_bytes": 1000}, "at least 2 pages"),
@@ -159,6 +176,27 @@ def test_stop_strings_end_the_text_before_them(llm: LLM) -> None:
     assert output.finish_reason == "stop"
     assert output.text == free.text[: free.text.index(stop)]
     assert all(output.text.startswith(text) for text in seen), "text once given never shrinks"
+
+
+def test_lane_tokens_are_counted_whatever_ends_a_request(llm: LLM) -> None:
+    (free,) = llm.generate("The capital of France is", SamplingParams(max_tokens=24, ignore_eos=True))
+    params = SamplingParams(max_tokens=24, ignore_eos=True, stop=free.text[20:25])
+    counts: list[int] = []
+    (output,) = llm.generate(
+        "The capital of France is",
+        params,
+        "best_effort",
+        on_progress=lambda _, partial: counts.append(partial.metrics.num_lane_tokens),
+    )
+    assert output.finish_reason == "stop"
+    assert output.metrics.num_lane_tokens == len(output.token_ids) - 1
+    assert counts == list(range(len(output.token_ids)))
+
+
+def test_numpy_token_ids_are_token_ids(llm: LLM) -> None:
+    ids = llm.tokenizer.encode("Once upon a time")
+    (plain,) = llm.generate([ids], GREEDY)
+    assert llm.generate([np.array(ids)], GREEDY)[0].token_ids == plain.token_ids
 
 
 def test_stop_token_ids_end_at_that_token(llm: LLM) -> None:
@@ -204,23 +242,72 @@ def test_stats_count_lanes_and_pages_by_owner(llm: LLM) -> None:
     assert pages["host_lanes"] == 0
 
 
-def test_abort_by_id_ends_the_iterator_with_its_reason() -> None:
+@pytest.mark.parametrize("service_class", ["latency_sensitive", "best_effort"])
+def test_abort_by_id_ends_the_iterator_and_frees_everything(service_class: str) -> None:
     async def scenario() -> None:
-        engine = AsyncLLM(host_offload="never", max_model_len=512)
+        engine = AsyncLLM(host_offload="always", max_model_len=512)
         try:
             outputs = []
             params = SamplingParams(max_tokens=400, ignore_eos=True)
-            async for output in engine.submit("Hello", params, request_id="mine"):
+            async for output in engine.submit("Hello", params, service_class, request_id="mine"):
                 outputs.append(output)
                 if len(outputs) == 3:
                     assert await engine.abort("mine")
             assert outputs[-1].finish_reason == "abort"
             assert len(outputs) < 50
             assert not await engine.abort("mine")
+            while any((stats := await engine.stats())["requests"].values()):
+                await asyncio.sleep(0.02)
+            while (stats := await engine.stats())["pages"]["host_retiring"]:
+                await asyncio.sleep(0.02)
+            pages = stats["pages"]
+            assert pages["device_free"] == pages["device_total"]
+            assert pages["host_free"] == pages["host_total"]
         finally:
             engine.close()
 
     asyncio.run(scenario())
+
+
+def test_a_given_up_question_and_a_closed_loop_hurt_nobody_else() -> None:
+    engine = AsyncLLM(host_offload="never", max_model_len=512)
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+
+    async def impatient() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(engine.stats(), timeout=0)
+        stream = engine.submit("Hello", params, request_id="left")
+        await anext(aiter(stream))
+
+    async def patient() -> int:
+        return len([output async for output in engine.submit("Hello", params)])
+
+    try:
+        asyncio.run(impatient())  # closes its loop with the request under way
+        assert asyncio.run(asyncio.wait_for(patient(), 120)) == params.max_tokens
+    finally:
+        engine.close()
+
+
+def test_a_refused_request_leaves_its_id_free(llm: LLM) -> None:
+    engine = llm._llm
+
+    async def scenario() -> str | None:
+        with pytest.raises(RequestError):
+            await anext(aiter(engine.submit([10**9], GREEDY, request_id="again")))
+        return [o async for o in engine.submit("Hello", GREEDY, request_id="again")][-1].finish_reason
+
+    assert asyncio.run(scenario()) == "length"
+
+
+def test_calls_after_close_are_refused_clearly() -> None:
+    llm = LLM(host_offload="never", max_model_len=512)
+    llm.close()
+    llm.close()
+    with pytest.raises(EngineDeadError, match="closed"):
+        llm.generate("Hello")
+    with pytest.raises(EngineDeadError, match="closed"):
+        llm.stats()
 
 
 def test_a_stop_string_across_tokens_is_found(smollm2_path: Any) -> None:
@@ -229,17 +316,29 @@ def test_a_stop_string_across_tokens_is_found(smollm2_path: Any) -> None:
     progress = Progress(tokenizer, "r", [1], SamplingParams(stop="ck brown f"), 0.0)
     outputs = []
     for token in ids:
-        outputs.append(progress.push(Token(0, token)))
+        outputs.append(progress.push(Token(0, token), 0.0))
         if progress.is_finished:
             break
     assert outputs[-1].text == "The qui"
     assert outputs[-1].finish_reason == "stop"
 
 
+def budget(count: int, cpus: tuple[int, ...]) -> CpuBudget:
+    return CpuBudget(count, cpus)
+
+
 def test_threads_never_exceed_the_cpus_and_sides_do_not_overlap() -> None:
-    split = split_cpus(EngineConfig(), cpus=[0, 1, 2, 3, 4])
-    assert set(split.device_cpus) & set(split.host_cpus) == set()
-    assert split_cpus(EngineConfig(host_offload="never"), cpus=[3, 5]).device_cpus == (3, 5)
-    assert split_cpus(EngineConfig(device_threads=3), cpus=[0, 1, 2, 3]).host_cpus == (3,)
+    split = split_cpus(EngineConfig(), budget(5, (0, 1, 2, 3, 4)))
+    assert (split.device_cpus, split.host_cpus) == ((0, 1), (2, 3, 4))
+    assert split_cpus(EngineConfig(host_offload="never"), budget(2, (3, 5))).device_cpus == (3, 5)
+    assert split_cpus(EngineConfig(device_threads=3), budget(4, (0, 1, 2, 3))).host_cpus == (3,)
     with pytest.raises(ConfigError, match="device_threads"):
-        split_cpus(EngineConfig(device_threads=3, host_threads=2), cpus=[0, 1, 2, 3])
+        split_cpus(EngineConfig(device_threads=3, host_threads=2), budget(4, (0, 1, 2, 3)))
+
+
+def test_one_cpu_is_shared_and_a_quota_pins_nobody() -> None:
+    alone = split_cpus(EngineConfig(), budget(1, (7,)))
+    assert (alone.device_cpus, alone.host_cpus) == ((7,), (7,))
+    quota = split_cpus(EngineConfig(), budget(4, tuple(range(64))))
+    assert (quota.device_threads, quota.host_threads) == (2, 2)
+    assert quota.device_cpus == quota.host_cpus == ()

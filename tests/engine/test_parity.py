@@ -1,4 +1,4 @@
-"""Every token of SmolLM2 equals transformers', whatever happens to the requests (float32; DESIGN 5)."""
+"""Every token of SmolLM2 equals transformers', whatever happens to the requests (float32; docs/design.md, "Exactness")."""
 
 from __future__ import annotations
 

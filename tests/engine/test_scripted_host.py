@@ -279,15 +279,19 @@ def test_a_lane_given_up_in_flight_keeps_its_slot_and_pages_until_the_host_ackno
 
 
 def test_a_ready_lane_that_is_given_up_holds_back_no_other_request(subject: Subject) -> None:
-    """New batch prompts wait while a walk has left ready lanes behind, but not for one that is gone."""
-    run, lane = lane_in_flight(subject, reentry="next_iteration", max_lanes=1)
+    """New batch prompts wait while a walk has left ready lanes behind, but not for those that are gone."""
+    run, first = lane_in_flight(subject, max_lanes=2, max_lane_rows=1)
+    second = run.add(text_of(1, 6), 6, BE)
+    while len(run.host.pending()) < 2:
+        run.host.serve_copies()
+        run.step()
     successor = run.add(text_of(2, 5), 3, BE)
-    run.add(text_of(1, 5), 2, LS)
-    run.during = lambda layer: run.host.serve_all()
+    run.add(text_of(1, 5), 1, LS)
+    run.host.serve_all()
     run.step()
-    assert run.engine.state.lanes_unserved == 1
-    run.during = lambda layer: None
-    run.abort(lane)
+    assert run.engine.state.lanes_unserved == 1, "one row may enter, two are ready"
+    run.abort(first)
+    run.abort(second)
     run.finish()
     assert len(run.asked[successor].tokens) == 3
     run.close()
@@ -300,6 +304,28 @@ def test_a_frozen_host_holds_up_its_lanes_and_nobody_else(subject: Subject) -> N
         run.step()
     assert len(run.asked[chat].tokens) == 12
     assert len(run.asked[lane].tokens) == 1
+    run.finish()
+    run.assert_exact()
+    run.close()
+
+
+def test_a_page_copied_back_too_late_is_not_written_over_its_new_owner(subject: Subject) -> None:
+    """A lane is on its way back when chat takes the pages meant for it; then the host sends what it was asked."""
+    run = scripted_engine(subject, 10, 20, page_size=4, host_page_size=4, max_num_batched_tokens=64)
+    state = run.engine.state
+    batch = run.add(text_of(0, 12), 12, BE)
+    for _ in range(3):
+        run.step()
+        run.host.serve_copies()  # mirrors of full pages, so that the batch request can move
+    run.add(text_of(1, 24), 2, LS)
+    while not state.active[batch].incoming_pages:
+        run.host.serve_copies()
+        run.step()
+    assert run.host.workers.pending_copies()
+    chat = run.add(text_of(2, 35), 5, LS)
+    run.step()
+    assert not state.active[batch].incoming_pages
+    assert state.active[chat].device_pages
     run.finish()
     run.assert_exact()
     run.close()
@@ -335,4 +361,32 @@ def test_a_host_lost_twice_before_the_engine_looks_is_replaced_once(subject: Sub
     run.finish()
     run.assert_exact()
     assert run.engine.stats()["host_deaths"] == 1
+    run.close()
+
+
+def test_a_lane_that_meets_its_stop_token_ends_there(subject: Subject) -> None:
+    text = subject.reference.generate(text_of(0, 9), 6)
+    run = scripted_engine(subject, 20, 20, page_size=4, host_page_size=4, host_offload="always")
+    lane = run.add(text_of(0, 9), 20, BE, stop_token_ids=[text[4]])
+    while not run.engine.is_idle:
+        run.host.serve_all()
+        output = run.step()
+    assert run.asked[lane].tokens == text[: text.index(text[4]) + 1]
+    assert [token.finish_reason for token in output.tokens] == ["stop"]
+    run.finish()
+    run.close()
+
+
+def test_sampled_text_is_the_same_on_the_device_in_a_lane_and_after_a_host_is_lost(subject: Subject) -> None:
+    run = scripted_engine(subject, 30, 30, page_size=4, host_page_size=4, host_offload="always")
+    sampling = dict(temperature=0.8, seed=11)
+    chat = run.add(text_of(0, 9), 8, LS, **sampling)
+    lane = run.add(text_of(0, 9), 8, BE, **sampling)
+    while len(run.asked[lane].tokens) < 4:
+        run.host.serve_all()
+        run.step()
+    run.host.lose()
+    run.finish()
+    assert run.asked[lane].tokens == run.asked[chat].tokens
+    assert run.asked[chat].tokens != subject.reference.generate(text_of(0, 9), 8)
     run.close()

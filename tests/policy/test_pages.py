@@ -27,7 +27,7 @@ def test_a_shared_page_is_free_when_its_last_reference_goes() -> None:
 def test_releasing_twice_and_overdrawing_are_our_own_mistakes() -> None:
     pool = PagePool(2, page_size=4)
     ids = pool.allocate(2)
-    with pytest.raises(AssertionError, match="2 pages free|0 pages free"):
+    with pytest.raises(AssertionError, match="0 pages free"):
         pool.allocate(1)
     pool.release(ids)
     with pytest.raises(AssertionError, match="released twice"):

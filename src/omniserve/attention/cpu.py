@@ -19,39 +19,30 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def kv_geometry(
+    num_layers: int, num_kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype
+) -> _native.KvGeometry:
+    """Shape of paged KV; `page_bytes` of it is what one page of all layers takes."""
+    return _native.KvGeometry(
+        num_layers=num_layers,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+        dtype=dtype_name(dtype),
+    )
+
+
 class CpuKvStore:
     """Device KV memory: `num_pages` pages, each one blob of all layers (layout: csrc/kv.h).
 
     Untouched pages cost no memory: the mapping is filled on first write.
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-        page_size: int,
-        num_pages: int,
-        dtype: torch.dtype,
-    ) -> None:
-        self.geometry = _native.KvGeometry(
-            num_layers=num_layers,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            page_size=page_size,
-            dtype=dtype_name(dtype),
-        )
-        self.page_size = page_size
-        self.num_pages = num_pages
+    def __init__(self, geometry: _native.KvGeometry, num_pages: int, dtype: torch.dtype) -> None:
+        self.page_size = geometry.page_size
         self.dtype = dtype
-        self.memory = torch.empty(num_pages * self.geometry.page_bytes, dtype=torch.uint8)
-        self.kv = _native.PagedKv(self.geometry, self.memory.data_ptr(), num_pages)
-
-    @staticmethod
-    def page_bytes(
-        num_layers: int, num_kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype
-    ) -> int:
-        return num_layers * 2 * num_kv_heads * head_dim * page_size * dtype.itemsize
+        self.memory = torch.empty(num_pages * geometry.page_bytes, dtype=torch.uint8)
+        self.kv = _native.PagedKv(geometry, self.memory.data_ptr(), num_pages)
 
 
 @dataclass(slots=True)
@@ -116,14 +107,16 @@ class CpuAttention:
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
+        threads: int,
         cpus: Sequence[int],
     ) -> None:
+        """`threads` threads, the caller included, pinned to `cpus` unless that is empty."""
         self.store = store
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.scale = head_dim**-0.5
-        self.team = _native.ThreadTeam(max(1, len(cpus)), list(cpus))
+        self.team = _native.ThreadTeam(threads, list(cpus))
 
     def run(self, layer: int, batch: DeviceBatch, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         """Append k, v [n, kvh hd] to the pages, attend with q [n, h hd] and write out [n, h hd]."""

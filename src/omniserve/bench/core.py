@@ -92,7 +92,7 @@ class Transformers:
 
 def measure_throughput(repeats: int) -> dict[int, tuple[Spread, Spread]]:
     """Output tokens/s at each concurrency: ours without a host on all cores, and transformers."""
-    threads = len(available_cpus())
+    threads = available_cpus().count
     peer = Transformers(threads)
     params = SamplingParams(max_tokens=OUTPUT_TOKENS, ignore_eos=True)
     result = {}
@@ -145,7 +145,7 @@ def measure_walk_cost(repeats: int, device_rows: int) -> dict[int, Spread]:
     from omniserve.model.loading import load_decoder
     from omniserve.model.sources import ensure_model
 
-    threads = len(split_cpus(EngineConfig()).device_cpus)
+    threads = split_cpus(EngineConfig()).device_threads
     torch.set_num_threads(threads)
     decoder = load_decoder(ensure_model(MODEL), torch.float32, max_model_len=1024)
     result = {}

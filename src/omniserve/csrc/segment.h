@@ -24,7 +24,7 @@ namespace omniserve {
 inline constexpr uint64_t kSegmentMagic = 0x4f4d4e4953455256;  // "OMNISERV"
 inline constexpr uint32_t kSegmentVersion = 1;
 inline constexpr size_t kLine = 64;  // bytes of a cache line
-inline constexpr int kMaxWorkers = 64;
+inline constexpr int kMaxWorkers = 1024;
 
 struct LaneGeometry {
     int32_t num_layers = 0;

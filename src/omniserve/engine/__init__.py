@@ -1,7 +1,7 @@
 """The engine: scheduler steps carried out on a device and a host, and the ways to call it.
 
 loop.py       Engine: commands -> schedule -> launch -> collect -> apply, one step at a time
-executor.py   carries out steps on the CPU device
+executor.py   the seam to a device; cpu_executor.py: walks and passes on CPU threads
 records.py    requests' tokens and sampling; lane state in slot-indexed arrays
 build.py      from settings and a checkpoint to an Engine
 process.py    the engine process: a loop around Engine, fed through a socket

@@ -46,7 +46,7 @@ class Acceptance:
 
     def _check_ids(self, field: str, ids: Sequence[int]) -> None:
         for token in ids:
-            if not isinstance(token, int) or not 0 <= token < self.vocab_size:
+            if type(token) is not int or not 0 <= token < self.vocab_size:
                 raise RequestError(
                     field, f"token id {token!r} is out of range, the vocabulary has {self.vocab_size} ids"
                 )

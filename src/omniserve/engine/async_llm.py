@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import operator
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import fields
@@ -13,7 +14,7 @@ from omniserve.config import EngineConfig
 from omniserve.engine.client import EngineClient
 from omniserve.engine.messages import Token
 from omniserve.engine.progress import Progress
-from omniserve.errors import ConfigError, ModelError, RequestError
+from omniserve.errors import ConfigError, RequestError
 from omniserve.model.sources import ensure_model
 from omniserve.model.tokenizer import Tokenizer
 from omniserve.types import Prompt, RequestOutput, SamplingParams, service_class_named
@@ -57,18 +58,16 @@ class AsyncLLM:
         """Token ids of a prompt given as text or as ids; RequestError for anything else."""
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
-        if isinstance(prompt, Sequence) and not isinstance(prompt, str | bytes | bytearray):
-            return list(prompt)
-        raise RequestError("prompt", f"must be text or a sequence of token ids, got {type(prompt).__name__}")
+        try:
+            return [t if type(t) is bool else int(operator.index(t)) for t in prompt]
+        except TypeError:
+            raise RequestError("prompt", "must be text or a list of token ids (integers)") from None
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation rendered by the model's chat template, ready for the answer."""
         if not messages:
             raise RequestError("messages", "must hold at least one message")
-        try:
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        except ModelError as error:
-            raise RequestError("messages", str(error)) from error
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def check(self, prompt: Sequence[int], params: SamplingParams, service_class: str) -> None:
@@ -89,26 +88,43 @@ class AsyncLLM:
         served and EngineDeadError when the engine ends.
         """
         arrived_s = time.monotonic()
-        params = sampling_params or SamplingParams()
-        ids = self.encode(prompt)
+        async for output in self.stream(
+            self.encode(prompt), sampling_params or SamplingParams(), service_class, request_id, arrived_s
+        ):
+            yield output
+
+    async def stream(
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        service_class: str,
+        request_id: str | None,
+        arrived_s: float,
+    ) -> AsyncIterator[RequestOutput]:
+        """`submit` for a tokenised prompt whose time counts from `arrived_s` (time.monotonic())."""
         self.check(ids, params, service_class)
         name = request_id if request_id is not None else f"request-{next(self._names)}"
         if name in self._running:
             raise RequestError("request_id", f"{name!r} is running already")
-        loop, news = asyncio.get_running_loop(), asyncio.Queue[Token | Exception | None]()
+        loop, news = asyncio.get_running_loop(), asyncio.Queue[tuple[float, Token | Exception | None]]()
 
         def listen(item: Token | Exception | None) -> None:
-            loop.call_soon_threadsafe(news.put_nowait, item)
+            loop.call_soon_threadsafe(news.put_nowait, (time.monotonic(), item))
 
-        progress = Progress(self.tokenizer, name, ids, params, arrived_s)
-        self._running[name] = lambda: listen(None)
         engine_id = self._client.add(ids, params, service_class, listen)
+
+        def stop() -> None:
+            self._client.abort(engine_id)
+            listen(None)
+
+        self._running[name] = stop
+        progress = Progress(self.tokenizer, name, ids, params, arrived_s)
         try:
             while not progress.is_finished:
-                item = await news.get()
+                when_s, item = await news.get()
                 if isinstance(item, Exception):
                     raise item
-                yield progress.push(item) if item is not None else progress.abort()
+                yield progress.push(item, when_s) if item is not None else progress.abort()
         finally:
             del self._running[name]
             self._client.abort(engine_id)
@@ -128,4 +144,5 @@ class AsyncLLM:
         return await asyncio.wrap_future(self._client.stats())
 
     def close(self) -> None:
+        """End the engine and its host; requests still running raise EngineDeadError."""
         self._client.close()

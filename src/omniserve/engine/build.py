@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from omniserve.attention.cpu import CpuAttention, CpuKvStore
+import omniserve._native as _native
+from omniserve.attention.cpu import CpuAttention, CpuKvStore, dtype_name, kv_geometry
 from omniserve.config import (
     DEVICE_MEMORY_SHARE,
     HOST_MEMORY_SHARE,
@@ -18,10 +19,9 @@ from omniserve.config import (
     split_cpus,
 )
 from omniserve.engine.acceptance import Acceptance
-from omniserve.engine.executor import CpuExecutor
+from omniserve.engine.cpu_executor import CpuExecutor
 from omniserve.engine.loop import Engine
-from omniserve.errors import ConfigError
-from omniserve.host.segment import lane_geometry
+from omniserve.errors import ConfigError, ModelError
 from omniserve.host.supervisor import Host, HostSupervisor
 from omniserve.model.decoder import Decoder
 from omniserve.model.families import ModelConfig, read_model_config
@@ -32,6 +32,8 @@ from omniserve.policy.request import Limits
 MAX_DEFAULT_MODEL_LEN = 8192
 # Staging frames between device and host: pages in flight at once.
 NUM_FRAMES = 32
+# What the attention kernel takes.
+MIN_HEAD_DIM, MAX_HEAD_DIM = 64, 256
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -65,9 +67,19 @@ def _num_pages(config: EngineConfig, side: str, page_bytes: int, page_size: int,
     return int(pages)
 
 
+def _check_head_dim(model: ModelConfig) -> None:
+    if model.head_dim % 8 or not MIN_HEAD_DIM <= model.head_dim <= MAX_HEAD_DIM:
+        raise ModelError(
+            f"head_dim {model.head_dim}: must be a multiple of 8 from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
+        )
+
+
 def make_limits(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, max_model_len: int) -> Limits:
+    _check_head_dim(model)
+
     def page_bytes(page_size: int) -> int:
-        return CpuKvStore.page_bytes(model.num_layers, model.num_kv_heads, model.head_dim, page_size, dtype)
+        kv_heads, head_dim = model.num_kv_heads, model.head_dim
+        return kv_geometry(model.num_layers, kv_heads, head_dim, page_size, dtype).page_bytes
 
     device_pages = _num_pages(config, "device", page_bytes(config.page_size), config.page_size, max_model_len)
     host_pages = 0
@@ -109,26 +121,10 @@ def make_engine(
     cost: CostModel | None = None,
 ) -> Engine:
     """Build an engine around loaded weights. `host(geometry, cpus, threads)` makes the host."""
-    model = decoder.config
-    limits = make_limits(config, model, decoder.dtype, max_model_len)
-    store = CpuKvStore(
-        model.num_layers,
-        decoder.num_kv_heads,
-        model.head_dim,
-        config.page_size,
-        limits.num_device_pages,
-        decoder.dtype,
-    )
-    attention = CpuAttention(
-        store,
-        decoder.num_heads,
-        decoder.num_kv_heads,
-        model.head_dim,
-        split.device_cpus,
-    )
+    limits = make_limits(config, decoder.config, decoder.dtype, max_model_len)
     executor = CpuExecutor(
         decoder,
-        attention,
+        _device_attention(config, decoder, limits, split),
         max_rows=config.max_num_batched_tokens,
         max_lane_rows=config.max_lane_rows,
         max_lanes=config.max_lanes,
@@ -137,24 +133,42 @@ def make_engine(
     )
     the_host: Host | None = None
     if config.host_offload != "never":
-        geometry = lane_geometry(
-            num_layers=model.num_layers,
-            num_heads=decoder.num_heads,
-            num_kv_heads=decoder.num_kv_heads,
-            head_dim=model.head_dim,
-            hidden_size=model.hidden_size,
-            dtype=decoder.dtype,
-            max_lanes=config.max_lanes,
-            max_model_len=max_model_len,
-            page_size=config.page_size,
-            host_page_size=config.host_page_size,
-            num_host_pages=limits.num_host_pages,
-            num_frames=NUM_FRAMES,
-        )
-        the_host = host(geometry, split.host_cpus, len(split.host_cpus))
+        geometry = _lane_geometry(config, decoder, limits, max_model_len)
+        the_host = host(geometry, split.host_cpus, split.host_threads)
     cost = cost or FixedBudget(config.max_num_batched_tokens, config.max_lane_rows, config.pass_budget_s)
-    acceptance = make_acceptance(limits, model, max_model_len)
-    return Engine(executor, the_host, limits, cost, acceptance, config.seed)
+    acceptance = make_acceptance(limits, decoder.config, max_model_len)
+    return Engine(executor, the_host, limits, cost, acceptance, config.seed, split.host_threads)
+
+
+def _device_attention(
+    config: EngineConfig, decoder: Decoder, limits: Limits, split: CpuSplit
+) -> CpuAttention:
+    layers, heads, kv_heads = decoder.num_layers, decoder.num_heads, decoder.num_kv_heads
+    geometry = kv_geometry(layers, kv_heads, decoder.head_dim, config.page_size, decoder.dtype)
+    store = CpuKvStore(geometry, limits.num_device_pages, decoder.dtype)
+    return CpuAttention(store, heads, kv_heads, decoder.head_dim, split.device_threads, split.device_cpus)
+
+
+def _lane_geometry(
+    config: EngineConfig, decoder: Decoder, limits: Limits, max_model_len: int
+) -> _native.LaneGeometry:
+    """Sizes of the lanes' segment. KV is kept in the model's dtype on both sides."""
+    name = dtype_name(decoder.dtype)
+    return _native.LaneGeometry(
+        num_layers=decoder.num_layers,
+        num_heads=decoder.num_heads,
+        num_kv_heads=decoder.num_kv_heads,
+        head_dim=decoder.head_dim,
+        hidden_size=decoder.config.hidden_size,
+        act_dtype=name,
+        kv_dtype=name,
+        max_lanes=config.max_lanes,
+        host_page_size=config.host_page_size,
+        max_pages_per_lane=-(-max_model_len // config.host_page_size),
+        num_host_pages=limits.num_host_pages,
+        device_page_size=config.page_size,
+        num_frames=limits.num_frames,
+    )
 
 
 def load_engine(config: EngineConfig, path: Path, arrivals: Callable[[], bool] = lambda: False) -> Engine:
@@ -164,7 +178,8 @@ def load_engine(config: EngineConfig, path: Path, arrivals: Callable[[], bool] =
     dtype = choose_dtype(config, model)
     make_limits(config, model, dtype, max_model_len)  # refuse impossible sizes before the weights are read
     split = split_cpus(config)
-    os.sched_setaffinity(0, split.device_cpus)
-    torch.set_num_threads(len(split.device_cpus))
+    if split.device_cpus:
+        os.sched_setaffinity(0, split.device_cpus)
+    torch.set_num_threads(split.device_threads)
     decoder = load_decoder(path, dtype, max_model_len=max_model_len)
     return make_engine(config, decoder, max_model_len, split, arrivals)

@@ -22,17 +22,16 @@ from omniserve.engine.messages import (
     Add,
     AskStats,
     Failed,
-    FrameBuffer,
     FromEngine,
+    MessageBuffer,
     Ready,
     Refused,
     Start,
     Stats,
-    ToEngine,
     Token,
     Tokens,
-    frame,
     from_engine_decoder,
+    pack,
 )
 from omniserve.types import SamplingParams
 
@@ -65,6 +64,7 @@ class EngineClient:
         )
         theirs.close()
         self._lock = threading.Lock()
+        self._send_lock = threading.Lock()
         self._ids = itertools.count()
         self._listeners: dict[int, Listener] = {}
         self._answers: dict[int, Future[dict[str, Any]]] = {}
@@ -73,7 +73,7 @@ class EngineClient:
         self._is_closing = False
         self._reader = threading.Thread(target=self._read, name="omniserve-reader", daemon=True)
         self._reader.start()
-        self._send(Start(config, str(path)))
+        self._send(pack(Start(config, str(path))))
         try:
             self.info = self._started.result()
         except BaseException:
@@ -90,26 +90,29 @@ class EngineClient:
         self, prompt: Sequence[int], params: SamplingParams, service_class: str, listener: Listener
     ) -> int:
         """Submit a request; `listener` hears its tokens until one carries a finish reason."""
+        request_id = next(self._ids)
+        message = pack(Add(request_id, list(prompt), params, service_class))
         with self._lock:
             self._raise_if_dead()
-            request_id = next(self._ids)
             self._listeners[request_id] = listener
-            self._send_locked(Add(request_id, list(prompt), params, service_class))
+        self._send(message)
         return request_id
 
     def abort(self, request_id: int) -> None:
         """Forget a request; its listener hears nothing more. Unknown and finished ids are ignored."""
         with self._lock:
-            if self._listeners.pop(request_id, None) is not None and self._death is None:
-                self._send_locked(Abort(request_id))
+            is_running = self._listeners.pop(request_id, None) is not None and self._death is None
+        if is_running:
+            self._send(pack(Abort(request_id)))
 
     def stats(self) -> Future[dict[str, Any]]:
+        """The engine's statistics, as soon as it answers."""
         answer: Future[dict[str, Any]] = Future()
+        question_id = next(self._ids)
         with self._lock:
             self._raise_if_dead()
-            question_id = next(self._ids)
             self._answers[question_id] = answer
-            self._send_locked(AskStats(question_id))
+        self._send(pack(AskStats(question_id)))
         return answer
 
     def close(self) -> None:
@@ -130,28 +133,27 @@ class EngineClient:
         if self._death is not None:
             raise errors.EngineDeadError(str(self._death))
 
-    def _send(self, message: ToEngine) -> None:
-        with self._lock:
-            self._send_locked(message)
-
-    def _send_locked(self, message: ToEngine) -> None:
-        with contextlib.suppress(OSError):  # the reader thread hears of the end and tells every listener
-            self._socket.sendall(frame(message))
+    def _send(self, message: bytes) -> None:
+        # A lock of its own: while a sender waits for room in the socket, the reader must go on delivering.
+        with self._send_lock, contextlib.suppress(OSError):  # the reader thread tells everybody of the end
+            self._socket.sendall(message)
 
     # ------------------------------------------------------------ reader thread
 
     def _read(self) -> None:
-        buffer = FrameBuffer()
-        while True:
-            try:
-                data = self._socket.recv(1 << 20)
-            except OSError:
-                data = b""
-            if not data:
-                break
-            for body in buffer.feed(data):
-                self._heed(from_engine_decoder.decode(body))
-        self._die()
+        buffer = MessageBuffer()
+        try:
+            while data := self._receive():
+                for body in buffer.feed(data):
+                    self._heed(from_engine_decoder.decode(body))
+        finally:
+            self._die()
+
+    def _receive(self) -> bytes:
+        try:
+            return self._socket.recv(1 << 20)
+        except OSError:
+            return b""
 
     def _heed(self, message: FromEngine) -> None:
         match message:
@@ -163,7 +165,8 @@ class EngineClient:
             case Stats(question_id=question_id, stats=stats):
                 with self._lock:
                     answer = self._answers.pop(question_id)
-                answer.set_result(stats)
+                if answer.set_running_or_notify_cancel():
+                    answer.set_result(stats)
             case Ready(acceptance=acceptance, startup_s=startup_s):
                 self._started.set_result(EngineInfo(acceptance, startup_s))
             case Failed(kind=kind, message=text):
@@ -172,8 +175,17 @@ class EngineClient:
     def _tell(self, request_id: int, news: Token | Exception, is_last: bool) -> None:
         with self._lock:
             listener = self._listeners.pop(request_id, None) if is_last else self._listeners.get(request_id)
-        if listener is not None:
+        if listener is not None and not self._call(listener, news):
+            self.abort(request_id)
+
+    @staticmethod
+    def _call(listener: Listener, news: Token | Exception) -> bool:
+        """Call a listener; False when nobody listens there anymore (its event loop is closed)."""
+        try:
             listener(news)
+        except RuntimeError:
+            return False
+        return True
 
     def _die(self) -> None:
         """The engine is gone: say so to everybody who waits."""
@@ -184,9 +196,10 @@ class EngineClient:
             listeners, self._listeners = list(self._listeners.values()), {}
             answers, self._answers = list(self._answers.values()), {}
         for listener in listeners:
-            listener(errors.EngineDeadError(str(death)))
+            self._call(listener, errors.EngineDeadError(str(death)))
         for answer in answers:
-            answer.set_exception(errors.EngineDeadError(str(death)))
+            if answer.set_running_or_notify_cancel():
+                answer.set_exception(errors.EngineDeadError(str(death)))
         if not self._started.done():
             self._started.set_exception(death)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
+from omniserve.config import EngineConfig
 from omniserve.engine.async_llm import AsyncLLM, Message
-from omniserve.errors import RequestError
+from omniserve.errors import EngineDeadError, RequestError
+from omniserve.model.tokenizer import Tokenizer
 from omniserve.types import Prompt, RequestOutput, SamplingParams
 
 T = TypeVar("T")
@@ -32,11 +35,13 @@ class LLM:
         self._is_closed = False
 
     @property
-    def config(self) -> Any:
+    def config(self) -> EngineConfig:
+        """The settings in force."""
         return self._llm.config
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
         return self._llm.tokenizer
 
     @property
@@ -60,8 +65,9 @@ class LLM:
         after each token. Raises RequestError naming the first prompt that can not be served, before any
         of them runs.
         """
+        arrived_s = time.monotonic()
         batch = [self._llm.encode(p) for p in _as_list(prompts)]
-        return self._run_batch(batch, sampling_params, service_class, on_progress)
+        return self._run_batch(batch, sampling_params, service_class, on_progress, arrived_s)
 
     def chat(
         self,
@@ -71,11 +77,12 @@ class LLM:
         on_progress: OnProgress | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of a list of them, rendered by the model's chat template."""
-        if messages and isinstance(messages[0], dict):
+        arrived_s = time.monotonic()
+        if not messages or isinstance(messages[0], Mapping):
             messages = cast("Sequence[Sequence[Message]]", [messages])
         conversations = cast("Sequence[Sequence[Message]]", messages)
         batch = [self._llm.encode_chat(c) for c in conversations]
-        return self._run_batch(batch, sampling_params, service_class, on_progress)
+        return self._run_batch(batch, sampling_params, service_class, on_progress, arrived_s)
 
     def stats(self) -> dict[str, Any]:
         """Counters and gauges of the engine; see docs/design.md."""
@@ -87,6 +94,8 @@ class LLM:
             return
         self._is_closed = True
         self._llm.close()
+        # Calls still on their way out hear of the end before their loop stops.
+        asyncio.run_coroutine_threadsafe(_finish_others(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -100,6 +109,9 @@ class LLM:
         self.close()
 
     def _call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        if self._is_closed:
+            coroutine.close()
+            raise EngineDeadError("this LLM was closed; make a new one")
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
@@ -113,6 +125,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         service_class: str | Sequence[str],
         on_progress: OnProgress | None,
+        arrived_s: float,
     ) -> list[RequestOutput]:
         params = _one_each(sampling_params or SamplingParams(), len(batch), "sampling_params", SamplingParams)
         classes: list[str] = _one_each(service_class, len(batch), "service_class", str)
@@ -124,7 +137,7 @@ class LLM:
 
         async def run_one(i: int) -> RequestOutput:
             last: RequestOutput | None = None
-            async for last in self._llm.submit(batch[i], params[i], classes[i]):
+            async for last in self._llm.stream(batch[i], params[i], classes[i], None, arrived_s):
                 if on_progress is not None:
                     on_progress(i, last)
             assert last is not None
@@ -140,6 +153,11 @@ class LLM:
                 await asyncio.gather(*tasks, return_exceptions=True)
 
         return self._call(run_all())
+
+
+async def _finish_others() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import select
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from omniserve.engine.acceptance import Acceptance
-from omniserve.engine.executor import CpuExecutor
+from omniserve.engine.executor import Executor
 from omniserve.engine.records import Record
 from omniserve.host.supervisor import Host
 from omniserve.policy.latency import CostModel
@@ -22,16 +22,22 @@ from omniserve.types import SamplingParams, service_class_named
 # Longest sleep without any event: a net under lost wake-ups, not a polling interval.
 MAX_SLEEP_S = 1.0
 
+LANE_STATS = (
+    "lane_entries",
+    "same_iteration_entries",
+    "cancelled_rows",
+    "landed_pages",
+    "fetched_pages",
+    "host_busy_s",
+    "host_kv_bytes_read",
+)
+
 
 @dataclass(slots=True)
 class StepOutput:
-    """New tokens of one step and, by id of each request it ended, its number of lane tokens.
-
-    was_idle: nothing could be done; the engine may sleep.
-    """
+    """New tokens of one step. was_idle: nothing could be done; the engine may sleep."""
 
     tokens: list[NewToken] = field(default_factory=list)
-    num_lane_tokens: dict[int, int] = field(default_factory=dict)
     was_idle: bool = False
 
 
@@ -40,12 +46,13 @@ class Engine:
 
     def __init__(
         self,
-        executor: CpuExecutor,
+        executor: Executor,
         host: Host | None,
         limits: Limits,
         cost: CostModel,
         acceptance: Acceptance,
         seed: int = 0,
+        host_threads: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.executor = executor
@@ -53,6 +60,7 @@ class Engine:
         self.cost = cost
         self.acceptance = acceptance
         self.seed = seed
+        self._host_threads = max(1, host_threads)
         self.state = State(limits)
         self._clock = clock
         self._next_id = 0
@@ -114,30 +122,23 @@ class Engine:
         return self._output(result, finished)
 
     def _output(self, result: StepResult, finished: list[Request]) -> StepOutput:
-        output = StepOutput(tokens=list(result.tokens))
         for request in finished:
-            record = self.executor.remove(request.id)
-            assert record is not None
-            output.num_lane_tokens[request.id] = record.num_lane_tokens
+            self.executor.remove(request.id)
         if finished:
             self.executor.cancel(*self.state.take_cancels())
-        return output
+        return StepOutput(tokens=list(result.tokens))
 
     def sleep(self, extra_fds: Sequence[int] = (), timeout_s: float = MAX_SLEEP_S) -> None:
         """Wait for one event: a completion or copy of the host, news about the host, or `extra_fds`."""
         began = self._clock()
         fds = list(extra_fds)
-        segment = self.executor.segment
-        if segment is not None and segment.port.arm():
+        if self.executor.arm():
             return
-        if self.host is not None:
-            fds += self.host.wait_fds()
+        fds += [] if self.host is None else self.host.wait_fds()
         try:
             select.select(fds, [], [], timeout_s)
         finally:
-            if segment is not None:
-                segment.port.disarm()
-                segment.clear_event()
+            self.executor.disarm()
         if self.state.waits_for_host:
             self.executor.counters.starved_s += self._clock() - began
 
@@ -170,7 +171,9 @@ class Engine:
         elapsed = max(self._clock() - self._started_s, 1e-9)
         stats: dict[str, Any] = dict(asdict(self.executor.counters))
         stats["num_lane_tokens"] = stats.pop("lane_tokens")
-        stats |= self._host_stats(elapsed)
+        lanes = self.executor.lane_stats()
+        stats |= {name: lanes.get(name, 0) for name in LANE_STATS}
+        stats["host_busy_share"] = lanes.get("host_busy_s", 0) / (elapsed * self._host_threads)
         state = self.state
         for name in ("num_dropped", "num_displaced", "num_swapped_in", "num_broken_promises"):
             stats[name] = getattr(state, name)
@@ -183,21 +186,6 @@ class Engine:
         stats["pages"] = self._pages()
         stats["uptime_s"] = elapsed
         return stats
-
-    def _host_stats(self, elapsed_s: float) -> dict[str, Any]:
-        """What the port and the host's workers counted since this host came up."""
-        names = ("lane_entries", "same_iteration_entries", "cancelled_rows", "landed_pages", "fetched_pages")
-        if self.executor.segment is None:
-            return {**dict.fromkeys(names, 0), "host_busy_s": 0.0, "host_busy_share": 0.0}
-        port: Mapping[str, Any] = self.executor.segment.port.stats()
-        workers = port["workers"]
-        busy_s = sum(w["busy_s"] for w in workers)
-        return {
-            **{name: port[name] for name in names},
-            "host_busy_s": busy_s,
-            "host_busy_share": busy_s / (max(1, len(workers)) * elapsed_s),
-            "host_kv_bytes_read": sum(w["kv_bytes_read"] for w in workers),
-        }
 
     def _host_state(self) -> str:
         if self.host is None:

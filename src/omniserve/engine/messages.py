@@ -38,7 +38,7 @@ class AskStats(msgspec.Struct, tag=True):
 
 
 class Ready(msgspec.Struct, tag=True):
-    """The engine is up; what it accepts, its process id and its host's."""
+    """The engine is up: what it accepts, and the seconds it took."""
 
     acceptance: Acceptance
     startup_s: float
@@ -58,12 +58,12 @@ class Refused(msgspec.Struct, tag=True):
 
 
 class Token(msgspec.Struct, array_like=True):
-    """One new token of a request; the last two fields are set on its last token."""
+    """One new token of a request; `finish_reason` is set on its last one."""
 
     request_id: int
     token_id: int
+    by_lane: bool = False
     finish_reason: FinishReason | None = None
-    num_lane_tokens: int = 0
 
 
 class Tokens(msgspec.Struct, tag=True):
@@ -83,13 +83,13 @@ to_engine_decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(T
 from_engine_decoder: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
 
 
-def frame(message: ToEngine | FromEngine) -> bytes:
+def pack(message: ToEngine | FromEngine) -> bytes:
     """The bytes of one message: its length, then msgpack."""
     body = _encoder.encode(message)
     return _LENGTH.pack(len(body)) + body
 
 
-class FrameBuffer:
+class MessageBuffer:
     """Cuts a byte stream back into message bodies."""
 
     def __init__(self) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import setproctitle
 
 from omniserve.engine.loop import Engine, StepOutput
@@ -22,8 +23,8 @@ from omniserve.engine.messages import (
     Add,
     AskStats,
     Failed,
-    FrameBuffer,
     FromEngine,
+    MessageBuffer,
     Ready,
     Refused,
     Start,
@@ -31,7 +32,7 @@ from omniserve.engine.messages import (
     ToEngine,
     Token,
     Tokens,
-    frame,
+    pack,
     to_engine_decoder,
 )
 from omniserve.errors import OmniServeError, RequestError
@@ -44,7 +45,7 @@ class Channel:
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
-        self._buffer = FrameBuffer()
+        self._buffer = MessageBuffer()
         self.is_closed = False
 
     def has_input(self) -> bool:
@@ -52,8 +53,9 @@ class Channel:
         return bool(readable)
 
     def send(self, message: FromEngine) -> None:
+        """Send, or note that nobody is left to hear."""
         try:
-            self.socket.sendall(frame(message))
+            self.socket.sendall(pack(message))
         except (BrokenPipeError, ConnectionResetError):
             self.is_closed = True
 
@@ -65,7 +67,17 @@ class Channel:
             data = b""
         self.is_closed = self.is_closed or not data
         for body in self._buffer.feed(data):
-            yield to_engine_decoder.decode(body)
+            try:
+                yield to_engine_decoder.decode(body)
+            except msgspec.ValidationError as error:
+                self._refuse(body, error)
+
+    def _refuse(self, body: bytes, error: Exception) -> None:
+        """A message of the wrong shape is its sender's trouble alone."""
+        request_id = msgspec.msgpack.decode(body).get("request_id")
+        if request_id is None:
+            raise error
+        self.send(Refused(request_id, "request", str(error)))
 
 
 class EngineLoop:
@@ -78,6 +90,7 @@ class EngineLoop:
         self._caller_ids: dict[int, int] = {}
 
     def run(self) -> None:
+        """Serve until the channel closes."""
         while not self.channel.is_closed:
             while self.channel.has_input() and not self.channel.is_closed:
                 for message in self.channel.receive():
@@ -116,8 +129,7 @@ class EngineLoop:
         tokens = []
         for token in output.tokens:
             caller_id = self._caller_ids[token.request_id]
-            lane_tokens = output.num_lane_tokens.get(token.request_id, 0)
-            tokens.append(Token(caller_id, token.token_id, token.finish_reason, lane_tokens))
+            tokens.append(Token(caller_id, token.token_id, token.by_lane, token.finish_reason))
             if token.finish_reason is not None:
                 del self._engine_ids[caller_id], self._caller_ids[token.request_id]
         self.channel.send(Tokens(tokens))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from omniserve.engine.messages import Token
@@ -41,14 +40,14 @@ class Progress:
     def is_finished(self) -> bool:
         return self._reason is not None
 
-    def push(self, token: Token) -> RequestOutput:
-        """The output with one more token."""
-        self._last_s = time.monotonic()
+    def push(self, token: Token, arrived_s: float) -> RequestOutput:
+        """The output with one more token, which arrived at `arrived_s` (seconds, time.monotonic())."""
+        self._last_s = arrived_s
         if self._first_s is None:
             self._first_s = self._last_s
         self._tokens.append(token.token_id)
         self._reason = token.finish_reason
-        self._num_lane_tokens = token.num_lane_tokens
+        self._num_lane_tokens += token.by_lane
         searched = max(0, len(self._text) - self._longest_stop + 1)
         self._text += self._stream.push(token.token_id)
         if self._reason is not None:

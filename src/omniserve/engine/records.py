@@ -22,7 +22,6 @@ class Record:
     temperature: float
     seed: int
     stop_ids: frozenset[int]
-    num_lane_tokens: int = 0
 
     @property
     def num_generated(self) -> int:
@@ -31,7 +30,6 @@ class Record:
     def append(self, token_id: int, by_lane: bool) -> NewToken:
         """Take in a chosen token; says whether it was the last one."""
         self.tokens.append(token_id)
-        self.num_lane_tokens += by_lane
         reason: Literal["stop", "length"] | None = None
         if token_id in self.stop_ids:
             reason = "stop"

@@ -26,12 +26,13 @@ NICENESS = 5
 
 def main(arguments: list[str]) -> int:
     memory_fd, event_fd, control_fd, threads = (int(a) for a in arguments[:4])
-    cpus = [int(c) for c in arguments[4].split(",")]
+    cpus = [int(c) for c in arguments[4].split(",") if c]
     setproctitle.setproctitle("omniserve: host")
     # A stopped host cannot read its control socket; the kernel kills it with the engine even then.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.sched_setaffinity(0, cpus)
+    if cpus:
+        os.sched_setaffinity(0, cpus)
     memory = mmap.mmap(memory_fd, os.fstat(memory_fd).st_size)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     workers = _native.HostWorkers(address, event_fd, cpus, NICENESS)

@@ -11,7 +11,6 @@ import mmap
 import os
 
 import numpy as np
-import torch
 from torch import Tensor
 
 import omniserve._native as _native
@@ -34,7 +33,7 @@ class LaneSegment:
         self.event_fd = os.eventfd(0, os.EFD_NONBLOCK)
         self.address = address_of(self.memory)
         self.port = _native.LanePort(geometry, self.address)
-        # Two words per layer and slot arrays that the port fills; kept here so that a call allocates nothing.
+        # What a scan fills, per layer; kept here so that a call allocates nothing.
         self._ready = np.zeros(geometry.num_layers, dtype=np.int32)
         self._waiting = np.zeros(geometry.num_layers, dtype=np.int32)
         self._oldest = np.zeros(geometry.num_layers, dtype=np.uint64)
@@ -83,6 +82,20 @@ class LaneSegment:
         self.port.scan(self._ready.ctypes.data, self._waiting.ctypes.data, self._oldest.ctypes.data)
         return self._ready.tolist(), self._waiting.tolist(), self._oldest.tolist()
 
+    def counts(self) -> dict[str, float]:
+        """What the port counted, and the sums over this host's workers."""
+        port = self.port.stats()
+        workers = port["workers"]
+        return {
+            "lane_entries": port["lane_entries"],
+            "same_iteration_entries": port["same_iteration_entries"],
+            "cancelled_rows": port["cancelled_rows"],
+            "landed_pages": port["landed_pages"],
+            "fetched_pages": port["fetched_pages"],
+            "host_busy_s": sum(w["busy_s"] for w in workers),
+            "host_kv_bytes_read": sum(w["kv_bytes_read"] for w in workers),
+        }
+
     def clear_event(self) -> None:
         """Take back a wake-up; harmless when there is none."""
         with contextlib.suppress(BlockingIOError):
@@ -92,37 +105,3 @@ class LaneSegment:
         """Close the descriptors. The mapping itself goes with the last reference to it."""
         for fd in (self.memory_fd, self.event_fd):
             os.close(fd)
-
-
-def lane_geometry(
-    *,
-    num_layers: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    hidden_size: int,
-    dtype: torch.dtype,
-    max_lanes: int,
-    max_model_len: int,
-    page_size: int,
-    host_page_size: int,
-    num_host_pages: int,
-    num_frames: int,
-) -> _native.LaneGeometry:
-    """Sizes of a segment for a model. KV is kept in the model's dtype on both sides."""
-    name = str(dtype).removeprefix("torch.")
-    return _native.LaneGeometry(
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        hidden_size=hidden_size,
-        act_dtype=name,
-        kv_dtype=name,
-        max_lanes=max_lanes,
-        host_page_size=host_page_size,
-        max_pages_per_lane=-(-max_model_len // host_page_size),
-        num_host_pages=num_host_pages,
-        device_page_size=page_size,
-        num_frames=num_frames,
-    )

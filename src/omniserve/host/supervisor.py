@@ -6,6 +6,7 @@ import select
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
@@ -13,8 +14,11 @@ import omniserve._native as _native
 from omniserve.host.segment import LaneSegment
 
 HostEvent = Literal["started", "lost", "failed"]
-# A host that dies this often before it was ever ready will not come up.
-MAX_FAILED_STARTS = 3
+# A host that dies this often in a row within seconds of its start is given up: BE decodes on the device then.
+MAX_EARLY_DEATHS = 3
+SHORT_LIFE_S = 5.0
+# A host that says nothing for this long after its start counts as dead.
+START_TIMEOUT_S = 60.0
 
 
 class Host(Protocol):
@@ -45,8 +49,8 @@ class HostSupervisor:
         self._geometry = geometry
         self._cpus = list(cpus)
         self._threads = threads
-        self._failed_starts = 0
-        self._is_ready = False
+        self._early_deaths = 0
+        self._has_failed = False
         self._start()
 
     @property
@@ -57,47 +61,47 @@ class HostSupervisor:
         self.segment = LaneSegment(self._geometry)
         self._control, theirs = socket.socketpair()
         fds = (self.segment.memory_fd, self.segment.event_fd, theirs.fileno())
-        self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "omniserve.host.process",
-                *(str(fd) for fd in fds),
-                str(self._threads),
-                ",".join(str(c) for c in self._cpus),
-            ],
-            pass_fds=fds,
-            stdin=subprocess.DEVNULL,
-        )
+        self._process = subprocess.Popen(self._command(*fds), pass_fds=fds, stdin=subprocess.DEVNULL)
         theirs.close()
         self._is_ready = False
+        self._started_s = time.monotonic()
+
+    def _command(self, *fds: int) -> list[str]:
+        """How the host process is started: segment, event and control descriptor, threads, CPUs."""
+        cpus = ",".join(str(c) for c in self._cpus)
+        numbers = [*(str(fd) for fd in fds), str(self._threads)]
+        return [sys.executable, "-m", "omniserve.host.process", *numbers, cpus]
 
     def poll(self) -> HostEvent | None:
+        if self._has_failed:
+            return None
         readable, _, _ = select.select([self._control], [], [], 0)
         if not readable:
-            return None
+            hangs = not self._is_ready and time.monotonic() - self._started_s > START_TIMEOUT_S
+            return self._replace() if hangs else None
         try:
             message = self._control.recv(16)
         except ConnectionError:
             message = b""
         if message:
-            self._is_ready, self._failed_starts = True, 0
+            self._is_ready = True
             return "started"
         return self._replace()
 
     def _replace(self) -> HostEvent:
-        """The host is gone: reap it and start another one, unless it never comes up."""
-        self._failed_starts += not self._is_ready
+        """The host is gone: reap it and start another one, unless it never lives for long."""
+        lived_s = time.monotonic() - self._started_s
+        self._early_deaths = self._early_deaths + 1 if not self._is_ready or lived_s < SHORT_LIFE_S else 0
         self._reap()
-        if self._failed_starts >= MAX_FAILED_STARTS:
-            self._control, _ = socket.socketpair()
+        if self._early_deaths >= MAX_EARLY_DEATHS:
+            self._has_failed = True
             return "failed"
         self.segment.close()
         self._start()
         return "lost"
 
     def wait_fds(self) -> list[int]:
-        return [self._control.fileno(), self.segment.event_fd]
+        return [] if self._has_failed else [self._control.fileno(), self.segment.event_fd]
 
     def _reap(self) -> None:
         self._control.close()
@@ -106,6 +110,9 @@ class HostSupervisor:
 
     def close(self) -> None:
         """Stop the host and wait for its end; a stopped or hanging one is killed."""
+        if self._has_failed:
+            self.segment.close()
+            return
         self._control.close()
         try:
             self._process.wait(timeout=0.5)

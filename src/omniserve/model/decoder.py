@@ -1,4 +1,4 @@
-"""A decoder-only transformer in calls that leave attention to the caller (DESIGN 5).
+"""A decoder-only transformer in calls that leave attention to the caller (docs/design.md, "Lanes").
 
 One layer: q, k, v = pre_attention(l, x, positions); attention somewhere; x = post_attention(l, attn, x).
 Rows are independent of each other in every call, so rows of different requests, and best-effort rows that

@@ -2,7 +2,7 @@
 
 On CPU the weight is repacked for oneDNN. Against `F.linear` (MKL) on one AVX-512 AMD core that is 1.5 to 2
 times as fast at one row and 2.5 to 3 times at 8 to 32 rows, though each call costs some 20 microseconds more.
-Eight rows then cost little more than one, which is what makes riding along cheap (DESIGN 1); and a row's
+Eight rows then cost little more than one, which is what makes riding along cheap; and a row's
 result does not depend on the number of rows beside it, save where that number is 1 in some shapes.
 """
 

@@ -15,7 +15,7 @@ class WalkLoad:
     """Device work gathered so far for one walk.
 
     num_tokens: query tokens n of the dense modules; num_decodes: g; decode_context: sum of l_j + 1 over
-    decodes; prefill_load: sum over chunks of sum_{i=l+1..l+q} i (PAPER sec 3.3.1).
+    decodes; prefill_load: sum over chunks of sum_{i=l+1..l+q} i (the paper's section 3.3.1).
     """
 
     num_tokens: int = 0

@@ -133,13 +133,14 @@ class Plan:
 class DeviceRows:
     """Rows of one request in a walk: tokens start..start+num_tokens-1, KV in `pages`.
 
-    `samples` is set when the last row's logits choose the next token.
+    `samples` is set when the last row's logits choose the next token, `is_prefill` for rows of a chunk.
     """
 
     request_id: int
     start: int
     num_tokens: int
     samples: bool
+    is_prefill: bool
     pages: tuple[int, ...]
 
 

@@ -37,7 +37,7 @@ class Limits:
 
 
 @dataclass(slots=True)
-class HostShare:
+class HostHold:
     """What one request holds on the host.
 
     copied_tokens: prefix handed to copying. unstaged, unlanded, unfetched: copy id -> first token of copies
@@ -82,7 +82,7 @@ class Request:
     phase: Phase = Phase.WAITING
     device_pages: list[int] = field(default_factory=list)
     num_released: int = 0
-    host: HostShare | None = None
+    host: HostHold | None = None
     incoming_pages: list[int] = field(default_factory=list)
     fetched_tokens: int = 0
 
@@ -92,7 +92,7 @@ class Request:
         return (self.rank, self.id)
 
     @property
-    def share(self) -> HostShare:
+    def hold(self) -> HostHold:
         assert self.host is not None, f"request {self.id} holds nothing on the host"
         return self.host
 

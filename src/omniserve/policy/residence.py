@@ -1,4 +1,4 @@
-"""Room: what a plan in the making may still use, and who gives way when that is not enough (DESIGN 7).
+"""Room: what a plan in the making may still use, and who gives way when that is not enough (docs/design.md).
 
 A Room starts as a copy of the state's counts. Each decision is noted as a move and booked here, so that the
 next decision sees it; the state itself does not change until the plan is committed.
@@ -67,11 +67,13 @@ class Room:
     def can_displace(self, request: Request) -> bool:
         """Whether the request can start to move now: it decodes, a slot and host pages are free.
 
-        One that the host could not hold to its last token stays on the device.
+        Only best-effort requests move: a chat on the host would stop with the host. One that the host could
+        not hold to its last token stays on the device.
         """
         longest = self.state.host.pages_for(request.num_prompt + request.max_tokens)
         return (
             self.host_usable
+            and request.best_effort
             and longest <= self.limits.num_host_pages
             and request.phase is Phase.DEVICE
             and request.id not in self.leaving

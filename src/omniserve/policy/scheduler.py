@@ -1,7 +1,8 @@
-"""schedule(state, now, cost) -> Plan: one step of the policy, without side effects (DESIGN 8, PAPER sec 3.3).
+"""schedule(state, now, cost) -> Plan: one step of the policy, without side effects.
 
-Order of service: LS decode, LS chunk prefill, BE chunk prefill, BE decode on the device; then the lanes
-start their next tokens, lanes come back if there is room, and copies use the frames that are left.
+After the paper's section 3.3. Order of service: LS decode, LS chunk prefill, BE chunk prefill, BE decode on
+the device; then the lanes start their next tokens, lanes come back if there is room, and copies use the
+frames that are left.
 """
 
 from __future__ import annotations
@@ -164,7 +165,12 @@ class _Planner:
         if self.room.host_usable:
             staying = self._relieve_pressure(staying)
         for request in staying:
-            if request.id in self.room.leaving or not self._can_decode(request):
+            if request.id in self.room.leaving:
+                continue
+            if not self._can_decode(request):
+                # No row is left for it here; on the host it goes on.
+                if self.room.can_displace(request):
+                    self.room.displace(request)
                 continue
             need = self.room.pages_missing(request, request.kv_tokens + 1)
             above_watermark = self.room.free_device - need >= self.limits.watermark_pages
@@ -201,7 +207,7 @@ class _Planner:
         lanes = [r for r in self.state.in_phase(Phase.LANE) if r.id not in self.room.leaving]
         self._start_swap_in(lanes)
         for lane in lanes:
-            if lane.share.in_flight:
+            if lane.hold.in_flight:
                 if self.room.incoming_of(lane):
                     self.room.copy_in(lane, only_full_pages=True)
             elif not self._stop_if_returned(lane):
@@ -210,19 +216,15 @@ class _Planner:
                     self.lane_starts.append(lane.id)
 
     def _start_swap_in(self, lanes: list[Request]) -> None:
-        """One lane at a time comes back: a displaced LS request when it fits, BE with room to spare."""
-        if any(self.room.incoming_of(r) for r in self.state.in_phase(Phase.LANE, Phase.MOVING_IN)):
+        """One lane at a time comes back, when the device has pages and rows to spare for it."""
+        if self.limits.host_offload == "always" or self.room.leaving:
             return
-        if self.room.leaving:
+        if any(self.room.incoming_of(r) for r in self.state.in_phase(Phase.LANE, Phase.MOVING_IN)):
             return
         for lane in lanes:
             need = self.state.device.pages_for(lane.kv_tokens + 1) + 1
-            reserve = 0
-            if lane.best_effort:
-                if self.limits.host_offload == "always":
-                    continue
-                reserve = 2 * self.limits.watermark_pages
-            if need <= self.room.free_device - reserve:
+            room_to_spare = self.room.free_device - need >= 2 * self.limits.watermark_pages
+            if room_to_spare and self._can_decode(lane):
                 self.room.swap_in(lane, need)
                 return
 
@@ -265,7 +267,7 @@ class _Planner:
     # ------------------------------------------------------------ nothing can advance
 
     def _break_standstill(self) -> None:
-        """Parked prefills drop first, then the last in line; the first in line never does (DESIGN 7)."""
+        """Parked prefills drop first, then the last in line; the first in line never does."""
         host_is_coming = not (self.state.host_ready or self.state.host_failed)
         if not self.state.requests or self.state.waits_for_host or host_is_coming:
             return

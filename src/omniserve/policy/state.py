@@ -35,7 +35,7 @@ from omniserve.policy.plan import (
     SwapIn,
     Unmirror,
 )
-from omniserve.policy.request import HostShare, Limits, Phase, Request
+from omniserve.policy.request import HostHold, Limits, Phase, Request
 
 
 class State:
@@ -51,13 +51,13 @@ class State:
         self.active: dict[int, Request] = {}
         self.requests: dict[int, Request] = {}
         self.free_slots = list(range(limits.max_lanes - 1, -1, -1))
-        self.retiring: list[HostShare] = []
+        self.retiring: list[HostHold] = []
         self.lanes_unserved = 0
         self.num_dropped = 0
         self.num_displaced = 0
         self.num_swapped_in = 0
         self.num_broken_promises = 0
-        self._copies: dict[int, HostShare] = {}
+        self._copies: dict[int, HostHold] = {}
         self._next_copy = 0
         self._cancel_slots: list[int] = []
         self._cancel_fetches: list[int] = []
@@ -139,8 +139,8 @@ class State:
         copies_in: list[PageCopy] = []
         for move in plan.moves:
             self._commit_move(move, copies_out, copies_in)
-        rows = [self._device_rows(self.active[i], 1) for i in plan.decodes]
-        rows += [self._device_rows(self.active[c.request_id], c.num_tokens) for c in plan.chunks]
+        rows = [self._device_rows(self.active[i], 1, False) for i in plan.decodes]
+        rows += [self._device_rows(self.active[c.request_id], c.num_tokens, True) for c in plan.chunks]
         lane_starts = tuple(self._start_lane(self.active[i]) for i in plan.lane_starts)
         cancel_slots, cancel_fetches = self.take_cancels()
         return Step(
@@ -165,7 +165,7 @@ class State:
             case Reserve(num_pages=count):
                 self._reserve(request, count)
             case GrowHost(num_pages=count):
-                request.share.pages += self.host.allocate(count)
+                request.hold.pages += self.host.allocate(count)
             case CopyOut(start=start, num_tokens=count):
                 out.append(self._copy_out(request, start, count))
             case Unmirror():
@@ -188,19 +188,18 @@ class State:
 
     def _displace(self, request: Request) -> None:
         if request.host is None:
-            request.host = HostShare()
-        share = request.host
-        share.slot = self.free_slots.pop()
-        missing = self.host.pages_for(request.kv_tokens + 1) - len(share.pages)
-        share.pages += self.host.allocate(max(0, missing))
+            request.host = HostHold()
+        hold = request.host
+        hold.slot = self.free_slots.pop()
+        missing = self.host.pages_for(request.kv_tokens + 1) - len(hold.pages)
+        hold.pages += self.host.allocate(max(0, missing))
         request.phase = Phase.MOVING_OUT
         self.num_displaced += 1
-        self.num_broken_promises += not request.best_effort
         self._release_staged(request)
 
     def _release_staged(self, request: Request) -> None:
         """Free the leading device pages whose content has left them."""
-        staged = request.share.staged_tokens
+        staged = request.hold.staged_tokens
         done = staged == request.kv_tokens
         clean = self.device.pages_for(staged) if done else staged // self.device.page_size
         count = min(clean - request.num_released, len(request.device_pages))
@@ -213,33 +212,33 @@ class State:
 
     def _copy_out(self, request: Request, start: int, count: int) -> PageCopy:
         if request.host is None:
-            request.host = HostShare()
-        share = request.host
-        assert start == share.copied_tokens, "copies to the host go in order"
-        missing = self.host.pages_for(start + count) - len(share.pages)
-        share.pages += self.host.allocate(max(0, missing))
+            request.host = HostHold()
+        hold = request.host
+        assert start == hold.copied_tokens, "copies to the host go in order"
+        missing = self.host.pages_for(start + count) - len(hold.pages)
+        hold.pages += self.host.allocate(max(0, missing))
         page = request.device_pages[start // self.device.page_size - request.num_released]
-        copy = self._page_copy(share, page, start, count)
-        share.unstaged[copy.copy_id] = start
-        share.unlanded[copy.copy_id] = start
-        share.copied_tokens = start + count
+        copy = self._page_copy(hold, page, start, count)
+        hold.unstaged[copy.copy_id] = start
+        hold.unlanded[copy.copy_id] = start
+        hold.copied_tokens = start + count
         return copy
 
     def _copy_in(self, request: Request, start: int, count: int) -> PageCopy:
         assert start == request.fetched_tokens, "copies to the device go in order"
         page = request.incoming_pages[start // self.device.page_size]
-        copy = self._page_copy(request.share, page, start, count)
-        request.share.unfetched[copy.copy_id] = start
+        copy = self._page_copy(request.hold, page, start, count)
+        request.hold.unfetched[copy.copy_id] = start
         request.fetched_tokens = start + count
         return copy
 
-    def _page_copy(self, share: HostShare, page: int, start: int, count: int) -> PageCopy:
+    def _page_copy(self, hold: HostHold, page: int, start: int, count: int) -> PageCopy:
         copy_id = self._next_copy
         self._next_copy += 1
-        self._copies[copy_id] = share
+        self._copies[copy_id] = hold
         first, last = start // self.host.page_size, (start + count - 1) // self.host.page_size
         return PageCopy(
-            copy_id, page, count, start % self.host.page_size, tuple(share.pages[first : last + 1])
+            copy_id, page, count, start % self.host.page_size, tuple(hold.pages[first : last + 1])
         )
 
     def _cancel_swap_in(self, request: Request) -> None:
@@ -251,21 +250,21 @@ class State:
         if request.phase is Phase.MOVING_IN:
             request.phase = Phase.LANE
 
-    def _device_rows(self, request: Request, count: int) -> DeviceRows:
+    def _device_rows(self, request: Request, count: int, is_prefill: bool) -> DeviceRows:
         start = request.kv_tokens
         samples = start + count == request.num_tokens
-        return DeviceRows(request.id, start, count, samples, tuple(request.device_pages))
+        return DeviceRows(request.id, start, count, samples, is_prefill, tuple(request.device_pages))
 
     def _start_lane(self, request: Request) -> LaneStart:
-        share = request.share
-        assert share.slot is not None, "a lane owns a slot"
-        assert not share.in_flight, "one row in flight"
+        hold = request.hold
+        assert hold.slot is not None, "a lane owns a slot"
+        assert not hold.in_flight, "one row in flight"
         assert request.phase is Phase.LANE
-        assert len(share.pages) >= self.host.pages_for(request.kv_tokens + 1), "a lane owns its next page"
-        first = share.known_pages
-        share.known_pages = len(share.pages)
-        share.in_flight = True
-        return LaneStart(request.id, share.slot, request.kv_tokens, first, tuple(share.pages[first:]))
+        assert len(hold.pages) >= self.host.pages_for(request.kv_tokens + 1), "a lane owns its next page"
+        first = hold.known_pages
+        hold.known_pages = len(hold.pages)
+        hold.in_flight = True
+        return LaneStart(request.id, hold.slot, request.kv_tokens, first, tuple(hold.pages[first:]))
 
     # ------------------------------------------------------------ result -> state
 
@@ -284,7 +283,7 @@ class State:
             request.num_tokens += 1
             if token.by_lane:
                 request.kv_tokens += 1
-                request.share.in_flight = False
+                request.hold.in_flight = False
             if token.finish_reason is not None:
                 self._finish(request)
                 finished.append(request)
@@ -296,26 +295,26 @@ class State:
             if copy_id in self._copies:
                 self._copies[copy_id].unstaged.pop(copy_id, None)
         for copy_id in result.arrived:
-            share = self._copies.pop(copy_id, None)
-            if share is None:
+            hold = self._copies.pop(copy_id, None)
+            if hold is None:
                 continue  # of a host that is gone
-            for pending in (share.unstaged, share.unlanded, share.unfetched):
+            for pending in (hold.unstaged, hold.unlanded, hold.unfetched):
                 pending.pop(copy_id, None)
-        for share in self.retiring:
-            if share.slot in result.drained:
-                share.in_flight = False
+        for hold in self.retiring:
+            if hold.slot in result.drained:
+                hold.in_flight = False
         for request in self.active.values():
             self._advance(request)
         self._free_retired()
 
     def _advance(self, request: Request) -> None:
         """Moves that complete by themselves once their copies have arrived."""
-        share = request.host
-        if share is None:
+        hold = request.host
+        if hold is None:
             return
         if request.phase is Phase.MOVING_OUT:
             self._release_staged(request)
-            if share.copied_tokens == request.kv_tokens and not share.unlanded:
+            if hold.copied_tokens == request.kv_tokens and not hold.unlanded:
                 request.phase = Phase.LANE
                 request.num_released = 0
         elif request.phase is Phase.MOVING_IN and self._has_come_back(request):
@@ -325,21 +324,21 @@ class State:
             self._keep_as_mirror(request)
 
     def _has_come_back(self, request: Request) -> bool:
-        return request.fetched_tokens == request.kv_tokens and not request.share.unfetched
+        return request.fetched_tokens == request.kv_tokens and not request.hold.unfetched
 
     def _keep_as_mirror(self, request: Request) -> None:
         """Back on the device: the slot is free; full pages on the host stay valid copies."""
-        share = request.share
+        hold = request.hold
         request.fetched_tokens = 0
-        assert share.slot is not None, "a lane owns a slot"
-        assert not share.in_flight, "a lane comes back at its token boundary"
-        self.free_slots.append(share.slot)
-        share.slot = None
-        share.known_pages = 0
-        share.copied_tokens = request.kv_tokens - request.kv_tokens % self.device.page_size
-        kept = self.host.pages_for(share.copied_tokens)
-        self.host.release(share.pages[kept:])
-        del share.pages[kept:]
+        assert hold.slot is not None, "a lane owns a slot"
+        assert not hold.in_flight, "a lane comes back at its token boundary"
+        self.free_slots.append(hold.slot)
+        hold.slot = None
+        hold.known_pages = 0
+        hold.copied_tokens = request.kv_tokens - request.kv_tokens % self.device.page_size
+        kept = self.host.pages_for(hold.copied_tokens)
+        self.host.release(hold.pages[kept:])
+        del hold.pages[kept:]
 
     # ------------------------------------------------------------ leaving
 
@@ -370,30 +369,30 @@ class State:
             self._retire(request)
 
     def _retire(self, request: Request) -> None:
-        share = request.share
+        hold = request.hold
         request.host = None
-        if share.in_flight:
-            assert share.slot is not None
-            self._cancel_slots.append(share.slot)
-        self.retiring.append(share)
+        if hold.in_flight:
+            assert hold.slot is not None
+            self._cancel_slots.append(hold.slot)
+        self.retiring.append(hold)
         self._free_retired()
 
     def _free_retired(self) -> None:
-        for share in [s for s in self.retiring if not s.is_busy]:
-            self.retiring.remove(share)
-            self.host.release(share.pages)
-            if share.slot is not None:
-                self.free_slots.append(share.slot)
+        for hold in [s for s in self.retiring if not s.is_busy]:
+            self.retiring.remove(hold)
+            self.host.release(hold.pages)
+            if hold.slot is not None:
+                self.free_slots.append(hold.slot)
 
     # ------------------------------------------------------------ accounting
 
     def check(self) -> None:
         """Assert the books: no page leaked or owned twice, every request in exactly one state."""
         everyone = list(self.requests.values())
-        shares = [r.host for r in everyone if r.host is not None] + self.retiring
+        holds = [r.host for r in everyone if r.host is not None] + self.retiring
         self.device.check([p for r in everyone for p in (r.device_pages, r.incoming_pages)])
-        self.host.check([s.pages for s in shares])
-        slots = [s.slot for s in shares if s.slot is not None]
+        self.host.check([s.pages for s in holds])
+        slots = [s.slot for s in holds if s.slot is not None]
         assert sorted(slots + self.free_slots) == list(range(self.limits.max_lanes)), "slots leaked"
         assert sorted(r.order for r in everyone if r.phase is Phase.WAITING) == self.waiting
         assert {r.id for r in everyone if r.phase is not Phase.WAITING} == set(self.active)
@@ -401,16 +400,16 @@ class State:
             self._check_request(request)
 
     def _check_request(self, request: Request) -> None:
-        phase, share = request.phase, request.host
-        has_slot = share is not None and share.slot is not None
-        assert has_slot == (phase in (Phase.MOVING_OUT, Phase.LANE, Phase.MOVING_IN)), (phase, share)
+        phase, hold = request.phase, request.host
+        has_slot = hold is not None and hold.slot is not None
+        assert has_slot == (phase in (Phase.MOVING_OUT, Phase.LANE, Phase.MOVING_IN)), (phase, hold)
         assert not request.incoming_pages or phase in (Phase.LANE, Phase.MOVING_IN)
         if phase is Phase.WAITING:
-            assert (request.kv_tokens, share, request.device_pages) == (0, None, [])
+            assert (request.kv_tokens, hold, request.device_pages) == (0, None, [])
         if phase in (Phase.DEVICE, Phase.LANE, Phase.MOVING_OUT, Phase.MOVING_IN):
             assert request.kv_tokens == request.num_tokens - 1, (phase, request)
         if phase is Phase.DEVICE:
             assert len(request.device_pages) >= self.device.pages_for(request.kv_tokens)
         if phase in (Phase.LANE, Phase.MOVING_IN):
             assert not request.device_pages
-            assert len(request.share.pages) >= self.host.pages_for(request.kv_tokens)
+            assert len(request.hold.pages) >= self.host.pages_for(request.kv_tokens)
