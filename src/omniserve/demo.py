@@ -22,6 +22,7 @@ from rich.live import Live
 from rich.table import Table
 
 from omniserve.engine.async_llm import AsyncLLM
+from omniserve.errors import OmniServeError
 from omniserve.types import RequestOutput, SamplingParams
 
 CHAT = (
@@ -45,6 +46,7 @@ NUM_BATCH = 12
 # Chat requests arrive as a Poisson stream of this rate, with a fixed seed.
 CHAT_RATE_PER_S = 0.7
 FREEZE_S = 4.0
+LANES_TIMEOUT_S = 60.0
 # With 32 device tokens a walk, a batch prompt's chunk delays the chat by a few tens of milliseconds.
 SETTINGS: dict[str, Any] = {"host_offload": "always", "max_num_batched_tokens": 32, "max_lanes": NUM_BATCH}
 
@@ -193,8 +195,9 @@ async def _run(console: Console, leg_s: float) -> tuple[list[Leg], tuple[int, in
         )
         mixed_leg = Leg("warm-up")
         batch = [asyncio.create_task(demo._batch(mixed_leg, i)) for i in range(NUM_BATCH)]
-        while (await llm.stats())["requests"]["lane"] < NUM_BATCH // 2:
-            await asyncio.sleep(0.1)
+        async with asyncio.timeout(LANES_TIMEOUT_S):
+            while (await llm.stats())["requests"]["lane"] < NUM_BATCH // 2:
+                await asyncio.sleep(0.1)
         mixed = await demo.chat_leg("chat with batch")
         console.print(f"[3] the host process is stopped (SIGSTOP) for {FREEZE_S:.0f} s while chat goes on")
         frozen = await demo.freeze()
@@ -243,7 +246,10 @@ def run_demo(leg_s: float, json_path: str | None = None) -> int:
     """Run the three scenes and print the table; 0 when chat went on under the frozen host."""
     console = Console()
     console.print("[bold]OmniServe[/bold]: SmolLM2-135M; the device is CPU threads, the host other cores\n")
-    legs, (equal, total), startup_s = asyncio.run(_run(console, leg_s))
+    try:
+        legs, (equal, total), startup_s = asyncio.run(_run(console, leg_s))
+    except TimeoutError:
+        raise OmniServeError(f"no lanes after {LANES_TIMEOUT_S:.0f} s: is the host process up?") from None
     alone, mixed, frozen = legs
     console.print(_table(legs))
     slower = mixed.percentile("tpot_s", 0.5) / alone.percentile("tpot_s", 0.5)
