@@ -15,12 +15,14 @@ from torch import Tensor
 from engine.reference import Reference
 from omniserve.attention.cpu import kv_geometry
 from omniserve.config import EngineConfig, split_cpus
-from omniserve.engine import cpu_executor as executor_module
+from omniserve.engine import cpu_executor
 from omniserve.engine.build import make_engine
+from omniserve.engine.cpu_executor import CpuExecutor
 from omniserve.engine.loop import Engine
 from omniserve.host.supervisor import Host, HostSupervisor
 from omniserve.model.decoder import Decoder
 from omniserve.model.loading import load_decoder
+from omniserve.model.sampling import sample
 from omniserve.policy.request import Phase
 from omniserve.types import SamplingParams
 
@@ -87,25 +89,30 @@ class LogitRecorder:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        original = executor_module.sample
-
-        def sample(logits: Tensor, temperatures: Any, seeds: list[int], positions: list[int]) -> list[int]:
+        def recorded(logits: Tensor, temperatures: Any, seeds: list[int], positions: list[int]) -> list[int]:
             for row, key in zip(logits, zip(seeds, positions, strict=True), strict=True):
                 assert key not in self.rows, f"the token at {key} was chosen twice"
                 self.rows[key] = row.clone()
-            return original(logits, temperatures, seeds, positions)
+            return sample(logits, temperatures, seeds, positions)
 
-        with patch.object(executor_module, "sample", sample):
+        with patch.object(cpu_executor, "sample", recorded):
             yield
 
     def of(self, index: int, first: int, count: int) -> Tensor:
         return torch.stack([self.rows[index, first + i] for i in range(count)])
 
 
-def build_engine(subject: Subject, config: EngineConfig, host: Callable[..., Host] = HostSupervisor) -> Engine:
+def build_engine(
+    subject: Subject, config: EngineConfig, host: Callable[..., Host] = HostSupervisor
+) -> Engine:
     split = split_cpus(config)
     torch.set_num_threads(split.device_threads)
     return make_engine(config, subject.decoder, subject.max_model_len, split, host=host)
+
+
+def executor_of(engine: Engine) -> CpuExecutor:
+    assert isinstance(engine.executor, CpuExecutor)
+    return engine.executor
 
 
 def run(
@@ -125,9 +132,7 @@ def run(
 class _Drive:
     """One run from the first arrival to the last page given back."""
 
-    def __init__(
-        self, engine: Engine, arrivals: list[Arrival], after_step: Callable[[Engine], None]
-    ) -> None:
+    def __init__(self, engine: Engine, arrivals: list[Arrival], after_step: Callable[[Engine], None]) -> None:
         self.engine = engine
         self.arrivals = arrivals
         self.after_step = after_step
@@ -207,9 +212,10 @@ def assert_nothing_is_left(engine: Engine) -> None:
     assert state.host.num_free == state.host.num_pages
     assert len(state.free_slots) == state.limits.max_lanes
     assert state.num_free_frames == state.limits.num_frames
-    assert engine.executor.records == {}
-    if engine.executor.segment is not None:
-        port = engine.executor.segment.port.stats()
+    executor = executor_of(engine)
+    assert executor.records == {}
+    if executor.segment is not None:
+        port = executor.segment.port.stats()
         assert (port["waiting_lanes"], port["draining_lanes"]) == (0, 0)
         assert port["free_frames"] == state.limits.num_frames
 

@@ -6,8 +6,8 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-LENGTHS = (1, 2, 3, 7, 11, 15, 16, 17, 23, 31, 32, 33, 47, 63, 64, 65, 100, 127, 129, 255, 256, 257, 511, 1500)
-SHORT_LENGTHS = tuple(n for n in LENGTHS if n <= 129)
+SHORT_LENGTHS = (1, 2, 3, 7, 11, 15, 16, 17, 23, 31, 32, 33, 47, 63, 64, 65, 100, 127, 129)
+LENGTHS = (*SHORT_LENGTHS, 255, 256, 257, 511, 1500)
 
 TEXT = """\
 The night train left the valley a little after ten. Snow had closed the upper road since Monday, and so the
@@ -68,6 +68,6 @@ def pool_of(ids: Sequence[int]) -> dict[int, Prompt]:
     pool = {}
     for i, length in enumerate(LENGTHS):
         first = (37 * i + 11 * length) % (len(ids) - length)
-        max_tokens = 16 + 5 * i % 9 if length <= 129 else 8
+        max_tokens = 12 + 5 * i % 9 if length <= 129 else 8
         pool[length] = Prompt(tuple(ids[first : first + length]), max_tokens)
     return pool

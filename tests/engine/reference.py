@@ -6,6 +6,7 @@ product, so where the two best logits of the reference lie within TIE of the sca
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,20 +24,22 @@ MAX_TIED_SHARE = 0.02
 
 @dataclass(slots=True)
 class Tally:
-    """Counts of one test run, for the promise about ties and for the summary at its end."""
+    """Counts of one test run, for the promise about ties and for the summary at its end; outputs by model."""
 
-    num_outputs: int = 0
-    num_tied_outputs: int = 0
+    outputs: Counter[str] = field(default_factory=Counter)
+    tied_outputs: Counter[str] = field(default_factory=Counter)
     worst_logit_error: float = 0.0
     notes: list[str] = field(default_factory=list)
 
-    @property
-    def tied_share(self) -> float:
-        return self.num_tied_outputs / max(1, self.num_outputs)
+    def tied_share(self, model: str) -> float:
+        return self.tied_outputs[model] / self.outputs[model]
 
     def lines(self) -> list[str]:
-        ties = f"{self.num_tied_outputs} of {self.num_outputs} outputs differ from transformers by a tie"
-        return [f"{ties}; worst logit error {self.worst_logit_error:.1e} of the scale", *self.notes]
+        ties = [
+            f"{model}: {self.tied_outputs[model]} of {count} outputs differ from transformers by a tie"
+            for model, count in self.outputs.items()
+        ]
+        return [*ties, f"worst logit error {self.worst_logit_error:.1e} of the scale", *self.notes]
 
 
 TALLY = Tally()
@@ -56,6 +59,7 @@ class Reference:
     def __init__(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
         self._path = path
         self._dtype = dtype
+        self._name = path.name.rstrip("0123456789")  # all tiny Llamas together
         self._loaded: Any = None
         self._runs: dict[tuple[int, ...], _Run] = {}
         self._forced: dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = {}
@@ -80,7 +84,7 @@ class Reference:
         return list(self._run(tuple(prompt), max_new_tokens).tokens[:max_new_tokens])
 
     def logits(self, prompt: Sequence[int], ours: Sequence[int]) -> Tensor:
-        """Logits [len(ours), vocab] float32 from which each of our tokens had to be chosen (teacher forcing)."""
+        """Logits [len(ours), vocab] float32 that our tokens had to be chosen from (teacher forcing)."""
         run = self._run(tuple(prompt), len(ours))
         if run.tokens[: len(ours)] == tuple(ours):
             return run.logits[: len(ours)]
@@ -97,7 +101,7 @@ class Reference:
         After a first difference the reference goes on from our tokens: each of them must be its best one,
         or tie with it.
         """
-        TALLY.num_outputs += 1
+        TALLY.outputs[self._name] += 1
         expected = self.generate(prompt, len(ours))
         if list(ours) == expected:
             return 0
@@ -108,10 +112,10 @@ class Reference:
         wrong = (gaps > TIE).nonzero().flatten().tolist()
         assert not wrong, (
             f"prompt of {len(prompt)} tokens: token {wrong[0]} is {ours[wrong[0]]}, "
-            f"{float(gaps[wrong[0]]):.1e} of the scale below the reference's best (first difference at {first})"
-            f"\nours      {list(ours)}\nreference {expected}"
+            f"{float(gaps[wrong[0]]):.1e} of the scale below the reference's best "
+            f"(first difference at {first})\nours      {list(ours)}\nreference {expected}"
         )
-        TALLY.num_tied_outputs += 1
+        TALLY.tied_outputs[self._name] += 1
         return max(1, int((gaps > 0).sum()))
 
     def check_logits(self, prompt: Sequence[int], ours: Sequence[int], logits: Tensor) -> float:
@@ -147,7 +151,7 @@ class Reference:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """torch on one thread for a while: rounding is the same on every machine, and a busy one makes no call wait
+    """torch on one thread for a while: rounding is the same on every machine, and on a busy one no call waits
     for a thread that is not running."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -137,7 +137,7 @@ def mixed(pool: Pool, settings: Settings, lengths: Sequence[int], rng: random.Ra
 
 
 def crowded(pool: Pool, settings: Settings, lengths: Sequence[int], rng: random.Random) -> Scenario:
-    """Room for the largest request and little more, on either side: even chat may have to give way to chat."""
+    """Room for the largest request and little more on either side: even chat may give way to chat."""
     longest = max(len(pool[n].ids) + pool[n].max_tokens for n in lengths)
     return Scenario(
         _random_arrivals(pool, lengths, rng),
@@ -216,6 +216,6 @@ SCENARIOS: dict[str, Build] = {
 }
 
 
-def few_lengths(rng: random.Random, count: int = 8) -> list[int]:
+def few_lengths(rng: random.Random, count: int = 6) -> list[int]:
     """Some of the short prompts."""
     return rng.sample(SHORT_LENGTHS, count)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
-from engine.driver import BE, Subject, assert_nothing_is_left, build_engine
+from engine.driver import BE, Subject, assert_nothing_is_left, build_engine, executor_of
 from omniserve.attention.cpu import CpuAttention, DeviceBatch
 from omniserve.config import EngineConfig
 from omniserve.engine.loop import StepOutput
@@ -51,16 +51,17 @@ class ScriptedEngine:
 
     def __init__(self, subject: Subject, **config: Any) -> None:
         # Passes end when no row is ready, never by the clock: a script has the same effect every time.
-        values = dict(max_model_len=subject.max_model_len, pass_budget_s=1e6, host_threads=1) | config
+        values = {"max_model_len": subject.max_model_len, "pass_budget_s": 1e6, "host_threads": 1} | config
         self.subject = subject
         self.config = EngineConfig(**values)
-        self.engine = build_engine(subject, self.config, lambda geometry, cpus, threads: ScriptedHost(geometry))
+        self.engine = build_engine(subject, self.config, lambda geometry, *_: ScriptedHost(geometry))
         assert isinstance(self.engine.host, ScriptedHost)
         self.host = self.engine.host
         self.asked: dict[int, Asked] = {}
         self.during: Callable[[int], None] = lambda layer: None
-        inner = self.engine.executor.attention
-        self.engine.executor.attention = InterruptedAttention(inner, self._interrupt)  # type: ignore[assignment]
+        self.executor = executor_of(self.engine)
+        interrupted = InterruptedAttention(self.executor.attention, self._interrupt)
+        self.executor.attention = cast("CpuAttention", interrupted)
         self.step()  # takes note of the host
 
     def _interrupt(self, layer: int) -> None:
@@ -127,7 +128,7 @@ class ScriptedEngine:
             if asked.tokens:
                 self.subject.reference.check(asked.prompt, asked.tokens)
             assert asked.is_aborted or len(asked.tokens) == asked.max_tokens
-        assert self.engine.executor.counters.device_wait_s == 0
+        assert self.executor.counters.device_wait_s == 0
 
     def close(self) -> None:
         self.engine.close()

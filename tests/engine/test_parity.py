@@ -1,4 +1,7 @@
-"""Every token of SmolLM2 equals transformers', whatever happens to the requests (float32; docs/design.md, "Exactness")."""
+"""Every token of SmolLM2 equals transformers', whatever happens to the requests (float32).
+
+See docs/design.md, "Exactness".
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def pairs_of(case: Case) -> set[tuple[int, object, int, object]]:
 
 
 def pairwise(cases: list[Case]) -> list[Case]:
-    """A small part of `cases` in which every pair of settings still occurs: always the one with most new pairs."""
+    """A small part of `cases` with every pair of settings still in it: always the one with most new pairs."""
     missing = set().union(*map(pairs_of, cases))
     chosen = []
     while missing:
@@ -79,5 +82,5 @@ def test_all_prompts_from_1_to_1500_tokens_at_once(smollm2: Subject, pool: Pool,
 
 def test_tokens_equal_when_the_device_waits_for_lanes(smollm2: Subject, pool: Pool) -> None:
     assert "wait" in get_args(Reentry)
-    lengths = few_lengths(random.Random(1), 6)
+    lengths = few_lengths(random.Random(1))
     serve_case(smollm2, pool, ("mixed", "wait", 64, (16, 16)), lengths)

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from engine.driver import BE, LS, Subject
 from engine.scripted import ScriptedEngine
 from omniserve.errors import RequestError
-from omniserve.policy.state import Phase
+from omniserve.policy.request import Phase
 
 MAX_MODEL_LEN = 64
 # Prompts are the beginnings of few texts, so that references are few.
@@ -89,38 +89,38 @@ class Turn:
 
 INDEX = st.integers(0, 5)
 CLASSES = st.sampled_from([BE, BE, LS])
+ARRIVALS = st.builds(Arrive, st.integers(0, NUM_TEXTS - 1), st.integers(1, 24), st.integers(2, 12), CLASSES)
+EVENTS: dict[str, st.SearchStrategy[Arrive | Abort | LoseHost | None]] = {
+    "nothing": st.none(),
+    "arrive": ARRIVALS,
+    "abort": st.builds(Abort, INDEX),
+    "lose": st.just(LoseHost()),
+}
+KINDS = st.sampled_from(["nothing"] * 20 + ["arrive"] * 6 + ["abort"] * 3 + ["lose"])
 TURNS = st.builds(
     Turn,
-    event=st.sampled_from(["nothing"] * 20 + ["arrive"] * 6 + ["abort"] * 3 + ["lose"]).flatmap(
-        lambda kind: {
-            "nothing": st.none(),
-            "arrive": st.deferred(lambda: ARRIVALS),
-            "abort": st.builds(Abort, INDEX),
-            "lose": st.just(LoseHost()),
-        }[kind]
-    ),
+    event=KINDS.flatmap(lambda kind: EVENTS[kind]),
     serve=st.lists(INDEX, max_size=4),
     copies=st.lists(INDEX, max_size=4),
     during=st.lists(st.none() | INDEX, max_size=3),
 )
-ARRIVALS = st.builds(Arrive, st.integers(0, NUM_TEXTS - 1), st.integers(1, 24), st.integers(2, 12), CLASSES)
 
 
 def configs(num_pages: st.SearchStrategy[int], page_sizes: list[int]) -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries(
-        dict(
-            device_pages=num_pages,
-            host_pages=num_pages,
-            page_size=st.sampled_from(page_sizes),
-            host_page_size=st.sampled_from(page_sizes),
-            host_offload=st.sampled_from(["auto", "auto", "always"]),
-            reentry=st.sampled_from(["same_iteration", "next_iteration"]),
-            max_num_batched_tokens=st.sampled_from([32, 8, 3]),
-            max_num_seqs=st.integers(1, 6),
-            max_lanes=st.integers(1, 4),
-            max_lane_rows=st.integers(1, 4),
-            max_copies_per_step=st.integers(1, 8),
-        )
+        {
+            "device_pages": num_pages,
+            "host_pages": num_pages,
+            "page_size": st.sampled_from(page_sizes),
+            "host_page_size": st.sampled_from(page_sizes),
+            "host_offload": st.sampled_from(["auto", "auto", "always"]),
+            "reentry": st.sampled_from(["same_iteration", "next_iteration"]),
+            "max_num_batched_tokens": st.sampled_from([32, 8, 3]),
+            "max_num_seqs": st.integers(1, 6),
+            "max_lanes": st.integers(1, 4),
+            "max_lane_rows": st.integers(1, 4),
+            "max_copies_per_step": st.integers(1, 8),
+        }
     )
 
 
@@ -209,8 +209,7 @@ def test_both_pools_run_empty_in_every_state_and_everybody_finishes(subject: Sub
 
 
 def crowd(subject: Subject, rng: random.Random, seen: Counter[tuple[str, Phase]]) -> None:
-    """Requests come one after the other to tiny pools and a host that lags; counts the states met while a pool
-    is empty."""
+    """Requests come one by one to tiny pools and a host that lags; counts states met beside an empty pool."""
     run = scripted_engine(
         subject,
         device_pages=rng.randint(4, 10),
@@ -246,8 +245,8 @@ def crowd(subject: Subject, rng: random.Random, seen: Counter[tuple[str, Phase]]
 
 def lane_in_flight(subject: Subject, **config: Any) -> tuple[ScriptedEngine, int]:
     """An engine with one lane whose row waits for its first result."""
-    values = dict(device_pages=20, host_pages=20, page_size=4, host_page_size=4, host_offload="always") | config
-    run = scripted_engine(subject, **values)
+    values: dict[str, Any] = {"page_size": 4, "host_page_size": 4, "host_offload": "always"}
+    run = scripted_engine(subject, 20, 20, **(values | config))
     lane = run.add(text_of(0, 9), 6, BE)
     while not run.host.pending():
         run.step()
@@ -310,7 +309,7 @@ def test_a_frozen_host_holds_up_its_lanes_and_nobody_else(subject: Subject) -> N
 
 
 def test_a_page_copied_back_too_late_is_not_written_over_its_new_owner(subject: Subject) -> None:
-    """A lane is on its way back when chat takes the pages meant for it; then the host sends what it was asked."""
+    """Chat takes the pages meant for a lane on its way back; only then does the host send what it owes."""
     run = scripted_engine(subject, 10, 20, page_size=4, host_page_size=4, max_num_batched_tokens=64)
     state = run.engine.state
     batch = run.add(text_of(0, 12), 12, BE)
@@ -355,7 +354,7 @@ def test_a_result_that_comes_during_device_attention_enters_at_once_or_in_the_ne
 
 
 def test_a_host_lost_twice_before_the_engine_looks_is_replaced_once(subject: Subject) -> None:
-    run, lane = lane_in_flight(subject)
+    run, _ = lane_in_flight(subject)
     run.host.lose()
     run.host.lose()
     run.finish()
@@ -379,7 +378,7 @@ def test_a_lane_that_meets_its_stop_token_ends_there(subject: Subject) -> None:
 
 def test_sampled_text_is_the_same_on_the_device_in_a_lane_and_after_a_host_is_lost(subject: Subject) -> None:
     run = scripted_engine(subject, 30, 30, page_size=4, host_page_size=4, host_offload="always")
-    sampling = dict(temperature=20.0, seed=11)  # the logits of random weights lie far apart
+    sampling = {"temperature": 20.0, "seed": 11}  # the logits of random weights lie far apart
     chat = run.add(text_of(0, 9), 8, LS, **sampling)
     lane = run.add(text_of(0, 9), 8, BE, **sampling)
     while len(run.asked[lane].tokens) < 4:

@@ -13,7 +13,7 @@ def test_lanes_ride_one_walk_at_different_layers(tiny_subject: Callable[..., Sub
     """LS request `chat` walks all three layers. Lane `ahead` waits at layer 2 and lane `behind` at layer 0;
     each enters where it waits, and `behind` leaves again at layer 1."""
     run = ScriptedEngine(tiny_subject(), host_offload="always", device_memory_bytes=1 << 24)
-    executor = run.engine.executor
+    executor = run.executor
     ahead = run.add([5, 6, 7, 8], 4, BE)
     serve_until_waiting(run, layer=0)
     for layer in (1, 2):
