@@ -46,6 +46,7 @@ class World:
     cancelled: set[int] = field(default_factory=set)
     copies: dict[int, tuple[str, int]] = field(default_factory=dict)
     finished: list[int] = field(default_factory=list)
+    lanes_unserved: int = 0  # what the next steps report while a lane is in flight
     next_id: int = 0
 
     def __post_init__(self) -> None:
@@ -131,7 +132,8 @@ class World:
         for copy_id in arrived:
             del self.copies[copy_id]
         staged = tuple(c.copy_id for c in step.copies_out)
-        return StepResult(tuple(tokens), staged, tuple(arrived), tuple(drained))
+        unserved = self.lanes_unserved if self.lane_progress else 0
+        return StepResult(tuple(tokens), staged, tuple(arrived), tuple(drained), unserved)
 
     def _token(self, request_id: int, by_lane: bool) -> NewToken:
         self.remaining[request_id] -= 1

@@ -154,6 +154,39 @@ def test_a_lane_comes_back_when_the_device_has_room_again() -> None:
     assert world.produced == {batch[0]: 30, batch[1]: 30, chat: 4}
 
 
+def test_batch_prompts_wait_while_ready_lanes_are_left_out() -> None:
+    world = World(make_limits(host_offload="always", num_device_pages=40, num_host_pages=40))
+    world.add(4, 12, best_effort=True)
+    world.add(4, 60, best_effort=False)
+    while Phase.LANE not in world.phases().values():
+        world.step()
+    world.lanes_unserved = 2
+    world.step()
+    newcomer = world.add(4, 3, best_effort=True)
+    for _ in range(4):
+        world.step(host_serves=lambda kind, key: False)
+    assert world.phases()[newcomer] is Phase.WAITING
+    world.lanes_unserved = 0
+    for _ in range(2):
+        world.step(host_serves=lambda kind, key: False)
+    assert world.phases()[newcomer] is not Phase.WAITING
+
+
+def test_a_batch_request_without_a_row_goes_on_as_a_lane() -> None:
+    world = World(make_limits(num_device_pages=40), chunk_tokens=3)
+    batch = world.add(3, 20, best_effort=True)
+    while world.phases()[batch] is not Phase.DEVICE:
+        world.step()
+    for _ in range(3):
+        world.add(1, 80, best_effort=False)
+    for _ in range(30):
+        world.step()
+    assert world.phases()[batch] is Phase.LANE, (
+        "chat fills the token budget; the host takes the batch request"
+    )
+    assert world.produced[batch] > 2
+
+
 def test_a_frozen_host_never_holds_latency_sensitive_work() -> None:
     world = World(make_limits(num_device_pages=10))
     for _ in range(4):
@@ -258,6 +291,11 @@ class PolicyMachine(RuleBasedStateMachine):
     def step(self, data: st.DataObject) -> None:
         self.world.step(lambda kind, key: data.draw(st.booleans()))
 
+    @rule(count=st.integers(0, 2))
+    def leave_lanes_out(self, count: int) -> None:
+        """From now on walks report this many ready lanes that a cap left out."""
+        self.world.lanes_unserved = count
+
     @rule(count=st.integers(1, 5))
     def steps_of_a_frozen_host(self, count: int) -> None:
         for _ in range(count):
@@ -282,6 +320,7 @@ class PolicyMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "world"):
+            self.world.lanes_unserved = 0
             self.world.run()
             done = {i: self.world.produced[i] for i in self.wanted}
             assert done == self.wanted

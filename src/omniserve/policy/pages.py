@@ -46,11 +46,13 @@ class PagePool:
         return ids
 
     def share(self, ids: Iterable[int]) -> None:
+        """One more reference for each of these pages, which somebody holds already."""
         for page in ids:
             assert self._references[page] > 0, f"page {page} is free and cannot be shared"
             self._references[page] += 1
 
     def release(self, ids: Iterable[int]) -> None:
+        """One reference less for each of these pages; those without any are free."""
         for page in ids:
             assert self._references[page] > 0, f"page {page} is released twice"
             self._references[page] -= 1

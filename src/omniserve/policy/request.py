@@ -9,6 +9,8 @@ from typing import Literal
 
 
 class Phase(StrEnum):
+    """Where a request's KV lives and what may be done with it: the boxes of the drawing in state.py."""
+
     WAITING = "waiting"
     PREFILL = "prefill"
     DEVICE = "device"
