@@ -12,7 +12,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,9 @@ class Spread:
 
     def __str__(self) -> str:
         return f"{self.median:.4g} ({self.low:.4g} to {self.high:.4g})"
+
+    def scaled(self, factor: float) -> Spread:
+        return Spread([factor * v for v in (self.low, self.median, self.high)])
 
     def as_dict(self) -> dict[str, float]:
         return {"median": self.median, "low": self.low, "high": self.high}
@@ -207,60 +210,80 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="omniserve.bench.core", description=__doc__)
-    parser.add_argument("--out", default="results/core.json")
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args(arguments)
-    console = Console()
-    report: dict[str, Any] = {"machine": _machine(), "repeats": options.repeats}
-
-    with console.status("start-up ..."):
-        startup = measure_startup(options.repeats)
+def report_startup(console: Console, repeats: int) -> dict[str, Any]:
+    startup = measure_startup(repeats)
     console.print(f"start-up with a warm cache: {startup} s")
-    report["startup_s"] = startup.as_dict()
+    return startup.as_dict()
 
-    with console.status("lane tokens/s ..."):
-        lanes = measure_lane_rate(options.repeats)
-    table = Table(title=f"lane tokens/s, context {LANE_CONTEXT}, no device rows")
-    table.add_column("lanes")
-    table.add_column("tokens/s")
-    for count, rate in lanes.items():
-        table.add_row(str(count), str(rate))
-    console.print(table)
-    report["lane_tokens_per_s"] = {str(c): r.as_dict() for c, r in lanes.items()}
 
-    report["walk_s"] = {}
+def report_lanes(console: Console, repeats: int) -> dict[str, Any]:
+    rates = measure_lane_rate(repeats)
+    rows = [(str(count), str(rate)) for count, rate in rates.items()]
+    title = f"lane tokens/s, context {LANE_CONTEXT}, no device rows"
+    console.print(_table(title, ("lanes", "tokens/s"), rows))
+    return {str(count): rate.as_dict() for count, rate in rates.items()}
+
+
+def report_walks(console: Console, repeats: int) -> dict[str, Any]:
+    report = {}
     for device_rows in (1, 8):
-        with console.status(f"walks with {device_rows} device rows ..."):
-            walks = measure_walk_cost(4 * options.repeats, device_rows)
-        table = Table(title=f"one walk, {device_rows} device rows, lane rows at every layer")
-        for name in ("lane rows", "ms", "over 0 lane rows"):
-            table.add_column(name)
-        for rows, cost in walks.items():
-            ratio = cost.median / walks[0].median
-            table.add_row(
-                str(rows), str(Spread([v * 1e3 for v in (cost.low, cost.median, cost.high)])), f"{ratio:.2f}x"
-            )
-        console.print(table)
-        report["walk_s"][str(device_rows)] = {str(r): c.as_dict() for r, c in walks.items()}
+        walks = measure_walk_cost(4 * repeats, device_rows)
+        rows = [
+            (str(r), str(cost.scaled(1e3)), f"{cost.median / walks[0].median:.2f}x")
+            for r, cost in walks.items()
+        ]
+        title = f"one walk, {device_rows} device rows, lane rows at every layer"
+        console.print(_table(title, ("lane rows", "ms", "over 0 lane rows"), rows))
+        report[f"{device_rows} device rows"] = {str(r): cost.as_dict() for r, cost in walks.items()}
+    return report
 
-    with console.status("output tokens/s beside transformers ..."):
-        rates = measure_throughput(options.repeats)
-    table = Table(title=f"output tokens/s, {OUTPUT_TOKENS} tokens each, all cores")
-    for name in ("concurrent", "omniserve", "transformers.generate", "ratio"):
-        table.add_column(name)
-    for count, (ours, theirs) in rates.items():
-        table.add_row(str(count), str(ours), str(theirs), f"{ours.median / theirs.median:.2f}x")
-    console.print(table)
-    report["output_tokens_per_s"] = {
-        str(c): {"omniserve": o.as_dict(), "transformers": t.as_dict()} for c, (o, t) in rates.items()
+
+def report_throughput(console: Console, repeats: int) -> dict[str, Any]:
+    rates = measure_throughput(repeats)
+    rows = [
+        (str(count), str(ours), str(theirs), f"{ours.median / theirs.median:.2f}x")
+        for count, (ours, theirs) in rates.items()
+    ]
+    title = f"output tokens/s, {OUTPUT_TOKENS} tokens each, all cores"
+    console.print(_table(title, ("concurrent", "omniserve", "transformers.generate", "ratio"), rows))
+    return {
+        str(c): {"omniserve": ours.as_dict(), "transformers": theirs.as_dict()}
+        for c, (ours, theirs) in rates.items()
     }
 
-    path = Path(options.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n")
-    console.print(f"written to {path}")
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title)
+    for name in columns:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+PARTS: dict[str, Callable[[Console, int], dict[str, Any]]] = {
+    "startup_s": report_startup,
+    "lane_tokens_per_s": report_lanes,
+    "walk_s": report_walks,
+    "output_tokens_per_s": report_throughput,
+}
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="omniserve.bench.core", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("results/core.json"), help="other parts in it stay")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    options = parser.parse_args(arguments)
+    console = Console()
+    report = json.loads(options.out.read_text()) if options.out.exists() else {}
+    report["machine"] = _machine()
+    for part in options.parts:
+        with console.status(f"measuring {part} ..."):
+            report[part] = PARTS[part](console, options.repeats) | {"repeats": options.repeats}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    console.print(f"written to {options.out}")
     return 0
 
 
