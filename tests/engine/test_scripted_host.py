@@ -181,6 +181,7 @@ FIRST = st.lists(ARRIVALS, min_size=3, max_size=8)
 THEN = st.lists(TURNS, min_size=30, max_size=60)
 
 
+@pytest.mark.timeout(900)  # a failing script takes minutes to be made small
 @SCRIPTED
 @given(config=configs(st.integers(10, 30), [4, 5, 8]), arrivals=FIRST, turns=THEN)
 def test_any_script_of_the_host_gives_equal_tokens(
@@ -189,6 +190,7 @@ def test_any_script_of_the_host_gives_equal_tokens(
     play(subject, config, arrivals, turns)
 
 
+@pytest.mark.timeout(900)  # a failing script takes minutes to be made small
 @SCRIPTED
 @given(config=configs(st.integers(4, 10), [5, 4, 2, 1]), arrivals=FIRST, turns=THEN)
 def test_tiny_pools_give_equal_tokens(
