@@ -7,12 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from omniserve import LLM, SamplingParams
+from omniserve.bench.measure import Spread, machine, seconds_of
 from omniserve.config import EngineConfig, available_cpus, split_cpus
 
 MODEL = "smollm2-135m"
@@ -29,26 +25,6 @@ CONCURRENCY = (1, 8, 32)
 LANE_ROWS = (0, 1, 4, 8, 16)
 LANE_COUNTS = (1, 8, 32)
 LANE_CONTEXT = 256
-
-
-class Spread:
-    """Median and range of repeated measurements."""
-
-    def __init__(self, values: list[float]) -> None:
-        self.median = statistics.median(values)
-        self.low, self.high = min(values), max(values)
-
-    def __str__(self) -> str:
-        return f"{self.median:.4g} ({self.low:.4g} to {self.high:.4g})"
-
-    def as_dict(self) -> dict[str, float]:
-        return {"median": self.median, "low": self.low, "high": self.high}
-
-
-def seconds_of(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 # ---------------------------------------------------------------- start-up
@@ -191,29 +167,13 @@ def measure_walk_cost(repeats: int, device_rows: int) -> dict[int, Spread]:
 # ---------------------------------------------------------------- report
 
 
-def _machine() -> dict[str, Any]:
-    import torch
-
-    names = {
-        line.split(":")[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if "model name" in line
-    }
-    return {
-        "cpu": ", ".join(sorted(names)),
-        "cpus": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="omniserve.bench.core", description=__doc__)
     parser.add_argument("--out", default="results/core.json")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args(arguments)
     console = Console()
-    report: dict[str, Any] = {"machine": _machine(), "repeats": options.repeats}
+    report: dict[str, Any] = {"machine": machine(), "repeats": options.repeats}
 
     with console.status("start-up ..."):
         startup = measure_startup(options.repeats)
