@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from omniserve.bench import host, host_lanes, host_report
 from omniserve.bench.host import Case, Sweep, page_tables
+from omniserve.cli import main
 
 MIB = 1 << 20
 
@@ -76,7 +77,7 @@ def small_bench(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_bench")
 def test_the_report_holds_every_case_and_marks_cached_ones(tmp_path: Path) -> None:
     path, plot = tmp_path / "new" / "host.json", tmp_path / "host.svg"
-    host_report.run_bench_host(True, str(path), str(plot))
+    main(["bench-host", "--quick", "--json", str(path), "--plot", str(plot)])
     report = json.loads(path.read_text())
     assert report["arena_bytes"] == 8 * MIB
     assert [(c["group"], c["threads"], c["cached"], c["counts"]) for c in report["cases"]] == [

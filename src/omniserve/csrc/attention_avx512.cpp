@@ -264,7 +264,7 @@ struct Avx512Ops {
 #pragma GCC unroll 8
                 for (int g = 0; g < kGroup; ++g) {
                     const __m512 w = _mm512_set1_ps(weight[g * kScoreStride]);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
                     for (int i = 0; i < kVecs; ++i) sum[g][i] = _mm512_fmadd_ps(w, x[i], sum[g][i]);
                 }
             }
@@ -284,16 +284,9 @@ struct Avx512Ops {
     template <int kGroup>
     static void sum_group(const Tile<T>& tile, const Tile<T>* next, int page_size, int head_dim, const float* weights,
                           const float* rescale, float* acc) {
-        constexpr int kWide = kGroup <= 3 ? 8 : kGroup <= 6 ? 4 : 2;  // vectors per pass: at most 24 sums
+        constexpr int kWide = kGroup <= 6 ? 4 : 2;  // vectors per pass: at most 24 sums; wider is no faster
         for (int dim = 0, dims; dim < head_dim; dim += dims) {
             const int left = head_dim - dim;
-            if constexpr (kWide >= 8) {
-                if (left >= 128) {
-                    dims = 128;
-                    sum_values<kGroup, 8, false>(tile, next, page_size, dim, dims, head_dim, weights, rescale, acc);
-                    continue;
-                }
-            }
             if constexpr (kWide >= 4) {
                 if (left >= 64) {
                     dims = 64;
