@@ -13,7 +13,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-parity test-native lint format types bench-core clean distclean
+.PHONY: help setup demo test test-fast test-parity test-native lint format types bench-core bench-host clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ types: setup  ## mypy --strict
 
 bench-core: setup  ## start-up, tokens/s, lane tokens/s, cost of lane rows (several minutes)
 	$(BIN)/python -m omniserve.bench.core
+
+bench-host: setup  ## host attention beside the memory's streaming rate and torch (several minutes)
+	$(BIN)/omniserve bench-host --json results/host.json --plot results/host.svg
 
 clean:  ## build outputs and caches, not the virtual environment
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

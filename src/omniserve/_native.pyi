@@ -157,13 +157,13 @@ def exp_nonpositive(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """The kernel's exp of x <= 0: relative error at most 1e-7, exactly 0 below -87."""
 
 def set_simd(name: str) -> None:
-    """Chooses "scalar", "avx2" or "auto" (the best this CPU has) for the whole process, between calls."""
+    """Chooses "scalar", "avx2", "avx512" or "auto" (the best there is), process-wide and between calls."""
 
 def simd() -> str:
     """The instruction set in use."""
 
-def stream_read_gbps(address: int, bytes: int) -> float:
-    """Reads the memory once with plain loads on the calling thread; 1e9 bytes per second."""
+def stream_read_gbps(address: int, bytes: int, team: ThreadTeam | None = None) -> float:
+    """Reads the memory once with plain loads, on the calling thread or on a team; 1e9 bytes per second."""
 
 class LaneGeometry:
     """Everything the two ends of a segment must agree on. scale 0 means 1 / sqrt(head_dim)."""

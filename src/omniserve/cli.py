@@ -1,4 +1,4 @@
-"""The `omniserve` command: generate, demo, model fetch. Flags are the settings of EngineConfig."""
+"""The `omniserve` command: generate, demo, bench-host, model fetch. Flags are EngineConfig's fields."""
 
 from __future__ import annotations
 
@@ -41,6 +41,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seconds", type=float, default=14.0, help="length of each of the two legs")
     demo.add_argument("--json", metavar="FILE", help="write what was measured to FILE as well")
     demo.set_defaults(run=_demo)
+    bench = commands.add_parser("bench-host", help="host attention beside the memory's streaming rate")
+    bench.add_argument("--quick", action="store_true", help="a minute instead of the whole sweep")
+    bench.add_argument("--json", metavar="FILE", help="write everything measured to FILE")
+    bench.add_argument(
+        "--plot", metavar="FILE", help="draw a roofline to FILE (.svg, .png; needs matplotlib)"
+    )
+    bench.set_defaults(run=_bench_host)
     model = commands.add_parser("model", help="models on this machine")
     actions = model.add_subparsers(required=True, metavar="ACTION")
     fetch = actions.add_parser("fetch", help="download and convert a model, or check that it is there")
@@ -120,6 +127,12 @@ def _demo(options: argparse.Namespace) -> int:
     from omniserve.demo import run_demo
 
     return run_demo(options.seconds, options.json)
+
+
+def _bench_host(options: argparse.Namespace) -> int:
+    from omniserve.bench.host_report import run_bench_host
+
+    return run_bench_host(options.quick, options.json, options.plot)
 
 
 def _fetch(options: argparse.Namespace) -> int:

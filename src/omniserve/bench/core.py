@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from omniserve import LLM, SamplingParams
+from omniserve.bench.measure import Spread, machine, seconds_of
 from omniserve.config import EngineConfig, available_cpus, split_cpus
 
 MODEL = "smollm2-135m"
@@ -29,29 +26,6 @@ CONCURRENCY = (1, 8, 32)
 LANE_ROWS = (0, 1, 4, 8, 16)
 LANE_COUNTS = (1, 8, 32)
 LANE_CONTEXT = 256
-
-
-class Spread:
-    """Median and range of repeated measurements."""
-
-    def __init__(self, values: list[float]) -> None:
-        self.median = statistics.median(values)
-        self.low, self.high = min(values), max(values)
-
-    def __str__(self) -> str:
-        return f"{self.median:.4g} ({self.low:.4g} to {self.high:.4g})"
-
-    def scaled(self, factor: float) -> Spread:
-        return Spread([factor * v for v in (self.low, self.median, self.high)])
-
-    def as_dict(self) -> dict[str, float]:
-        return {"median": self.median, "low": self.low, "high": self.high}
-
-
-def seconds_of(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 # ---------------------------------------------------------------- start-up
@@ -194,22 +168,6 @@ def measure_walk_cost(repeats: int, device_rows: int) -> dict[int, Spread]:
 # ---------------------------------------------------------------- report
 
 
-def _machine() -> dict[str, Any]:
-    import torch
-
-    names = {
-        line.split(":")[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if "model name" in line
-    }
-    return {
-        "cpu": ", ".join(sorted(names)),
-        "cpus": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
 def report_startup(console: Console, repeats: int) -> dict[str, Any]:
     startup = measure_startup(repeats)
     console.print(f"start-up with a warm cache: {startup} s")
@@ -228,10 +186,10 @@ def report_walks(console: Console, repeats: int) -> dict[str, Any]:
     report = {}
     for device_rows in (1, 8):
         walks = measure_walk_cost(4 * repeats, device_rows)
-        rows = [
-            (str(r), str(cost.scaled(1e3)), f"{cost.median / walks[0].median:.2f}x")
-            for r, cost in walks.items()
-        ]
+        rows = []
+        for count, cost in walks.items():
+            in_ms = Spread([1e3 * seconds for seconds in (cost.low, cost.median, cost.high)])
+            rows.append((str(count), str(in_ms), f"{cost.median / walks[0].median:.2f}x"))
         title = f"one walk, {device_rows} device rows, lane rows at every layer"
         console.print(_table(title, ("lane rows", "ms", "over 0 lane rows"), rows))
         report[f"{device_rows} device rows"] = {str(r): cost.as_dict() for r, cost in walks.items()}
@@ -277,7 +235,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     console = Console()
     report = json.loads(options.out.read_text()) if options.out.exists() else {}
-    report["machine"] = _machine()
+    report["machine"] = machine()
     for part in options.parts:
         with console.status(f"measuring {part} ..."):
             report[part] = PARTS[part](console, options.repeats) | {"repeats": options.repeats}

@@ -1,6 +1,7 @@
 // State algebra and the choice of instruction set.
 #include "attention.h"
 
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <limits>
@@ -13,19 +14,41 @@
 namespace omniserve {
 namespace {
 
-bool cpu_has_avx2() {
+/// One instruction set: its kernels (null when not compiled in) and whether CPU and operating system have it.
+struct Candidate {
+    std::string_view name;
+    const char* needs;
+    const Kernels* kernels;
+    bool is_available;
+};
+
+/// All that set_simd knows, the best last. __builtin_cpu_supports also asks whether the operating system saves the
+/// registers (xgetbv).
+const std::array<Candidate, 3>& candidates() {
 #if defined(OMNISERVE_X86)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    static const bool has_avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                                   __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                                   __builtin_cpu_supports("avx512vl");
+    const Kernels *avx2 = &kAvx2Kernels, *avx512 = &kAvx512Kernels;
 #else
-    return false;
+    constexpr bool has_avx2 = false, has_avx512 = false;
+    const Kernels *avx2 = nullptr, *avx512 = nullptr;
 #endif
+    static const std::array<Candidate, 3> all = {{
+        {"scalar", "", &kScalarKernels, true},
+        {"avx2", "AVX2 with FMA and F16C", avx2, has_avx2},
+        {"avx512", "AVX-512 with F, BW, DQ and VL", avx512, has_avx512},
+    }};
+    return all;
 }
 
 const Kernels* best_kernels() {
-#if defined(OMNISERVE_X86)
-    if (cpu_has_avx2()) return &kAvx2Kernels;
-#endif
-    return &kScalarKernels;
+    const Kernels* best = nullptr;
+    for (const Candidate& candidate : candidates())
+        if (candidate.is_available) best = candidate.kernels;
+    return best;
 }
 
 std::atomic<const Kernels*>& active() {
@@ -40,16 +63,15 @@ const Kernels& kernels() { return *active().load(std::memory_order_relaxed); }
 void set_simd(std::string_view name) {
     if (name == "auto") {
         active() = best_kernels();
-    } else if (name == "scalar") {
-        active() = &kScalarKernels;
-    } else if (name == "avx2") {
-        if (!cpu_has_avx2()) throw std::invalid_argument("simd: this CPU has no AVX2 with FMA and F16C");
-#if defined(OMNISERVE_X86)
-        active() = &kAvx2Kernels;
-#endif
-    } else {
-        throw std::invalid_argument("simd must be auto, scalar or avx2, not " + std::string(name));
+        return;
     }
+    for (const Candidate& candidate : candidates()) {
+        if (candidate.name != name) continue;
+        if (!candidate.is_available) throw std::invalid_argument(std::string("simd: this CPU has no ") + candidate.needs);
+        active() = candidate.kernels;
+        return;
+    }
+    throw std::invalid_argument("simd must be auto, scalar, avx2 or avx512, not " + std::string(name));
 }
 
 size_t scratch_floats(int group, int head_dim) { return size_t(group) * (head_dim + kScoreStride + 1); }

@@ -17,6 +17,7 @@
 #include "lane_port.h"
 #include "paged_attention.h"
 #include "park.h"
+#include "stream_read.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -77,10 +78,11 @@ nb::tuple attention_pieces(const PagedKv& kv, int layer, FloatInput q, TableInpu
 }
 
 /// One pass over the memory with plain loads; bytes read per second / 1e9.
-double stream_read_gbps(Address address, size_t bytes) {
+double stream_read_gbps(Address address, size_t bytes, ThreadTeam* team) {
     return without_gil([&] {
+        ThreadTeam alone(1);
         const uint64_t began = now_ns();
-        volatile uint64_t sum = kernels().stream_sum(at<void>(address), bytes);
+        volatile uint64_t sum = stream_read(team ? *team : alone, at<std::byte>(address), bytes);
         (void)sum;
         return double(bytes) / double(std::max<uint64_t>(1, now_ns() - began));
     });
@@ -167,7 +169,7 @@ void bind_kernel(nb::module_& m) {
           "x"_a);
     m.def("set_simd", [](const std::string& name) { set_simd(name); }, "name"_a);
     m.def("simd", [] { return kernels().name; });
-    m.def("stream_read_gbps", &stream_read_gbps, "address"_a, "bytes"_a);
+    m.def("stream_read_gbps", &stream_read_gbps, "address"_a, "bytes"_a, "team"_a.none() = nb::none());
 }
 
 void bind_geometry(nb::module_& m) {

@@ -1,4 +1,4 @@
-// The tables of inner loops, one per instruction set. A new one (AVX-512, NEON) adds its own translation unit, a table
+// The tables of inner loops, one per instruction set. A new one adds its own translation unit, a table
 // here, and its test of the CPU in attention.cpp.
 #pragma once
 
@@ -8,7 +8,8 @@ namespace omniserve {
 
 extern const Kernels kScalarKernels;
 #if defined(OMNISERVE_X86)
-extern const Kernels kAvx2Kernels;  // needs AVX2, FMA and F16C
+extern const Kernels kAvx2Kernels;    // needs AVX2, FMA and F16C
+extern const Kernels kAvx512Kernels;  // needs these and AVX-512 F, BW, DQ, VL
 #endif
 
 }  // namespace omniserve

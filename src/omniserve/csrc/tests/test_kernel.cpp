@@ -1,5 +1,6 @@
 // The kernel against double precision, in stores of exactly the bytes it may touch.
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <limits>
 #include <random>
@@ -8,6 +9,7 @@
 #include "attention.h"
 #include "check.h"
 #include "paged_attention.h"
+#include "stream_read.h"
 
 using namespace omniserve;
 
@@ -92,11 +94,12 @@ void check_all_heads(const Store& store, int first, int last, int step) {
 
 template <class Function>
 void on_every_path(Function&& function) {
-    for (const char* name : {"scalar", "avx2"}) {
+    for (const char* name : {"scalar", "avx2", "avx512"}) {
         try {
             set_simd(name);
         } catch (const std::invalid_argument&) {
-            continue;  // this CPU lacks it
+            std::printf("skipped: this CPU has no %s\n", name);
+            continue;
         }
         function();
     }
@@ -166,6 +169,18 @@ TEST(every_path_narrows_alike) {
             for (size_t i = 0; i < wide.size(); ++i) CHECK(got[i] == expected[i] || std::isnan(wide[i]));
         });
     }
+}
+
+TEST(a_streaming_read_reads_every_word_once) {
+    std::vector<uint64_t> words(3 * (size_t{1} << 17) + 5);  // several blocks and a tail
+    std::mt19937_64 random(1);
+    uint64_t expected = 0;
+    for (uint64_t& word : words) expected += word = random();
+    ThreadTeam one(1), three(3);
+    on_every_path([&] {
+        for (ThreadTeam* team : {&one, &three})
+            CHECK(stream_read(*team, reinterpret_cast<std::byte*>(words.data()), words.size() * 8) == expected);
+    });
 }
 
 TEST(a_team_agrees_with_its_caller_alone) {

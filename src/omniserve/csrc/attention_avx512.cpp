@@ -1,0 +1,385 @@
+// AVX-512 path (F, BW, DQ, VL). Same structure as attention_avx2.cpp with 16 lanes and 32 registers: a chunk of scores
+// is up to a whole tile, so that K is read in the order of memory, groups of up to 8 queries stay in registers, and
+// tails of tokens and dimensions are masks. bfloat16 is widened and multiplied in float32: the BF16 dot product
+// instruction would round q. See attend_loop.h for why nothing here is visible outside.
+#include <immintrin.h>
+
+#include "attend_loop.h"
+#include "kernels.h"
+
+namespace omniserve {
+namespace {
+
+constexpr int kMaxSubgroup = 8;  // queries whose sums stay in registers: 8 x 2 sums, at most 24 in all, of 32
+constexpr int kLanes = 16;
+
+__mmask16 first_lanes(int count) {
+    return count >= kLanes ? __mmask16(0xffff) : count <= 0 ? __mmask16(0) : __mmask16((1u << count) - 1);
+}
+
+/// Loads kVecs * 16 elements as float32 vectors in an order of the type's own; `natural` restores the order of memory.
+/// Doing so once per sum, not per load, saves bfloat16 all its shuffles. With kMasked only `count` elements are read,
+/// the others are zero. kVecs is 1 or even.
+template <DType kType>
+struct Storage;
+
+template <>
+struct Storage<DType::f32> {
+    using T = float;
+    template <int kVecs, bool kMasked>
+    static void load(const T* p, int count, __m512* x) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kVecs; ++i)
+            x[i] = kMasked ? _mm512_maskz_loadu_ps(first_lanes(count - i * kLanes), p + i * kLanes)
+                           : _mm512_loadu_ps(p + i * kLanes);
+    }
+    template <int kVecs>
+    static void natural(__m512*) {}
+};
+
+/// 16 elements of 2 bytes, `count` of them when masked.
+template <bool kMasked>
+__m256i load_halves(const uint16_t* p, int count) {
+    return kMasked ? _mm256_maskz_loadu_epi16(first_lanes(count), p)
+                   : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+
+template <>
+struct Storage<DType::bf16> {
+    using T = uint16_t;
+    template <int kVecs, bool kMasked>
+    static void load(const T* p, int count, __m512* x) {
+        if constexpr (kVecs == 1) {
+            x[0] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_halves<kMasked>(p, count)), 16));
+        } else {  // of every 32 elements first 0 2 4 .. 30, then 1 3 5 .. 31
+#pragma GCC unroll 2
+            for (int i = 0; i < kVecs; i += 2, p += 2 * kLanes, count -= 2 * kLanes) {
+                const __mmask32 mask = first_lanes(count) | __mmask32(first_lanes(count - kLanes)) << kLanes;
+                const __m512i bits = kMasked ? _mm512_maskz_loadu_epi16(mask, p) : _mm512_loadu_si512(p);
+                x[i] = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+                x[i + 1] = _mm512_castsi512_ps(
+                    _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+            }
+        }
+    }
+    template <int kVecs>
+    static void natural(__m512* x) {
+        const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        for (int i = 0; i + 1 < kVecs; i += 2) {
+            const __m512 even = x[i], odd = x[i + 1];
+            x[i] = _mm512_permutex2var_ps(even, low, odd);
+            x[i + 1] = _mm512_permutex2var_ps(even, high, odd);
+        }
+    }
+};
+
+template <>
+struct Storage<DType::f16> {
+    using T = uint16_t;
+    template <int kVecs, bool kMasked>
+    static void load(const T* p, int count, __m512* x) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kVecs; ++i)
+            x[i] = _mm512_cvtph_ps(load_halves<kMasked>(p + i * kLanes, count - i * kLanes));
+    }
+    template <int kVecs>
+    static void natural(__m512*) {}
+};
+
+/// As in attention_avx2.cpp: relative error at most 1e-7 (tested); 0 below -87, before results turn subnormal.
+__m512 exp_nonpositive(__m512 x) {
+    const __m512 lowest = _mm512_set1_ps(-87.0f);
+    const __mmask16 alive = _mm512_cmp_ps_mask(x, lowest, _CMP_GE_OQ);
+    x = _mm512_max_ps(x, lowest);
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)),
+                                          _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145751953125f), x);  // ln2, upper bits: n * this is exact
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.428606820309417e-6f), r);      // ln2, the rest
+    __m512 y = _mm512_set1_ps(1.0f / 5040);
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f / 720));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f / 120));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f / 24));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f / 6));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.5f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f));
+    return _mm512_maskz_scalef_ps(alive, y, n);
+}
+
+/// Size of the next part when `total` is cut into the fewest parts of at most `limit`, as equal as can be.
+int next_part(int total, int limit) {
+    const int parts = (total + limit - 1) / limit;
+    return (total + parts - 1) / parts;
+}
+
+template <DType kType>
+struct Avx512Ops {
+    using S = Storage<kType>;
+    using T = typename S::T;
+
+    /// Scores of `count` tokens, at most kVecs * 16 and exactly that unless kMasked, for kGroup queries. `ahead` is the
+    /// chunk's V, prefetched while K is read, a row of K's worth at a time.
+    template <int kGroup, int kVecs, bool kMasked>
+    static void chunk_scores(const T* k, int count, int page_size, int head_dim, const float* q, float* scores,
+                             const char* ahead) {
+        constexpr int kUnroll = kGroup * kVecs >= 12 ? 1 : kGroup * kVecs >= 4 ? 2 : 4;  // hides the latency of FMA
+        constexpr int kStep = kUnroll < 2 ? 2 : kUnroll;
+        constexpr int kLines = kStep * int(sizeof(T)) * kVecs * kLanes / 64;
+        const int ahead_step = kStep * count * int(sizeof(T));
+        __m512 sum[kUnroll][kGroup][kVecs];
+        for (auto& part : sum)
+            for (auto& row : part)
+                for (__m512& x : row) x = _mm512_setzero_ps();
+        for (int d = 0; d < head_dim; d += kStep, ahead += ahead_step) {
+#pragma GCC unroll 16
+            for (int i = 0; i < kLines; ++i) _mm_prefetch(ahead + i * 64, _MM_HINT_T0);
+#pragma GCC unroll 4
+            for (int u = 0; u < kStep; ++u) {
+                __m512 x[kVecs];
+                S::template load<kVecs, kMasked>(k + size_t(d + u) * page_size, count, x);
+#pragma GCC unroll 8
+                for (int g = 0; g < kGroup; ++g) {
+                    const __m512 weight = _mm512_set1_ps(q[g * head_dim + d + u]);
+#pragma GCC unroll 4
+                    for (int i = 0; i < kVecs; ++i)
+                        sum[u % kUnroll][g][i] = _mm512_fmadd_ps(weight, x[i], sum[u % kUnroll][g][i]);
+                }
+            }
+        }
+#pragma GCC unroll 8
+        for (int g = 0; g < kGroup; ++g) {
+            for (int u = 1; u < kUnroll; ++u)
+                for (int i = 0; i < kVecs; ++i) sum[0][g][i] = _mm512_add_ps(sum[0][g][i], sum[u][g][i]);
+            S::template natural<kVecs>(sum[0][g]);
+            float* to = scores + g * kScoreStride;
+            for (int i = 0; i < kVecs; ++i)
+                _mm512_mask_storeu_ps(to + i * kLanes, first_lanes(count - i * kLanes), sum[0][g][i]);
+        }
+    }
+
+    /// Scores of one run for kGroup queries, in the widest chunks that its length and the registers allow.
+    template <int kGroup>
+    static void run_scores(const Run<T>& run, int page_size, int head_dim, const float* q, float* scores) {
+        for (int t = 0, count; t < run.count; t += count) {
+            const T* k = run.k + t;
+            const char* v = reinterpret_cast<const char*>(run.v + size_t(t) * head_dim);
+            const int left = run.count - t;
+            if constexpr (kGroup <= 6) {
+                if (left >= 64) {
+                    count = 64;
+                    chunk_scores<kGroup, 4, false>(k, count, page_size, head_dim, q, scores + t, v);
+                    continue;
+                }
+            }
+            count = left < 32 ? left : 32;
+            if (count == 32) chunk_scores<kGroup, 2, false>(k, count, page_size, head_dim, q, scores + t, v);
+            else if (count > 16) chunk_scores<kGroup, 2, true>(k, count, page_size, head_dim, q, scores + t, v);
+            else if (count == 16) chunk_scores<kGroup, 1, false>(k, count, page_size, head_dim, q, scores + t, v);
+            else chunk_scores<kGroup, 1, true>(k, count, page_size, head_dim, q, scores + t, v);
+        }
+    }
+
+    static void scores(const Tile<T>& tile, int page_size, int head_dim, const float* q, int group, float* scores) {
+        int at = 0;
+        for (int r = 0; r < tile.num_runs; ++r) {
+            const Run<T>& run = tile.runs[r];
+            for (int g = 0, size; g < group; g += size) {
+                size = next_part(group - g, kMaxSubgroup);
+                const float* from = q + g * head_dim;
+                float* to = scores + g * kScoreStride + at;
+                switch (size) {
+                    case 1: run_scores<1>(run, page_size, head_dim, from, to); break;
+                    case 2: run_scores<2>(run, page_size, head_dim, from, to); break;
+                    case 3: run_scores<3>(run, page_size, head_dim, from, to); break;
+                    case 4: run_scores<4>(run, page_size, head_dim, from, to); break;
+                    case 5: run_scores<5>(run, page_size, head_dim, from, to); break;
+                    case 6: run_scores<6>(run, page_size, head_dim, from, to); break;
+                    case 7: run_scores<7>(run, page_size, head_dim, from, to); break;
+                    default: run_scores<8>(run, page_size, head_dim, from, to);
+                }
+            }
+            at += run.count;
+        }
+    }
+
+    static float softmax(float* row, int count, float& m, float& l) {
+        __m512 x[kTile / kLanes];
+        __m512 top16 = _mm512_set1_ps(m);
+        const int vecs = (count + kLanes - 1) / kLanes;
+        for (int i = 0; i < vecs; ++i) {  // lanes without a token weigh nothing
+            x[i] = _mm512_mask_loadu_ps(_mm512_set1_ps(-__builtin_inff()), first_lanes(count - i * kLanes),
+                                        row + i * kLanes);
+            top16 = _mm512_max_ps(top16, x[i]);
+        }
+        const float top = _mm512_reduce_max_ps(top16);
+        __m512 sum = _mm512_setzero_ps();
+        for (int i = 0; i < vecs; ++i) {
+            const __m512 y = exp_nonpositive(_mm512_sub_ps(x[i], _mm512_set1_ps(top)));
+            _mm512_storeu_ps(row + i * kLanes, y);
+            sum = _mm512_add_ps(sum, y);
+        }
+        const float rescale = _mm512_cvtss_f32(exp_nonpositive(_mm512_set1_ps(m - top)));
+        l = l * rescale + _mm512_reduce_add_ps(sum);
+        m = top;
+        return rescale;
+    }
+
+    /// Bytes to prefetch while a run is summed.
+    struct Ahead {
+        const char* at = nullptr;
+        const char* end = nullptr;
+    };
+
+    /// K of dimensions [dim, dim + num_dims) of the next tile's run r, as in attention_avx2.cpp.
+    static Ahead k_ahead(const Tile<T>* next, int r, int page_size, int dim, int num_dims) {
+        if (!next || r >= next->num_runs) return {};
+        const Run<T>& run = next->runs[r];
+        const T* k = run.k + size_t(dim) * page_size;
+        if (run.count == page_size)
+            return {reinterpret_cast<const char*>(k), reinterpret_cast<const char*>(k + size_t(num_dims) * page_size)};
+        for (int d = 0; d < num_dims; ++d, k += page_size)
+            for (int t = 0; t < run.count; t += 64 / int(sizeof(T))) _mm_prefetch(k + t, _MM_HINT_T0);
+        return {};
+    }
+
+    /// Values of `num_dims` dimensions from `dim` on, at most kVecs * 16 and exactly that unless kMasked, summed over
+    /// the tile for kGroup queries.
+    template <int kGroup, int kVecs, bool kMasked>
+    static void sum_values(const Tile<T>& tile, const Tile<T>* next, int page_size, int dim, int num_dims,
+                           int head_dim, const float* weights, const float* rescale, float* acc) {
+        constexpr int kLines = (kVecs * kLanes * int(sizeof(T)) + 63) / 64;  // K of as many dimensions, per token
+        __m512 sum[kGroup][kVecs];
+        for (auto& row : sum)
+            for (__m512& x : row) x = _mm512_setzero_ps();
+        const float* weight = weights;
+        for (int r = 0; r < tile.num_runs; ++r) {
+            Ahead ahead = k_ahead(next, r, page_size, dim, num_dims);
+            const T* v = tile.runs[r].v + dim;
+            for (int t = 0; t < tile.runs[r].count; ++t, ++weight, v += head_dim) {
+                for (int i = 0; i < kLines && ahead.at < ahead.end; ++i, ahead.at += 64)
+                    _mm_prefetch(ahead.at, _MM_HINT_T0);
+                __m512 x[kVecs];
+                S::template load<kVecs, kMasked>(v, num_dims, x);
+#pragma GCC unroll 8
+                for (int g = 0; g < kGroup; ++g) {
+                    const __m512 w = _mm512_set1_ps(weight[g * kScoreStride]);
+#pragma GCC unroll 4
+                    for (int i = 0; i < kVecs; ++i) sum[g][i] = _mm512_fmadd_ps(w, x[i], sum[g][i]);
+                }
+            }
+        }
+#pragma GCC unroll 8
+        for (int g = 0; g < kGroup; ++g) {
+            const __m512 factor = _mm512_set1_ps(rescale[g]);
+            S::template natural<kVecs>(sum[g]);
+            for (int i = 0; i < kVecs; ++i) {
+                float* to = acc + g * head_dim + dim + i * kLanes;
+                const __mmask16 mask = first_lanes(num_dims - i * kLanes);
+                _mm512_mask_storeu_ps(to, mask, _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, to), factor, sum[g][i]));
+            }
+        }
+    }
+
+    template <int kGroup>
+    static void sum_group(const Tile<T>& tile, const Tile<T>* next, int page_size, int head_dim, const float* weights,
+                          const float* rescale, float* acc) {
+        constexpr int kWide = kGroup <= 6 ? 4 : 2;  // vectors per pass: at most 24 sums; wider is no faster
+        for (int dim = 0, dims; dim < head_dim; dim += dims) {
+            const int left = head_dim - dim;
+            if constexpr (kWide >= 4) {
+                if (left >= 64) {
+                    dims = 64;
+                    sum_values<kGroup, 4, false>(tile, next, page_size, dim, dims, head_dim, weights, rescale, acc);
+                    continue;
+                }
+            }
+            dims = left < 32 ? left : 32;
+            if (dims == 32) sum_values<kGroup, 2, false>(tile, next, page_size, dim, dims, head_dim, weights, rescale, acc);
+            else sum_values<kGroup, 2, true>(tile, next, page_size, dim, dims, head_dim, weights, rescale, acc);
+        }
+    }
+
+    static void accumulate(const Tile<T>& tile, const Tile<T>& next, int page_size, int head_dim, const float* weights,
+                           int group, const float* rescale, float* acc) {
+        for (int g = 0, size; g < group; g += size) {
+            size = next_part(group - g, kMaxSubgroup);
+            const Tile<T>* ahead = g == 0 ? &next : nullptr;
+            const float* from = weights + g * kScoreStride;
+            float* to = acc + g * head_dim;
+            switch (size) {
+                case 1: sum_group<1>(tile, ahead, page_size, head_dim, from, rescale + g, to); break;
+                case 2: sum_group<2>(tile, ahead, page_size, head_dim, from, rescale + g, to); break;
+                case 3: sum_group<3>(tile, ahead, page_size, head_dim, from, rescale + g, to); break;
+                case 4: sum_group<4>(tile, ahead, page_size, head_dim, from, rescale + g, to); break;
+                case 5: sum_group<5>(tile, ahead, page_size, head_dim, from, rescale + g, to); break;
+                case 6: sum_group<6>(tile, ahead, page_size, head_dim, from, rescale + g, to); break;
+                case 7: sum_group<7>(tile, ahead, page_size, head_dim, from, rescale + g, to); break;
+                default: sum_group<8>(tile, ahead, page_size, head_dim, from, rescale + g, to);
+            }
+        }
+    }
+};
+
+void exp_nonpositive_all(const float* x, float* y, size_t count) {
+    for (size_t i = 0; i < count; i += kLanes) {
+        const __mmask16 mask = first_lanes(count - i < kLanes ? int(count - i) : kLanes);
+        _mm512_mask_storeu_ps(y + i, mask, exp_nonpositive(_mm512_maskz_loadu_ps(mask, x + i)));
+    }
+}
+
+template <DType kType>
+void widen(const void* from, float* to, size_t count) {
+    using S = Storage<kType>;
+    const auto* p = static_cast<const typename S::T*>(from);
+    for (size_t i = 0; i < count; i += kLanes) {
+        const int valid = count - i < kLanes ? int(count - i) : kLanes;
+        __m512 x;
+        S::template load<1, true>(p + i, valid, &x);
+        _mm512_mask_storeu_ps(to + i, first_lanes(valid), x);
+    }
+}
+
+void to_f32(const void* from, DType dtype, float* to, size_t count) {
+    if (dtype == DType::f32) widen<DType::f32>(from, to, count);
+    else if (dtype == DType::bf16) widen<DType::bf16>(from, to, count);
+    else widen<DType::f16>(from, to, count);
+}
+
+void from_f32(const float* from, void* to, DType dtype, size_t count) {
+    if (dtype != DType::f16) return kScalarKernels.from_f32(from, to, dtype, count);
+    auto* bits = static_cast<uint16_t*>(to);
+    for (size_t i = 0; i < count; i += kLanes) {
+        const __mmask16 mask = first_lanes(count - i < kLanes ? int(count - i) : kLanes);
+        _mm256_mask_storeu_epi16(bits + i, mask,
+                                 _mm512_cvtps_ph(_mm512_maskz_loadu_ps(mask, from + i), _MM_FROUND_TO_NEAREST_INT));
+    }
+}
+
+uint64_t stream_sum(const void* from, size_t bytes) {
+    const auto* p = static_cast<const char*>(from);
+    __m512i sum[4];
+    for (__m512i& x : sum) x = _mm512_setzero_si512();
+    const size_t blocks = bytes / sizeof(sum);
+    for (size_t i = 0; i < blocks; ++i, p += sizeof(sum))
+        for (int j = 0; j < 4; ++j) sum[j] = _mm512_add_epi64(sum[j], _mm512_loadu_si512(p + j * 64));
+    const __m512i all = _mm512_add_epi64(_mm512_add_epi64(sum[0], sum[1]), _mm512_add_epi64(sum[2], sum[3]));
+    alignas(64) uint64_t words[8];
+    _mm512_store_si512(words, all);
+    uint64_t total = kScalarKernels.stream_sum(p, bytes - blocks * sizeof(sum));
+    for (uint64_t word : words) total += word;
+    return total;
+}
+
+}  // namespace
+
+const Kernels kAvx512Kernels = {
+    "avx512",
+    {attend_loop<Avx512Ops<DType::f32>>, attend_loop<Avx512Ops<DType::bf16>>, attend_loop<Avx512Ops<DType::f16>>},
+    exp_nonpositive_all,
+    to_f32,
+    from_f32,
+    stream_sum,
+};
+
+}  // namespace omniserve
