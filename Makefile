@@ -76,7 +76,7 @@ $(INSTALLED): $(DEPS) $(NATIVE)
 build/%/.stamp-passed: $(DEPS) $(NATIVE)
 	@mkdir -p build/$*
 	$(BIN)/cmake -S . -B build/$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DOMNISERVE_PYTHON=OFF \
-	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DOMNISERVE_TESTS=ON -DOMNISERVE_SANITIZE=$(SANITIZE) > build/$*/configure.log \
+	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" -DOMNISERVE_TESTS=ON -DOMNISERVE_SANITIZE=$(SANITIZE) > build/$*/configure.log \
 	  || { cat build/$*/configure.log; exit 1; }
 	$(BIN)/cmake --build build/$*
 	if setarch -R true 2>/dev/null; then setarch -R build/$*/omniserve_native_tests; else build/$*/omniserve_native_tests; fi
