@@ -69,6 +69,7 @@ def test_tokens_equal_in_every_pair_of_settings(smollm2: Subject, pool: Pool, ca
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", MATRIX, ids=name_of)
 def test_tokens_equal_in_the_whole_matrix(smollm2: Subject, pool: Pool, case: Case) -> None:
     serve_case(smollm2, pool, case, list(LENGTHS))
