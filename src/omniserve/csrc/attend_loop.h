@@ -38,6 +38,7 @@ struct Tile {
     int32_t num_tokens = 0;
 };
 
+/// The tile from token `first` on, of KV head args.first_head.
 template <class T>
 void fill_tile(Tile<T>& tile, const AttendArgs& args, int64_t first) {
     const int32_t page_size = args.kv->geometry.page_size;
@@ -48,8 +49,8 @@ void fill_tile(Tile<T>& tile, const AttendArgs& args, int64_t first) {
         int64_t count = page_size - offset;
         if (count > args.last - t) count = args.last - t;
         if (count > kTile - tile.num_tokens) count = kTile - tile.num_tokens;
-        tile.runs[tile.num_runs++] = {args.kv->k_block<T>(page, args.layer, args.kv_head) + offset,
-                                      args.kv->v_block<T>(page, args.layer, args.kv_head) +
+        tile.runs[tile.num_runs++] = {args.kv->k_block<T>(page, args.layer, args.first_head) + offset,
+                                      args.kv->v_block<T>(page, args.layer, args.first_head) +
                                           size_t(offset) * args.kv->geometry.head_dim,
                                       static_cast<int32_t>(count)};
         tile.num_tokens += static_cast<int32_t>(count);
@@ -57,32 +58,46 @@ void fill_tile(Tile<T>& tile, const AttendArgs& args, int64_t first) {
     }
 }
 
+/// The same tokens of the next KV head.
+template <class T>
+void next_head(Tile<T>& tile, const Tile<T>& from, size_t head_elements) {
+    tile.num_runs = from.num_runs;
+    tile.num_tokens = from.num_tokens;
+    for (int r = 0; r < from.num_runs; ++r)
+        tile.runs[r] = {from.runs[r].k + head_elements, from.runs[r].v + head_elements, from.runs[r].count};
+}
+
 template <class Ops>
 void attend_loop(const AttendArgs& args) {
     using T = typename Ops::T;
-    const int group = args.group, head_dim = args.kv->geometry.head_dim;
-    float* q = args.scratch;                                // [group][head_dim], scaled
-    float* scores = q + size_t(group) * head_dim;           // [group][kScoreStride]
-    float* rescale = scores + size_t(group) * kScoreStride; // [group]
-    float* acc = args.state;
-    float* m = acc + size_t(group) * head_dim;
-    float* l = m + group;
-    clear_state(args.state, group, head_dim);
-    for (int i = 0; i < group * head_dim; ++i) q[i] = args.q[i] * args.scale;
+    const KvGeometry& kv = args.kv->geometry;
+    const int group = args.group, head_dim = kv.head_dim;
+    const size_t q_floats = size_t(group) * head_dim, state = state_floats(group, head_dim);
+    float* scores = args.scratch;                            // [group][kScoreStride]
+    float* rescale = scores + size_t(group) * kScoreStride;  // [group]
+    float* q = rescale + group;                              // [num_heads][group][head_dim], scaled
+    clear_states(args.state, {args.num_heads, group, head_dim});
+    for (size_t i = 0; i < args.num_heads * q_floats; ++i) q[i] = args.q[i] * args.scale;
 
+    // Heads inside tiles: the pages' K and V are then read in the order in which they lie.
     Tile<T> tiles[2];
     Tile<T>*now = &tiles[0], *next = &tiles[1];
     fill_tile(*now, args, args.first);
     for (int64_t t = args.first; now->num_tokens > 0;) {
         t += now->num_tokens;
-        fill_tile(*next, args, t);
-        Ops::scores(*now, args.kv->geometry.page_size, head_dim, q, group, scores);
-        for (int g = 0; g < group; ++g)
-            rescale[g] = Ops::softmax(scores + g * kScoreStride, now->num_tokens, m[g], l[g]);
-        Ops::accumulate(*now, *next, args.kv->geometry.page_size, head_dim, scores, group, rescale, acc);
-        Tile<T>* done = now;
-        now = next;
-        next = done;
+        for (int head = 0; head < args.num_heads; ++head) {
+            if (head + 1 < args.num_heads) next_head(*next, *now, kv.head_elements());
+            else fill_tile(*next, args, t);
+            float* acc = args.state + head * state;
+            float* m = acc + q_floats;
+            Ops::scores(*now, kv.page_size, head_dim, q + head * q_floats, group, scores);
+            for (int g = 0; g < group; ++g)
+                rescale[g] = Ops::softmax(scores + g * kScoreStride, now->num_tokens, m[g], m[group + g]);
+            Ops::accumulate(*now, *next, kv.page_size, head_dim, scores, group, rescale, acc);
+            Tile<T>* done = now;
+            now = next;
+            next = done;
+        }
     }
 }
 

@@ -74,7 +74,11 @@ void set_simd(std::string_view name) {
     throw std::invalid_argument("simd must be auto, scalar, avx2 or avx512, not " + std::string(name));
 }
 
-size_t scratch_floats(int group, int head_dim) { return size_t(group) * (head_dim + kScoreStride + 1); }
+size_t scratch_floats(int num_heads, int group, int head_dim) {
+    return size_t(group) * (size_t(num_heads) * head_dim + kScoreStride + 1);
+}
+
+namespace {
 
 void clear_state(float* state, int group, int head_dim) {
     const size_t acc = size_t(group) * head_dim;
@@ -111,6 +115,24 @@ void finish_state(const float* state, int group, int head_dim, float* out, float
         for (int d = 0; d < head_dim; ++d) out[g * size_t(head_dim) + d] = state[g * size_t(head_dim) + d] * inverse;
         if (lse) lse[g] = m + std::log(l);
     }
+}
+
+}  // namespace
+
+void clear_states(float* states, const StateShape& shape) {
+    for (int head = 0; head < shape.num_heads; ++head)
+        clear_state(states + head * shape.head_floats(), shape.group, shape.head_dim);
+}
+
+void merge_states(float* into, const float* piece, const StateShape& shape) {
+    for (int head = 0; head < shape.num_heads; ++head)
+        merge_state(into + head * shape.head_floats(), piece + head * shape.head_floats(), shape.group, shape.head_dim);
+}
+
+void finish_states(const float* states, const StateShape& shape, float* out, float* lse) {
+    for (int head = 0; head < shape.num_heads; ++head)
+        finish_state(states + head * shape.head_floats(), shape.group, shape.head_dim,
+                     out + size_t(head) * shape.group * shape.head_dim, lse ? lse + head * shape.group : nullptr);
 }
 
 }  // namespace omniserve

@@ -18,26 +18,38 @@
 
 namespace omniserve {
 
-/// Floats of one state.
+/// Floats of the state of one KV head.
 constexpr size_t state_floats(int group, int head_dim) { return size_t(group) * (head_dim + 2); }
 
-/// One piece of work: tokens [first, last) of one sequence, one layer, one KV head, all queries of its group.
+/// States of several KV heads, one after the other.
+struct StateShape {
+    int num_heads = 1;  // KV heads
+    int group = 1;      // queries of each
+    int head_dim = 0;
+
+    size_t head_floats() const { return state_floats(group, head_dim); }
+    size_t floats() const { return num_heads * head_floats(); }
+};
+
+/// One piece of work: tokens [first, last) of one page table, one layer, KV heads [first_head, first_head + num_heads),
+/// for `group` queries of each: those of one sequence, or of all sequences that share the tokens.
 struct AttendArgs {
     const PagedKv* kv = nullptr;
     const int32_t* page_table = nullptr;  // token t lies in page page_table[t / page_size]
     int32_t layer = 0;
-    int32_t kv_head = 0;
+    int32_t first_head = 0;
+    int32_t num_heads = 1;
     int64_t first = 0;
     int64_t last = 0;
-    const float* q = nullptr;  // [group][head_dim], not yet scaled
+    const float* q = nullptr;  // [num_heads][group][head_dim], not yet scaled
     int32_t group = 1;
     float scale = 1.0f;        // multiplies q, usually 1 / sqrt(head_dim)
-    float* state = nullptr;    // out, state_floats(group, head_dim)
-    float* scratch = nullptr;  // scratch_floats(group, head_dim), one per thread
+    float* state = nullptr;    // out, [num_heads] states of state_floats(group, head_dim)
+    float* scratch = nullptr;  // scratch_floats(num_heads, group, head_dim), one per thread
 };
 
 /// Floats that one call of `attend` needs to work in.
-size_t scratch_floats(int group, int head_dim);
+size_t scratch_floats(int num_heads, int group, int head_dim);
 
 /// The inner loops for one instruction set. Every member is callable from any thread.
 struct Kernels {
@@ -63,12 +75,12 @@ inline void attend(const AttendArgs& args) {
     kernels().attend[static_cast<int>(args.kv->geometry.dtype)](args);
 }
 
-void clear_state(float* state, int group, int head_dim);
+void clear_states(float* states, const StateShape& shape);
 
-/// into := into merged with `piece`.
-void merge_state(float* into, const float* piece, int group, int head_dim);
+/// into := into merged with `piece`, head by head.
+void merge_states(float* into, const float* piece, const StateShape& shape);
 
-/// out[group][head_dim] = acc / l, zeros for an empty state; lse[group] = m + ln(l) when lse is not null.
-void finish_state(const float* state, int group, int head_dim, float* out, float* lse = nullptr);
+/// out[num_heads][group][head_dim] = acc / l, zeros for an empty state; lse[num_heads][group] = m + ln(l) when not null.
+void finish_states(const float* states, const StateShape& shape, float* out, float* lse = nullptr);
 
 }  // namespace omniserve

@@ -114,7 +114,7 @@ struct Avx2Ops {
         for (auto& part : sum)
             for (Pair& pair : part) pair = {_mm256_setzero_ps(), _mm256_setzero_ps()};
         for (int d = 0; d < head_dim; d += kStep) {
-            for (int i = 0; i < kLines; ++i) _mm_prefetch(ahead + i * 64, _MM_HINT_T0);
+            for (int i = 0; i < kLines; ++i) _mm_prefetch(ahead + i * 64, _MM_HINT_T1);
             ahead += ahead_step * kStep;
 #pragma GCC unroll 4
             for (int u = 0; u < kStep; ++u) {
@@ -198,7 +198,7 @@ struct Avx2Ops {
         if (run.count == page_size)
             return {reinterpret_cast<const char*>(k), reinterpret_cast<const char*>(k + size_t(num_dims) * page_size)};
         for (int d = 0; d < num_dims; ++d, k += page_size)
-            for (int t = 0; t < run.count; t += 64 / int(sizeof(T))) _mm_prefetch(k + t, _MM_HINT_T0);
+            for (int t = 0; t < run.count; t += 64 / int(sizeof(T))) _mm_prefetch(k + t, _MM_HINT_T1);
         return {};
     }
 
@@ -216,7 +216,7 @@ struct Avx2Ops {
             const T* v = tile.runs[r].v + dim;
             for (int t = 0; t < tile.runs[r].count; ++t, ++weight, v += head_dim) {
                 for (int i = 0; i < kLines && ahead.at < ahead.end; ++i, ahead.at += 64)
-                    _mm_prefetch(ahead.at, _MM_HINT_T0);
+                    _mm_prefetch(ahead.at, _MM_HINT_T1);
 #pragma GCC unroll 4
                 for (int u = 0; u < kUnits; ++u) {
                     const Pair x = S::load16(v + u * 16);

@@ -6,6 +6,7 @@
 
 #include "attend_loop.h"
 #include "kernels.h"
+#include "unrolled.h"
 
 namespace omniserve {
 namespace {
@@ -27,14 +28,14 @@ template <>
 struct Storage<DType::f32> {
     using T = float;
     template <int kVecs, bool kMasked>
-    static void load(const T* p, int count, __m512* x) {
-#pragma GCC unroll 4
-        for (int i = 0; i < kVecs; ++i)
-            x[i] = kMasked ? _mm512_maskz_loadu_ps(first_lanes(count - i * kLanes), p + i * kLanes)
-                           : _mm512_loadu_ps(p + i * kLanes);
+    OMNI_INLINE static void load(const T* p, int count, __m512 (&x)[kVecs]) {
+        unrolled<kVecs>([&](auto i) OMNI_INLINE {
+            x[i()] = kMasked ? _mm512_maskz_loadu_ps(first_lanes(count - i() * kLanes), p + i() * kLanes)
+                             : _mm512_loadu_ps(p + i() * kLanes);
+        });
     }
     template <int kVecs>
-    static void natural(__m512*) {}
+    OMNI_INLINE static void natural(__m512 (&)[kVecs]) {}
 };
 
 /// 16 elements of 2 bytes, `count` of them when masked.
@@ -48,29 +49,32 @@ template <>
 struct Storage<DType::bf16> {
     using T = uint16_t;
     template <int kVecs, bool kMasked>
-    static void load(const T* p, int count, __m512* x) {
+    OMNI_INLINE static void load(const T* p, int count, __m512 (&x)[kVecs]) {
         if constexpr (kVecs == 1) {
             x[0] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_halves<kMasked>(p, count)), 16));
         } else {  // of every 32 elements first 0 2 4 .. 30, then 1 3 5 .. 31
-#pragma GCC unroll 2
-            for (int i = 0; i < kVecs; i += 2, p += 2 * kLanes, count -= 2 * kLanes) {
-                const __mmask32 mask = first_lanes(count) | __mmask32(first_lanes(count - kLanes)) << kLanes;
-                const __m512i bits = kMasked ? _mm512_maskz_loadu_epi16(mask, p) : _mm512_loadu_si512(p);
+            unrolled<kVecs / 2>([&](auto pair) OMNI_INLINE {
+                constexpr int i = 2 * pair();
+                const int left = count - i * kLanes;
+                const __mmask32 mask = first_lanes(left) | __mmask32(first_lanes(left - kLanes)) << kLanes;
+                const __m512i bits = kMasked ? _mm512_maskz_loadu_epi16(mask, p + i * kLanes)
+                                             : _mm512_loadu_si512(p + i * kLanes);
                 x[i] = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
                 x[i + 1] = _mm512_castsi512_ps(
                     _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
-            }
+            });
         }
     }
     template <int kVecs>
-    static void natural(__m512* x) {
+    OMNI_INLINE static void natural(__m512 (&x)[kVecs]) {
         const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
         const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-        for (int i = 0; i + 1 < kVecs; i += 2) {
+        unrolled<kVecs / 2>([&](auto pair) OMNI_INLINE {
+            constexpr int i = 2 * pair();
             const __m512 even = x[i], odd = x[i + 1];
             x[i] = _mm512_permutex2var_ps(even, low, odd);
             x[i + 1] = _mm512_permutex2var_ps(even, high, odd);
-        }
+        });
     }
 };
 
@@ -78,13 +82,13 @@ template <>
 struct Storage<DType::f16> {
     using T = uint16_t;
     template <int kVecs, bool kMasked>
-    static void load(const T* p, int count, __m512* x) {
-#pragma GCC unroll 4
-        for (int i = 0; i < kVecs; ++i)
-            x[i] = _mm512_cvtph_ps(load_halves<kMasked>(p + i * kLanes, count - i * kLanes));
+    OMNI_INLINE static void load(const T* p, int count, __m512 (&x)[kVecs]) {
+        unrolled<kVecs>([&](auto i) OMNI_INLINE {
+            x[i()] = _mm512_cvtph_ps(load_halves<kMasked>(p + i() * kLanes, count - i() * kLanes));
+        });
     }
     template <int kVecs>
-    static void natural(__m512*) {}
+    OMNI_INLINE static void natural(__m512 (&)[kVecs]) {}
 };
 
 /// As in attention_avx2.cpp: relative error at most 1e-7 (tested); 0 below -87, before results turn subnormal.
@@ -128,34 +132,33 @@ struct Avx512Ops {
         constexpr int kLines = kStep * int(sizeof(T)) * kVecs * kLanes / 64;
         const int ahead_step = kStep * count * int(sizeof(T));
         __m512 sum[kUnroll][kGroup][kVecs];
-        for (auto& part : sum)
-            for (auto& row : part)
-                for (__m512& x : row) x = _mm512_setzero_ps();
+        each<kUnroll, kGroup, kVecs>([&](auto u, auto g, auto i) OMNI_INLINE { sum[u()][g()][i()] = _mm512_setzero_ps(); });
         for (int d = 0; d < head_dim; d += kStep, ahead += ahead_step) {
-#pragma GCC unroll 16
-            for (int i = 0; i < kLines; ++i) _mm_prefetch(ahead + i * 64, _MM_HINT_T0);
-#pragma GCC unroll 4
-            for (int u = 0; u < kStep; ++u) {
+            unrolled<kLines>([&](auto i) OMNI_INLINE { _mm_prefetch(ahead + i() * 64, _MM_HINT_T1); });
+            unrolled<kStep>([&](auto u) OMNI_INLINE {
                 __m512 x[kVecs];
-                S::template load<kVecs, kMasked>(k + size_t(d + u) * page_size, count, x);
-#pragma GCC unroll 8
-                for (int g = 0; g < kGroup; ++g) {
-                    const __m512 weight = _mm512_set1_ps(q[g * head_dim + d + u]);
-#pragma GCC unroll 4
-                    for (int i = 0; i < kVecs; ++i)
-                        sum[u % kUnroll][g][i] = _mm512_fmadd_ps(weight, x[i], sum[u % kUnroll][g][i]);
-                }
-            }
+                S::template load<kVecs, kMasked>(k + size_t(d + u()) * page_size, count, x);
+                unrolled<kGroup>([&](auto g) OMNI_INLINE {
+                    const __m512 weight = _mm512_set1_ps(q[g() * head_dim + d + u()]);
+                    unrolled<kVecs>([&](auto i) OMNI_INLINE {
+                        __m512& to = sum[u() % kUnroll][g()][i()];
+                        to = _mm512_fmadd_ps(weight, x[i()], to);
+                    });
+                });
+            });
         }
-#pragma GCC unroll 8
-        for (int g = 0; g < kGroup; ++g) {
-            for (int u = 1; u < kUnroll; ++u)
-                for (int i = 0; i < kVecs; ++i) sum[0][g][i] = _mm512_add_ps(sum[0][g][i], sum[u][g][i]);
-            S::template natural<kVecs>(sum[0][g]);
-            float* to = scores + g * kScoreStride;
-            for (int i = 0; i < kVecs; ++i)
-                _mm512_mask_storeu_ps(to + i * kLanes, first_lanes(count - i * kLanes), sum[0][g][i]);
-        }
+        unrolled<kGroup>([&](auto g) OMNI_INLINE {
+            unrolled<kUnroll - 1>([&](auto u) OMNI_INLINE {
+                unrolled<kVecs>([&](auto i) OMNI_INLINE {
+                    sum[0][g()][i()] = _mm512_add_ps(sum[0][g()][i()], sum[u() + 1][g()][i()]);
+                });
+            });
+            S::template natural<kVecs>(sum[0][g()]);
+            float* to = scores + g() * kScoreStride;
+            unrolled<kVecs>([&](auto i) OMNI_INLINE {
+                _mm512_mask_storeu_ps(to + i() * kLanes, first_lanes(count - i() * kLanes), sum[0][g()][i()]);
+            });
+        });
     }
 
     /// Scores of one run for kGroup queries, in the widest chunks that its length and the registers allow.
@@ -239,7 +242,7 @@ struct Avx512Ops {
         if (run.count == page_size)
             return {reinterpret_cast<const char*>(k), reinterpret_cast<const char*>(k + size_t(num_dims) * page_size)};
         for (int d = 0; d < num_dims; ++d, k += page_size)
-            for (int t = 0; t < run.count; t += 64 / int(sizeof(T))) _mm_prefetch(k + t, _MM_HINT_T0);
+            for (int t = 0; t < run.count; t += 64 / int(sizeof(T))) _mm_prefetch(k + t, _MM_HINT_T1);
         return {};
     }
 
@@ -250,35 +253,31 @@ struct Avx512Ops {
                            int head_dim, const float* weights, const float* rescale, float* acc) {
         constexpr int kLines = (kVecs * kLanes * int(sizeof(T)) + 63) / 64;  // K of as many dimensions, per token
         __m512 sum[kGroup][kVecs];
-        for (auto& row : sum)
-            for (__m512& x : row) x = _mm512_setzero_ps();
+        each<1, kGroup, kVecs>([&](auto, auto g, auto i) OMNI_INLINE { sum[g()][i()] = _mm512_setzero_ps(); });
         const float* weight = weights;
         for (int r = 0; r < tile.num_runs; ++r) {
             Ahead ahead = k_ahead(next, r, page_size, dim, num_dims);
             const T* v = tile.runs[r].v + dim;
             for (int t = 0; t < tile.runs[r].count; ++t, ++weight, v += head_dim) {
                 for (int i = 0; i < kLines && ahead.at < ahead.end; ++i, ahead.at += 64)
-                    _mm_prefetch(ahead.at, _MM_HINT_T0);
+                    _mm_prefetch(ahead.at, _MM_HINT_T1);
                 __m512 x[kVecs];
                 S::template load<kVecs, kMasked>(v, num_dims, x);
-#pragma GCC unroll 8
-                for (int g = 0; g < kGroup; ++g) {
-                    const __m512 w = _mm512_set1_ps(weight[g * kScoreStride]);
-#pragma GCC unroll 4
-                    for (int i = 0; i < kVecs; ++i) sum[g][i] = _mm512_fmadd_ps(w, x[i], sum[g][i]);
-                }
+                unrolled<kGroup>([&](auto g) OMNI_INLINE {
+                    const __m512 w = _mm512_set1_ps(weight[g() * kScoreStride]);
+                    unrolled<kVecs>([&](auto i) OMNI_INLINE { sum[g()][i()] = _mm512_fmadd_ps(w, x[i()], sum[g()][i()]); });
+                });
             }
         }
-#pragma GCC unroll 8
-        for (int g = 0; g < kGroup; ++g) {
-            const __m512 factor = _mm512_set1_ps(rescale[g]);
-            S::template natural<kVecs>(sum[g]);
-            for (int i = 0; i < kVecs; ++i) {
-                float* to = acc + g * head_dim + dim + i * kLanes;
-                const __mmask16 mask = first_lanes(num_dims - i * kLanes);
-                _mm512_mask_storeu_ps(to, mask, _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, to), factor, sum[g][i]));
-            }
-        }
+        unrolled<kGroup>([&](auto g) OMNI_INLINE {
+            const __m512 factor = _mm512_set1_ps(rescale[g()]);
+            S::template natural<kVecs>(sum[g()]);
+            unrolled<kVecs>([&](auto i) OMNI_INLINE {
+                float* to = acc + g() * head_dim + dim + i() * kLanes;
+                const __mmask16 mask = first_lanes(num_dims - i() * kLanes);
+                _mm512_mask_storeu_ps(to, mask, _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, to), factor, sum[g()][i()]));
+            });
+        });
     }
 
     template <int kGroup>
@@ -334,9 +333,9 @@ void widen(const void* from, float* to, size_t count) {
     const auto* p = static_cast<const typename S::T*>(from);
     for (size_t i = 0; i < count; i += kLanes) {
         const int valid = count - i < kLanes ? int(count - i) : kLanes;
-        __m512 x;
-        S::template load<1, true>(p + i, valid, &x);
-        _mm512_mask_storeu_ps(to + i, first_lanes(valid), x);
+        __m512 x[1];
+        S::template load<1, true>(p + i, valid, x);
+        _mm512_mask_storeu_ps(to + i, first_lanes(valid), x[0]);
     }
 }
 

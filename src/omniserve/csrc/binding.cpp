@@ -60,19 +60,16 @@ nb::tuple attention_pieces(const PagedKv& kv, int layer, FloatInput q, TableInpu
     const int32_t length = static_cast<int32_t>(bounds.back());
     std::vector<float> out(size_t(num_heads) * g.head_dim), lse(num_heads);
     check({&kv, layer, 1, num_heads, q.data(), table.data(), ptrdiff_t(table.shape(0)), &length, out.data(), scale});
-    const int group = num_heads / g.num_kv_heads;
-    const size_t state = state_floats(group, g.head_dim);
-    std::vector<float> merged(state), piece(state), scratch(scratch_floats(group, g.head_dim));
-    for (int head = 0; head < g.num_kv_heads; ++head) {
-        const size_t row = size_t(head) * group * g.head_dim;
-        clear_state(merged.data(), group, g.head_dim);
-        for (size_t i = 0; i + 1 < bounds.size(); ++i) {
-            attend({&kv, table.data(), layer, head, bounds[i], bounds[i + 1], q.data() + row, group, scale,
-                    piece.data(), scratch.data()});
-            merge_state(merged.data(), piece.data(), group, g.head_dim);
-        }
-        finish_state(merged.data(), group, g.head_dim, out.data() + row, lse.data() + head * group);
+    const StateShape shape{g.num_kv_heads, num_heads / g.num_kv_heads, g.head_dim};
+    std::vector<float> merged(shape.floats()), piece(shape.floats());
+    std::vector<float> scratch(scratch_floats(shape.num_heads, shape.group, shape.head_dim));
+    clear_states(merged.data(), shape);
+    for (size_t i = 0; i + 1 < bounds.size(); ++i) {
+        attend({&kv, table.data(), layer, 0, shape.num_heads, bounds[i], bounds[i + 1], q.data(), shape.group, scale,
+                piece.data(), scratch.data()});
+        merge_states(merged.data(), piece.data(), shape);
     }
+    finish_states(merged.data(), shape, out.data(), lse.data());
     return nb::make_tuple(to_numpy(std::move(out), {size_t(num_heads), size_t(g.head_dim)}),
                           to_numpy(std::move(lse), {size_t(num_heads)}));
 }

@@ -48,13 +48,10 @@ void TaskRunner::serve(const Task& task, WorkerContext& worker) {
     if (try_split(task, tokens, began_ns, worker)) return;
 
     const LaneGeometry& g = segment_.geometry();
-    const size_t state = state_floats(g.group(), g.head_dim);
-    worker.scratch.resize(state + scratch_floats(g.group(), g.head_dim));
-    for (int head = 0; head < g.num_kv_heads; ++head) {
-        attend_range(task, head, 0, tokens, worker.scratch.data(), worker);
-        finish_state(worker.scratch.data(), g.group(), g.head_dim,
-                     segment_.result(task.slot) + size_t(head) * g.group() * g.head_dim);
-    }
+    const StateShape shape{g.num_kv_heads, g.group(), g.head_dim};
+    worker.scratch.resize(shape.floats() + scratch_floats(shape.num_heads, shape.group, shape.head_dim));
+    attend_range(task, 0, tokens, worker.scratch.data(), worker);
+    finish_states(worker.scratch.data(), shape, segment_.result(task.slot));
     complete(task, tokens, began_ns, worker);
 }
 
@@ -65,21 +62,22 @@ void TaskRunner::append(const Task& task, int position) {
                {segment_.k(task.slot), 0, segment_.v(task.slot), 0, segment_.geometry().act_dtype}, &page, &offset);
 }
 
-void TaskRunner::attend_range(const Task& task, int kv_head, int64_t first, int64_t last, float* state,
+void TaskRunner::attend_range(const Task& task, int64_t first, int64_t last, float* state,
                               WorkerContext& worker) {
     const LaneGeometry& g = segment_.geometry();
     attend({.kv = &arena_,
             .page_table = segment_.page_table(task.slot),
             .layer = task.layer,
-            .kv_head = kv_head,
+            .first_head = 0,
+            .num_heads = g.num_kv_heads,
             .first = first,
             .last = last,
-            .q = segment_.q(task.slot) + size_t(kv_head) * g.group() * g.head_dim,
+            .q = segment_.q(task.slot),
             .group = g.group(),
             .scale = g.score_scale(),
             .state = state,
-            .scratch = worker.scratch.data() + state_floats(g.group(), g.head_dim)});
-    add(worker.stats->kv_bytes_read, uint64_t(last - first) * bytes_per_token(arena_.geometry) / g.num_kv_heads);
+            .scratch = worker.scratch.data() + g.num_kv_heads * state_floats(g.group(), g.head_dim)});
+    add(worker.stats->kv_bytes_read, uint64_t(last - first) * bytes_per_token(arena_.geometry));
 }
 
 bool TaskRunner::try_split(const Task& task, int64_t tokens, uint64_t began_ns, WorkerContext& worker) {
@@ -90,14 +88,13 @@ bool TaskRunner::try_split(const Task& task, int64_t tokens, uint64_t began_ns, 
     if (job == jobs_.get() + num_jobs_) return false;
 
     const int64_t piece_bytes = std::max(kMinPieceBytes, bytes / (num_workers_ * kPiecesPerWorker));
-    const int64_t per_head = std::max<int64_t>(1, bytes / g.num_kv_heads / piece_bytes);
+    const int64_t pieces = std::max<int64_t>(1, bytes / piece_bytes);
     job->task = task;
     job->began_ns = began_ns;
     job->tokens = tokens;
-    job->piece_tokens = (tokens + per_head - 1) / per_head;
-    job->pieces_per_head = static_cast<int32_t>((tokens + job->piece_tokens - 1) / job->piece_tokens);
-    job->num_pieces = job->pieces_per_head * g.num_kv_heads;
-    job->states.resize(job->num_pieces * state_floats(g.group(), g.head_dim));
+    job->piece_tokens = (tokens + pieces - 1) / pieces;
+    job->num_pieces = static_cast<int32_t>((tokens + job->piece_tokens - 1) / job->piece_tokens);
+    job->states.resize(job->num_pieces * g.num_kv_heads * state_floats(g.group(), g.head_dim));
     job->next.store(0, std::memory_order_relaxed);
     job->left.store(job->num_pieces, std::memory_order_relaxed);
     num_open_.fetch_add(1, std::memory_order_relaxed);
@@ -133,23 +130,20 @@ void TaskRunner::work_on(SplitJob& job, WorkerContext& worker) {
 
 void TaskRunner::do_piece(SplitJob& job, int piece, WorkerContext& worker) {
     const LaneGeometry& g = segment_.geometry();
-    const size_t state = state_floats(g.group(), g.head_dim);
-    worker.scratch.resize(state + scratch_floats(g.group(), g.head_dim));
-    const int64_t first = (piece % job.pieces_per_head) * job.piece_tokens;
-    attend_range(job.task, piece / job.pieces_per_head, first, std::min(job.tokens, first + job.piece_tokens),
-                 job.states.data() + piece * state, worker);
+    const StateShape shape{g.num_kv_heads, g.group(), g.head_dim};
+    worker.scratch.resize(shape.floats() + scratch_floats(shape.num_heads, shape.group, shape.head_dim));
+    const int64_t first = piece * job.piece_tokens;
+    attend_range(job.task, first, std::min(job.tokens, first + job.piece_tokens),
+                 job.states.data() + piece * shape.floats(), worker);
     add(worker.stats->pieces, 1);
 }
 
 void TaskRunner::finish_split(SplitJob& job, WorkerContext& worker) {
     const LaneGeometry& g = segment_.geometry();
-    const size_t state = state_floats(g.group(), g.head_dim);
-    for (int head = 0; head < g.num_kv_heads; ++head) {
-        float* merged = job.states.data() + size_t(head) * job.pieces_per_head * state;
-        for (int i = 1; i < job.pieces_per_head; ++i) merge_state(merged, merged + i * state, g.group(), g.head_dim);
-        finish_state(merged, g.group(), g.head_dim,
-                     segment_.result(job.task.slot) + size_t(head) * g.group() * g.head_dim);
-    }
+    const StateShape shape{g.num_kv_heads, g.group(), g.head_dim};
+    float* merged = job.states.data();
+    for (int i = 1; i < job.num_pieces; ++i) merge_states(merged, merged + i * shape.floats(), shape);
+    finish_states(merged, shape, segment_.result(job.task.slot));
     complete(job.task, job.tokens, job.began_ns, worker);
 }
 

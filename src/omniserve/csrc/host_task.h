@@ -46,9 +46,8 @@ private:
         uint64_t began_ns = 0;
         int64_t tokens = 0;
         int64_t piece_tokens = 0;
-        int32_t pieces_per_head = 0;
         int32_t num_pieces = 0;
-        std::vector<float> states;  // [num_kv_heads][pieces_per_head] states
+        std::vector<float> states;  // [num_pieces][num_kv_heads] states
         std::atomic<int32_t> next{0};
         std::atomic<int32_t> left{0};
     };
@@ -57,7 +56,7 @@ private:
     void work_on(SplitJob& job, WorkerContext& worker);
     void do_piece(SplitJob& job, int piece, WorkerContext& worker);
     void finish_split(SplitJob& job, WorkerContext& worker);
-    void attend_range(const Task& task, int kv_head, int64_t first, int64_t last, float* state, WorkerContext& worker);
+    void attend_range(const Task& task, int64_t first, int64_t last, float* state, WorkerContext& worker);
     void append(const Task& task, int position);
     void complete(const Task& task, int64_t tokens, uint64_t began_ns, WorkerContext& worker);
     void publish(const Task& task);

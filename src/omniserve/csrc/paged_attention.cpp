@@ -10,12 +10,11 @@
 namespace omniserve {
 namespace {
 
-constexpr int64_t kMinPieceTokens = 256;  // below this the merge costs more than it brings
-constexpr int kPiecesPerThread = 4;       // enough to even out pieces of different length
+constexpr int64_t kMinPieceBytes = 64 * 1024;  // of KV: below this the merge costs more than it brings
+constexpr int kPiecesPerThread = 4;           // enough to even out pieces of different length
 
-/// Token ranges of one sequence and KV head: pieces [first_piece, first_piece + num_pieces) of equal length.
+/// One sequence cut into token ranges: pieces [first_piece, first_piece + num_pieces) of equal length.
 struct Share {
-    int32_t sequence, kv_head;
     int64_t piece_tokens;
     int32_t first_piece, num_pieces;
 };
@@ -23,17 +22,19 @@ struct Share {
 class Run {
 public:
     Run(ThreadTeam& team, const PagedAttentionArgs& args)
-        : team_(team), args_(args), head_dim_(args.kv->geometry.head_dim),
-          group_(args.num_heads / args.kv->geometry.num_kv_heads), state_(state_floats(group_, head_dim_)) {
+        : team_(team), args_(args),
+          shape_{args.kv->geometry.num_kv_heads, args.num_heads / args.kv->geometry.num_kv_heads,
+                 args.kv->geometry.head_dim} {
         divide();
         if (num_pieces_ > int64_t(shares_.size()))
-            states_ = std::make_unique_for_overwrite<float[]>(num_pieces_ * state_);
+            states_ = std::make_unique_for_overwrite<float[]>(num_pieces_ * shape_.floats());
         left_ = std::make_unique<std::atomic<int32_t>[]>(shares_.size());
         for (size_t i = 0; i < shares_.size(); ++i) left_[i].store(shares_[i].num_pieces, std::memory_order_relaxed);
     }
 
     void work(int member) {
-        float* scratch = team_.scratch(member, scratch_floats(group_, head_dim_) + state_);
+        float* scratch = team_.scratch(
+            member, shape_.floats() + scratch_floats(shape_.num_heads, shape_.group, shape_.head_dim));
         while (true) {
             const int64_t piece = next_.fetch_add(1, std::memory_order_relaxed);
             if (piece >= num_pieces_) return;
@@ -45,59 +46,60 @@ public:
 
 private:
     void divide() {
-        const int num_kv_heads = args_.kv->geometry.num_kv_heads, threads = team_.num_threads();
+        const KvGeometry& g = args_.kv->geometry;
+        const int threads = team_.num_threads();
+        const int64_t token_bytes = int64_t(g.page_bytes()) / g.num_layers / g.page_size;
         int64_t tokens = 0;
         for (int i = 0; i < args_.num_sequences; ++i) tokens += args_.context_lens[i];
         const int64_t target = threads == 1 ? INT64_MAX
-                                            : std::max(kMinPieceTokens,
-                                                       tokens * num_kv_heads / (threads * kPiecesPerThread));
-        shares_.reserve(size_t(args_.num_sequences) * num_kv_heads);
+                                            : std::max({kMinPieceBytes / token_bytes, int64_t{1},
+                                                        tokens / (threads * kPiecesPerThread)});
+        shares_.reserve(args_.num_sequences);
         for (int i = 0; i < args_.num_sequences; ++i) {
             const int64_t length = args_.context_lens[i];
             const int64_t pieces = std::max<int64_t>(1, length / target + (length % target > target / 2));
-            for (int head = 0; head < num_kv_heads; ++head) {
-                shares_.push_back({i, head, (length + pieces - 1) / pieces, static_cast<int32_t>(num_pieces_),
-                                   static_cast<int32_t>(pieces)});
-                num_pieces_ += pieces;
-            }
+            shares_.push_back(
+                {(length + pieces - 1) / pieces, static_cast<int32_t>(num_pieces_), static_cast<int32_t>(pieces)});
+            num_pieces_ += pieces;
         }
     }
 
-    float* piece_state(int64_t piece) { return states_.get() + piece * state_; }
+    float* piece_states(int64_t piece) { return states_.get() + piece * shape_.floats(); }
 
-    void do_piece(size_t index, int64_t piece, float* scratch) {
-        const Share& share = shares_[index];
-        const int64_t length = args_.context_lens[share.sequence];
+    void do_piece(size_t sequence, int64_t piece, float* scratch) {
+        const Share& share = shares_[sequence];
+        const int64_t length = args_.context_lens[sequence];
         const int64_t first = std::min(length, (piece - share.first_piece) * share.piece_tokens);
-        const size_t row = (size_t(share.sequence) * args_.num_heads + size_t(share.kv_head) * group_) * head_dim_;
-        AttendArgs attend_args{.kv = args_.kv,
-                               .page_table = args_.page_tables + share.sequence * args_.table_stride,
-                               .layer = args_.layer,
-                               .kv_head = share.kv_head,
-                               .first = first,
-                               .last = std::min(length, first + share.piece_tokens),
-                               .q = args_.q + row,
-                               .group = group_,
-                               .scale = args_.scale,
-                               .state = share.num_pieces == 1 ? scratch : piece_state(piece),
-                               .scratch = scratch + state_};
-        attend(attend_args);
-        if (share.num_pieces == 1) return finish_state(scratch, group_, head_dim_, args_.out + row);
-        if (left_[index].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
-        float* merged = piece_state(share.first_piece);
-        for (int i = 1; i < share.num_pieces; ++i)
-            merge_state(merged, piece_state(share.first_piece + i), group_, head_dim_);
-        finish_state(merged, group_, head_dim_, args_.out + row);
+        const size_t row = sequence * args_.num_heads * shape_.head_dim;
+        float* states = share.num_pieces == 1 ? scratch : piece_states(piece);
+        attend({.kv = args_.kv,
+                .page_table = args_.page_tables + ptrdiff_t(sequence) * args_.table_stride,
+                .layer = args_.layer,
+                .first_head = 0,
+                .num_heads = shape_.num_heads,
+                .first = first,
+                .last = std::min(length, first + share.piece_tokens),
+                .q = args_.q + row,
+                .group = shape_.group,
+                .scale = args_.scale,
+                .state = states,
+                .scratch = scratch + shape_.floats()});
+        if (share.num_pieces > 1) {
+            if (left_[sequence].fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+            states = piece_states(share.first_piece);
+            for (int i = 1; i < share.num_pieces; ++i)
+                merge_states(states, piece_states(share.first_piece + i), shape_);
+        }
+        finish_states(states, shape_, args_.out + row);
     }
 
     ThreadTeam& team_;
     const PagedAttentionArgs& args_;
-    const int head_dim_, group_;
-    const size_t state_;
-    std::vector<Share> shares_;
+    const StateShape shape_;
+    std::vector<Share> shares_;  // by sequence
     int64_t num_pieces_ = 0;
-    std::unique_ptr<float[]> states_;                 // only when some share has several pieces
-    std::unique_ptr<std::atomic<int32_t>[]> left_;    // pieces of a share not yet done
+    std::unique_ptr<float[]> states_;               // only when some share has several pieces
+    std::unique_ptr<std::atomic<int32_t>[]> left_;  // pieces of a share not yet done
     std::atomic<int64_t> next_{0};
 };
 

@@ -25,8 +25,8 @@ struct PagedAttentionArgs {
 /// Throws std::invalid_argument naming the field when a size or a page id is out of range.
 void check(const PagedAttentionArgs& args);
 
-/// Work is split by (sequence, KV head) and, where contexts are long, by token range; whoever finishes the last range
-/// of a (sequence, KV head) merges them. There is no barrier except the join at the end.
+/// Work is split by sequence and, where there are too few of them, by token range; whoever finishes the last range of a
+/// sequence merges them. There is no barrier except the join at the end.
 void paged_attention(ThreadTeam& team, const PagedAttentionArgs& args);
 
 }  // namespace omniserve

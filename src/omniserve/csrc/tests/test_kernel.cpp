@@ -61,17 +61,17 @@ struct Store {
 
     /// Attention of one KV head over [first, last) in pieces of `step` tokens.
     std::vector<float> attend_head(int kv_head, int first, int last, int step) const {
-        const int head_dim = kv.geometry.head_dim;
-        std::vector<float> merged(state_floats(group, head_dim)), piece(merged.size());
-        std::vector<float> scratch(scratch_floats(group, head_dim)), out(size_t(group) * head_dim);
-        clear_state(merged.data(), group, head_dim);
+        const StateShape shape{1, group, kv.geometry.head_dim};
+        std::vector<float> merged(shape.floats()), piece(merged.size());
+        std::vector<float> scratch(scratch_floats(1, group, shape.head_dim)), out(size_t(group) * shape.head_dim);
+        clear_states(merged.data(), shape);
         for (int t = first; t < last; t += step) {
-            attend({&kv, table.data(), kv.geometry.num_layers - 1, kv_head, t, std::min(last, t + step),
-                    q.data() + size_t(kv_head) * group * head_dim, group, 1 / std::sqrt(float(head_dim)), piece.data(),
-                    scratch.data()});
-            merge_state(merged.data(), piece.data(), group, head_dim);
+            attend({&kv, table.data(), kv.geometry.num_layers - 1, kv_head, 1, t, std::min(last, t + step),
+                    q.data() + size_t(kv_head) * group * shape.head_dim, group, 1 / std::sqrt(float(shape.head_dim)),
+                    piece.data(), scratch.data()});
+            merge_states(merged.data(), piece.data(), shape);
         }
-        finish_state(merged.data(), group, head_dim, out.data());
+        finish_states(merged.data(), shape, out.data());
         return out;
     }
 
