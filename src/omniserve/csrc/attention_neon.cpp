@@ -34,8 +34,7 @@ struct Storage<DType::bf16> {
     using T = uint16_t;
     template <int kVecs>
     static void load(const T* p, float32x4_t* x) {
-        // A bfloat16 is the upper half of a float32: zeros are zipped in below. Cores that shift in one or two of their
-        // vector units permute in more.
+        // A bfloat16 is the upper half of a float32: zeros are zipped in below.
         const uint16x8_t zero = vdupq_n_u16(0);
 #pragma GCC unroll 4
         for (int i = 0; i < kVecs; i += 2) {
