@@ -13,7 +13,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-parity test-native lint format types bench-core bench-host clean distclean
+.PHONY: help setup demo test test-fast test-parity test-native test-neon lint format types bench-core bench-host clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,8 @@ test-parity: setup  ## the full token-equality matrix
 	$(BIN)/python -m pytest -m full
 
 test-native: $(SANITIZERS)  ## the C++ tests under address, undefined-behaviour and thread sanitizers
+
+test-neon: build/neon/.stamp-passed  ## the C++ tests for AArch64, on any machine under qemu
 
 lint: setup  ## ruff
 	$(BIN)/ruff check .
@@ -80,6 +82,17 @@ build/%/.stamp-passed: $(DEPS) $(NATIVE)
 	  || { cat build/$*/configure.log; exit 1; }
 	$(BIN)/cmake --build build/$*
 	if setarch -R true 2>/dev/null; then setarch -R build/$*/omniserve_native_tests; else build/$*/omniserve_native_tests; fi
+	touch $@
+
+# The emulated CPU is an ARMv8.0-A one: anything newer ends in an illegal instruction.
+build/neon/.stamp-passed: $(DEPS) $(NATIVE) scripts/aarch64.cmake
+	@scripts/preflight.sh --neon
+	@mkdir -p build/neon
+	$(BIN)/cmake -S . -B build/neon -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DOMNISERVE_PYTHON=OFF \
+	  -DCMAKE_TOOLCHAIN_FILE=scripts/aarch64.cmake -DOMNISERVE_TESTS=ON > build/neon/configure.log \
+	  || { cat build/neon/configure.log; exit 1; }
+	$(BIN)/cmake --build build/neon
+	qemu-aarch64 -cpu cortex-a57 build/neon/omniserve_native_tests
 	touch $@
 
 build/asan/.stamp-passed: SANITIZE := address,undefined

@@ -4,7 +4,7 @@
 #   scripts/preflight.sh              report; exit 1 when something is missing
 #   scripts/preflight.sh --packages   only the names of missing apt packages, on one line; exit 0
 #
-# PYTHON names the interpreter (default python3). It needs 3.11 or newer, venv and the C headers.
+# With --neon first, also what `make test-neon` needs: a compiler for AArch64 and an emulator. PYTHON names the interpreter (default python3). It needs 3.11 or newer, venv and the C headers.
 set -euo pipefail
 
 python=${PYTHON:-python3}
@@ -48,6 +48,11 @@ check_compiler() {
     command -v make >/dev/null || missing+=(make)
 }
 
+check_neon() {
+    command -v aarch64-linux-gnu-g++ >/dev/null || missing+=(g++-aarch64-linux-gnu)
+    command -v qemu-aarch64 >/dev/null || missing+=(qemu-user)
+}
+
 free_disk_gb() { df -Pk "$root" | awk 'NR == 2 { print int($4 / 1048576) }'; }
 
 report() {
@@ -74,6 +79,10 @@ report() {
 
 check_python
 check_compiler
+if [ "${1:-}" = --neon ]; then
+    check_neon
+    shift
+fi
 if [ "${1:-}" = --packages ]; then
     echo "${missing[*]-}"
 else

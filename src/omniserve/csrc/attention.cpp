@@ -24,7 +24,7 @@ struct Candidate {
 
 /// All that set_simd knows, the best last. __builtin_cpu_supports also asks whether the operating system saves the
 /// registers (xgetbv).
-const std::array<Candidate, 3>& candidates() {
+const std::array<Candidate, 4>& candidates() {
 #if defined(OMNISERVE_X86)
     static const bool has_avx2 =
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -36,10 +36,16 @@ const std::array<Candidate, 3>& candidates() {
     constexpr bool has_avx2 = false, has_avx512 = false;
     const Kernels *avx2 = nullptr, *avx512 = nullptr;
 #endif
-    static const std::array<Candidate, 3> all = {{
+#if defined(OMNISERVE_NEON)
+    const Kernels* neon = &kNeonKernels;  // part of every AArch64 CPU: nothing to ask
+#else
+    const Kernels* neon = nullptr;
+#endif
+    static const std::array<Candidate, 4> all = {{
         {"scalar", "", &kScalarKernels, true},
         {"avx2", "AVX2 with FMA and F16C", avx2, has_avx2},
         {"avx512", "AVX-512 with F, BW, DQ and VL", avx512, has_avx512},
+        {"neon", "NEON (AArch64)", neon, neon != nullptr},
     }};
     return all;
 }
@@ -71,7 +77,7 @@ void set_simd(std::string_view name) {
         active() = candidate.kernels;
         return;
     }
-    throw std::invalid_argument("simd must be auto, scalar, avx2 or avx512, not " + std::string(name));
+    throw std::invalid_argument("simd must be auto, scalar, avx2, avx512 or neon, not " + std::string(name));
 }
 
 size_t scratch_floats(int num_heads, int group, int head_dim) {

@@ -11,5 +11,8 @@ extern const Kernels kScalarKernels;
 extern const Kernels kAvx2Kernels;    // needs AVX2, FMA and F16C
 extern const Kernels kAvx512Kernels;  // needs these and AVX-512 F, BW, DQ, VL
 #endif
+#if defined(OMNISERVE_NEON)
+extern const Kernels kNeonKernels;    // needs nothing that an AArch64 CPU may lack
+#endif
 
 }  // namespace omniserve

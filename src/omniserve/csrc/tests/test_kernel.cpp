@@ -1,4 +1,7 @@
 // The kernel against double precision, in stores of exactly the bytes it may touch.
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -92,18 +95,90 @@ void check_all_heads(const Store& store, int first, int last, int step) {
     }
 }
 
+/// The paths this CPU has; says once which others there are.
+const std::vector<const char*>& paths() {
+    static const std::vector<const char*> available = [] {
+        std::vector<const char*> names;
+        for (const char* name : {"scalar", "avx2", "avx512", "neon"}) {
+            try {
+                set_simd(name);
+                names.push_back(name);
+            } catch (const std::invalid_argument&) {
+                std::printf("skipped: this CPU has no %s\n", name);
+            }
+        }
+        set_simd("auto");
+        return names;
+    }();
+    return available;
+}
+
 template <class Function>
 void on_every_path(Function&& function) {
-    for (const char* name : {"scalar", "avx2", "avx512"}) {
-        try {
-            set_simd(name);
-        } catch (const std::invalid_argument&) {
-            std::printf("skipped: this CPU has no %s\n", name);
-            continue;
-        }
+    for (const char* name : paths()) {
+        set_simd(name);
         function();
     }
     set_simd("auto");
+}
+
+/// Attention of `num_heads` heads of the store's first KV head over [first, last), in double precision.
+std::vector<double> reference(const Store& store, int num_heads, int first, int last) {
+    const int head_dim = store.kv.geometry.head_dim;
+    std::vector<double> out(size_t(num_heads) * head_dim), scores(last - first);
+    for (int head = 0; head < num_heads; ++head) {
+        double* row = out.data() + size_t(head) * head_dim;
+        double sum = 0, top = -std::numeric_limits<double>::infinity();
+        for (int t = first; t < last; ++t) {
+            double& score = scores[t - first] = 0;
+            for (int d = 0; d < head_dim; ++d)
+                score += double(store.q[head * head_dim + d]) * store.keys[t * head_dim + d];
+            score /= std::sqrt(head_dim);
+            top = std::max(top, score);
+        }
+        for (int t = first; t < last; ++t) {
+            const double weight = std::exp(scores[t - first] - top);
+            sum += weight;
+            for (int d = 0; d < head_dim; ++d) row[d] += weight * store.values[t * head_dim + d];
+        }
+        for (int d = 0; d < head_dim; ++d) row[d] /= sum;
+    }
+    return out;
+}
+
+/// A copy of bytes that ends where reading on is a segmentation fault, for builds without an address sanitizer.
+class GuardedCopy {
+public:
+    explicit GuardedCopy(const std::vector<std::byte>& bytes) {
+        const size_t page = size_t(sysconf(_SC_PAGESIZE)), usable = (bytes.size() + page - 1) / page * page;
+        size_ = usable + page;
+        map_ = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        CHECK(map_ != MAP_FAILED);
+        CHECK(mprotect(static_cast<std::byte*>(map_) + usable, page, PROT_NONE) == 0);
+        data_ = static_cast<std::byte*>(map_) + usable - bytes.size();
+        std::memcpy(data_, bytes.data(), bytes.size());
+    }
+    ~GuardedCopy() { munmap(map_, size_); }
+    GuardedCopy(const GuardedCopy&) = delete;
+
+    std::byte* data() const { return data_; }
+
+private:
+    void* map_;
+    size_t size_;
+    std::byte* data_;
+};
+
+/// Every group from 1 to 9 and several token ranges, in one store.
+void check_groups_and_lengths(Store& store) {
+    const int head_dim = store.kv.geometry.head_dim;
+    for (const auto& [first, last] : {std::pair{0, 1}, {2, 17}, {1, 64}, {3, 134}}) {
+        const std::vector<double> expected = reference(store, 9, first, last);
+        for (store.group = 1; store.group <= 9; ++store.group) {
+            const std::vector<float> out = store.attend_head(0, first, last, last - first);
+            for (int i = 0; i < store.group * head_dim; ++i) CHECK_NEAR(out[i], expected[i], 3e-6);
+        }
+    }
 }
 
 }  // namespace
@@ -121,6 +196,30 @@ TEST(every_group_size_reads_its_own_queries) {
     on_every_path([] {
         for (int group : {1, 2, 4, 5, 6, 7, 8, 9, 16})
             check_all_heads(Store({2, 1, 80, 16, DType::bf16}, group, 70), 0, 70, 70);
+    });
+}
+
+TEST(the_best_path_is_the_reference_for_every_combination_of_sizes) {
+    std::printf("best path: %s\n", kernels().name);
+    for (DType dtype : {DType::f32, DType::bf16, DType::f16})
+        for (int page_size : {1, 5, 16, 64, 80})
+            for (int head_dim : {64, 72, 80, 96, 128, 256}) {
+                Store store({1, 1, head_dim, page_size, dtype}, 9, 134);
+                check_groups_and_lengths(store);
+            }
+}
+
+TEST(no_path_reads_past_the_end_of_a_store) {
+    on_every_path([] {
+        for (DType dtype : {DType::f32, DType::bf16, DType::f16})
+            for (int page_size : {1, 3, 16, 64})
+                for (int head_dim : {64, 72, 112})
+                    for (int group : {1, 2, 3, 6}) {
+                        Store store({1, 1, head_dim, page_size, dtype}, group, 131);
+                        const GuardedCopy copy(store.memory);
+                        store.kv.base = copy.data();
+                        check_all_heads(store, 0, 131, 131);
+                    }
     });
 }
 
@@ -148,12 +247,36 @@ TEST(half_precision_conversions_round_trip) {
         else CHECK(std::isnan(f16_to_f32(f32_to_f16(as_f16))));
         if (!std::isnan(as_bf16)) CHECK(f32_to_bf16(as_bf16) == half);
         else CHECK(std::isnan(bf16_to_f32(f32_to_bf16(as_bf16))));
-        on_every_path([&] {
-            float wide;
-            kernels().to_f32(&half, DType::f16, &wide, 1);
-            CHECK(std::isnan(as_f16) ? std::isnan(wide) : wide == as_f16);
-        });
     }
+}
+
+TEST(every_path_widens_alike) {
+    std::vector<uint16_t> narrow(0x10000);
+    for (size_t i = 0; i < narrow.size(); ++i) narrow[i] = static_cast<uint16_t>(i);
+    on_every_path([&] {
+        for (DType dtype : {DType::bf16, DType::f16})
+            for (size_t count : {narrow.size(), narrow.size() - 1, size_t{13}, size_t{1}}) {
+                std::vector<float> wide(count);  // the last ones, whose tail differs with the count
+                const uint16_t* from = narrow.data() + narrow.size() - count;
+                kernels().to_f32(from, dtype, wide.data(), count);
+                for (size_t i = 0; i < count; ++i) {
+                    const float expected = dtype == DType::f16 ? f16_to_f32(from[i]) : bf16_to_f32(from[i]);
+                    CHECK(std::isnan(expected) ? std::isnan(wide[i]) : wide[i] == expected);
+                }
+            }
+    });
+}
+
+TEST(exp_keeps_its_stated_bound_on_every_path) {
+    std::vector<float> x = {0.0f, -0.0f, -87.0f}, y;
+    for (float value = -1e-8f; value > -87.0f; value *= 1.001f) x.push_back(value);
+    for (float value : {-87.01f, -1e4f, -std::numeric_limits<float>::infinity()}) x.push_back(value);
+    on_every_path([&] {
+        y.assign(x.size(), NAN);
+        kernels().exp_nonpositive(x.data(), y.data(), x.size());
+        for (size_t i = 0; i < x.size() - 3; ++i) CHECK_NEAR(y[i] / std::exp(double(x[i])), 1.0, 1e-7);
+        for (size_t i = x.size() - 3; i < x.size(); ++i) CHECK(y[i] == 0.0f);
+    });
 }
 
 TEST(every_path_narrows_alike) {
