@@ -3,7 +3,7 @@
 //     using T                                     storage type of one KV element
 //     scores(tile, ...)                           scores[group][kScoreStride] of the tile's tokens
 //     softmax(row, count, m, l)                   turns a score row into weights, returns the factor for older sums
-//     accumulate(tile, next, ...)                 acc[group][head_dim] = acc * rescale + weights * V; fetches next's K
+//     accumulate(tile, ...)                       acc[group][head_dim] = acc * rescale + weights * V
 //
 // Everything is in an unnamed namespace and avoids std:: functions: code compiled for AVX2 must never be what the
 // linker keeps for callers on a CPU without it.
@@ -17,9 +17,7 @@
 namespace omniserve {
 namespace {
 
-// One softmax step. K and V of a tile together fit a first-level cache at head_dim 128 in 16 bits, so that V,
-// prefetched while scores are computed, and K, prefetched while values are summed, are still there when needed.
-constexpr int kTile = 64;
+constexpr int kTile = 64;                       // tokens of one softmax step
 constexpr int kChunk = 16;                      // tokens whose scores are computed together
 constexpr int kScoreStride = kTile + kChunk;    // a chunk may write past the tile's last token
 
@@ -29,6 +27,9 @@ struct Run {
     const T* k;     // dimension 0 of the first token; dimension d is page_size * d further on
     const T* v;     // first token's row; the next token's is head_dim further on
     int32_t count;  // tokens
+    // What lies this many elements further on is read one tile later: whoever reads an element fetches that one into
+    // the second-level cache (the first one may be too small for two tiles). 0 when there is no next tile.
+    ptrdiff_t ahead;
 };
 
 template <class T>
@@ -52,7 +53,7 @@ void fill_tile(Tile<T>& tile, const AttendArgs& args, int64_t first) {
         tile.runs[tile.num_runs++] = {args.kv->k_block<T>(page, args.layer, args.first_head) + offset,
                                       args.kv->v_block<T>(page, args.layer, args.first_head) +
                                           size_t(offset) * args.kv->geometry.head_dim,
-                                      static_cast<int32_t>(count)};
+                                      static_cast<int32_t>(count), 0};
         tile.num_tokens += static_cast<int32_t>(count);
         t += count;
     }
@@ -64,7 +65,12 @@ void next_head(Tile<T>& tile, const Tile<T>& from, size_t head_elements) {
     tile.num_runs = from.num_runs;
     tile.num_tokens = from.num_tokens;
     for (int r = 0; r < from.num_runs; ++r)
-        tile.runs[r] = {from.runs[r].k + head_elements, from.runs[r].v + head_elements, from.runs[r].count};
+        tile.runs[r] = {from.runs[r].k + head_elements, from.runs[r].v + head_elements, from.runs[r].count, 0};
+}
+
+template <class T>
+void look_ahead(Tile<T>& tile, const Tile<T>& next) {
+    for (int r = 0; r < tile.num_runs && r < next.num_runs; ++r) tile.runs[r].ahead = next.runs[r].v - tile.runs[r].v;
 }
 
 template <class Ops>
@@ -88,12 +94,13 @@ void attend_loop(const AttendArgs& args) {
         for (int head = 0; head < args.num_heads; ++head) {
             if (head + 1 < args.num_heads) next_head(*next, *now, kv.head_elements());
             else fill_tile(*next, args, t);
+            look_ahead(*now, *next);
             float* acc = args.state + head * state;
             float* m = acc + q_floats;
             Ops::scores(*now, kv.page_size, head_dim, q + head * q_floats, group, scores);
             for (int g = 0; g < group; ++g)
                 rescale[g] = Ops::softmax(scores + g * kScoreStride, now->num_tokens, m[g], m[group + g]);
-            Ops::accumulate(*now, *next, kv.page_size, head_dim, scores, group, rescale, acc);
+            Ops::accumulate(*now, head_dim, scores, group, rescale, acc);
             Tile<T>* done = now;
             now = next;
             next = done;

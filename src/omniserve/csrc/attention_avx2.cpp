@@ -103,22 +103,27 @@ struct Avx2Ops {
     using S = Storage<kType>;
     using T = typename S::T;
 
-    /// Scores of kChunk tokens for kGroup queries. `ahead` is the chunk's V, prefetched a row's worth at a time.
+    /// Asks for `kCount` elements from p on to be in the second-level cache soon.
+    template <int kCount>
+    static void fetch(const T* p) {
+        for (int i = 0; i < kCount * int(sizeof(T)); i += 64)
+            _mm_prefetch(reinterpret_cast<const char*>(p) + i, _MM_HINT_T1);
+    }
+
+    /// Scores of kChunk tokens for kGroup queries; what lies `ahead` elements further on is fetched meanwhile.
     template <int kGroup>
-    static void chunk_scores(const T* k, int page_size, int head_dim, const float* q, float* scores, const char* ahead,
-                             int ahead_step) {
+    static void chunk_scores(const T* k, int page_size, int head_dim, const float* q, float* scores, ptrdiff_t ahead) {
         constexpr int kUnroll = kGroup == 1 ? 4 : kGroup <= 3 ? 2 : 1;  // enough sums to hide the latency of FMA
         constexpr int kStep = kUnroll < 2 ? 2 : kUnroll;
-        constexpr int kLines = kStep * int(sizeof(T)) * kChunk / 64;
         Pair sum[kUnroll][kGroup];
         for (auto& part : sum)
             for (Pair& pair : part) pair = {_mm256_setzero_ps(), _mm256_setzero_ps()};
         for (int d = 0; d < head_dim; d += kStep) {
-            for (int i = 0; i < kLines; ++i) _mm_prefetch(ahead + i * 64, _MM_HINT_T1);
-            ahead += ahead_step * kStep;
 #pragma GCC unroll 4
             for (int u = 0; u < kStep; ++u) {
-                const Pair x = S::load16(k + size_t(d + u) * page_size);
+                const T* row = k + size_t(d + u) * page_size;
+                const Pair x = S::load16(row);
+                fetch<kChunk>(row + ahead);
 #pragma GCC unroll 6
                 for (int g = 0; g < kGroup; ++g) {
                     const __m256 weight = _mm256_broadcast_ss(q + g * head_dim + d + u);
@@ -144,20 +149,18 @@ struct Avx2Ops {
         for (int r = 0; r < tile.num_runs; ++r) {
             const Run<T>& run = tile.runs[r];
             for (int t = 0; t < run.count; t += kChunk) {
-                const int count = run.count - t < kChunk ? run.count - t : kChunk;
-                const char* ahead = reinterpret_cast<const char*>(run.v + size_t(t) * head_dim);
-                const int ahead_step = count * int(sizeof(T));
                 for (int g = 0, size; g < group; g += size) {
                     size = next_part(group - g, kMaxSubgroup);
                     const float* from = q + g * head_dim;
                     float* to = scores + g * kScoreStride + at + t;
+                    const ptrdiff_t ahead = g == 0 && t * sizeof(T) % 64 == 0 ? run.ahead : 0;  // once a cache line
                     switch (size) {
-                        case 1: chunk_scores<1>(run.k + t, page_size, head_dim, from, to, ahead, ahead_step); break;
-                        case 2: chunk_scores<2>(run.k + t, page_size, head_dim, from, to, ahead, ahead_step); break;
-                        case 3: chunk_scores<3>(run.k + t, page_size, head_dim, from, to, ahead, ahead_step); break;
-                        case 4: chunk_scores<4>(run.k + t, page_size, head_dim, from, to, ahead, ahead_step); break;
-                        case 5: chunk_scores<5>(run.k + t, page_size, head_dim, from, to, ahead, ahead_step); break;
-                        default: chunk_scores<6>(run.k + t, page_size, head_dim, from, to, ahead, ahead_step);
+                        case 1: chunk_scores<1>(run.k + t, page_size, head_dim, from, to, ahead); break;
+                        case 2: chunk_scores<2>(run.k + t, page_size, head_dim, from, to, ahead); break;
+                        case 3: chunk_scores<3>(run.k + t, page_size, head_dim, from, to, ahead); break;
+                        case 4: chunk_scores<4>(run.k + t, page_size, head_dim, from, to, ahead); break;
+                        case 5: chunk_scores<5>(run.k + t, page_size, head_dim, from, to, ahead); break;
+                        default: chunk_scores<6>(run.k + t, page_size, head_dim, from, to, ahead);
                     }
                 }
             }
@@ -182,41 +185,19 @@ struct Avx2Ops {
         return rescale;
     }
 
-    /// Bytes to prefetch while a run is summed.
-    struct Ahead {
-        const char* at = nullptr;
-        const char* end = nullptr;
-    };
-
-    /// K of dimensions [dim, dim + num_dims) of the next tile's run r. In a run that is a whole page they are one
-    /// stretch, left to the caller to fetch a line at a time: a burst of prefetches outruns the miss buffers of a core
-    /// and is dropped. Rows of a part of a page lie apart and are prefetched here.
-    static Ahead k_ahead(const Tile<T>* next, int r, int page_size, int dim, int num_dims) {
-        if (!next || r >= next->num_runs) return {};
-        const Run<T>& run = next->runs[r];
-        const T* k = run.k + size_t(dim) * page_size;
-        if (run.count == page_size)
-            return {reinterpret_cast<const char*>(k), reinterpret_cast<const char*>(k + size_t(num_dims) * page_size)};
-        for (int d = 0; d < num_dims; ++d, k += page_size)
-            for (int t = 0; t < run.count; t += 64 / int(sizeof(T))) _mm_prefetch(k + t, _MM_HINT_T1);
-        return {};
-    }
-
     /// Values of 16 * kUnits dimensions from `dim` on, summed over the tile for kGroup queries.
     template <int kGroup, int kUnits>
-    static void sum_values(const Tile<T>& tile, const Tile<T>* next, int page_size, int dim, int head_dim,
-                           const float* weights, const float* rescale, float* acc) {
-        constexpr int kLines = (kUnits * 16 * int(sizeof(T)) + 63) / 64;  // K of as many dimensions, per token
+    static void sum_values(const Tile<T>& tile, bool is_ahead, int dim, int head_dim, const float* weights,
+                           const float* rescale, float* acc) {
         Pair sum[kGroup][kUnits];
         for (auto& part : sum)
             for (Pair& pair : part) pair = {_mm256_setzero_ps(), _mm256_setzero_ps()};
         const float* weight = weights;
         for (int r = 0; r < tile.num_runs; ++r) {
-            Ahead ahead = k_ahead(next, r, page_size, dim, kUnits * 16);
+            const ptrdiff_t ahead = is_ahead ? tile.runs[r].ahead : 0;
             const T* v = tile.runs[r].v + dim;
             for (int t = 0; t < tile.runs[r].count; ++t, ++weight, v += head_dim) {
-                for (int i = 0; i < kLines && ahead.at < ahead.end; ++i, ahead.at += 64)
-                    _mm_prefetch(ahead.at, _MM_HINT_T1);
+                fetch<kUnits * 16>(v + ahead);
 #pragma GCC unroll 4
                 for (int u = 0; u < kUnits; ++u) {
                     const Pair x = S::load16(v + u * 16);
@@ -252,41 +233,41 @@ struct Avx2Ops {
     }
 
     template <int kGroup>
-    static void sum_group(const Tile<T>& tile, const Tile<T>* next, int page_size, int head_dim, const float* weights,
-                          const float* rescale, float* acc) {
+    static void sum_group(const Tile<T>& tile, bool is_ahead, int head_dim, const float* weights, const float* rescale,
+                          float* acc) {
         constexpr int kMaxUnits = kGroup == 1 ? 4 : kGroup <= 3 ? 2 : 1;
         const int units = head_dim / 16;
         for (int unit = 0, size; unit < units; unit += size) {
             size = next_part(units - unit, kMaxUnits);
             const int dim = unit * 16;
             if constexpr (kMaxUnits >= 4) {
-                if (size == 4) sum_values<kGroup, 4>(tile, next, page_size, dim, head_dim, weights, rescale, acc);
-                if (size == 3) sum_values<kGroup, 3>(tile, next, page_size, dim, head_dim, weights, rescale, acc);
+                if (size == 4) sum_values<kGroup, 4>(tile, is_ahead, dim, head_dim, weights, rescale, acc);
+                if (size == 3) sum_values<kGroup, 3>(tile, is_ahead, dim, head_dim, weights, rescale, acc);
             }
             if constexpr (kMaxUnits >= 2) {
-                if (size == 2) sum_values<kGroup, 2>(tile, next, page_size, dim, head_dim, weights, rescale, acc);
+                if (size == 2) sum_values<kGroup, 2>(tile, is_ahead, dim, head_dim, weights, rescale, acc);
             }
-            if (size == 1) sum_values<kGroup, 1>(tile, next, page_size, dim, head_dim, weights, rescale, acc);
+            if (size == 1) sum_values<kGroup, 1>(tile, is_ahead, dim, head_dim, weights, rescale, acc);
         }
         if (head_dim % 16)
             for (int g = 0; g < kGroup; ++g)
                 sum_last8(tile, units * 16, head_dim, weights + g * kScoreStride, rescale[g], acc + g * head_dim);
     }
 
-    static void accumulate(const Tile<T>& tile, const Tile<T>& next, int page_size, int head_dim, const float* weights,
-                           int group, const float* rescale, float* acc) {
+    static void accumulate(const Tile<T>& tile, int head_dim, const float* weights, int group, const float* rescale,
+                           float* acc) {
         for (int g = 0, size; g < group; g += size) {
             size = next_part(group - g, kMaxSubgroup);
-            const Tile<T>* ahead = g == 0 ? &next : nullptr;
+            const bool is_ahead = g == 0;  // fetches once for all queries
             const float* from = weights + g * kScoreStride;
             float* to = acc + g * head_dim;
             switch (size) {
-                case 1: sum_group<1>(tile, ahead, page_size, head_dim, from, rescale + g, to); break;
-                case 2: sum_group<2>(tile, ahead, page_size, head_dim, from, rescale + g, to); break;
-                case 3: sum_group<3>(tile, ahead, page_size, head_dim, from, rescale + g, to); break;
-                case 4: sum_group<4>(tile, ahead, page_size, head_dim, from, rescale + g, to); break;
-                case 5: sum_group<5>(tile, ahead, page_size, head_dim, from, rescale + g, to); break;
-                default: sum_group<6>(tile, ahead, page_size, head_dim, from, rescale + g, to);
+                case 1: sum_group<1>(tile, is_ahead, head_dim, from, rescale + g, to); break;
+                case 2: sum_group<2>(tile, is_ahead, head_dim, from, rescale + g, to); break;
+                case 3: sum_group<3>(tile, is_ahead, head_dim, from, rescale + g, to); break;
+                case 4: sum_group<4>(tile, is_ahead, head_dim, from, rescale + g, to); break;
+                case 5: sum_group<5>(tile, is_ahead, head_dim, from, rescale + g, to); break;
+                default: sum_group<6>(tile, is_ahead, head_dim, from, rescale + g, to);
             }
         }
     }

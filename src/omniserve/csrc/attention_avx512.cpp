@@ -122,22 +122,28 @@ struct Avx512Ops {
     using S = Storage<kType>;
     using T = typename S::T;
 
-    /// Scores of `count` tokens, at most kVecs * 16 and exactly that unless kMasked, for kGroup queries. `ahead` is the
-    /// chunk's V, prefetched while K is read, a row of K's worth at a time.
+    /// Asks for `kCount` elements from p on to be in the second-level cache soon.
+    template <int kCount>
+    OMNI_INLINE static void fetch(const T* p) {
+        unrolled<(kCount * int(sizeof(T)) + 63) / 64>(
+            [&](auto i) OMNI_INLINE { _mm_prefetch(reinterpret_cast<const char*>(p) + i() * 64, _MM_HINT_T1); });
+    }
+
+    /// Scores of `count` tokens, at most kVecs * 16 and exactly that unless kMasked, for kGroup queries; what
+    /// lies `ahead` elements further on is fetched meanwhile.
     template <int kGroup, int kVecs, bool kMasked>
     static void chunk_scores(const T* k, int count, int page_size, int head_dim, const float* q, float* scores,
-                             const char* ahead) {
+                             ptrdiff_t ahead) {
         constexpr int kUnroll = kGroup * kVecs >= 12 ? 1 : kGroup * kVecs >= 4 ? 2 : 4;  // hides the latency of FMA
         constexpr int kStep = kUnroll < 2 ? 2 : kUnroll;
-        constexpr int kLines = kStep * int(sizeof(T)) * kVecs * kLanes / 64;
-        const int ahead_step = kStep * count * int(sizeof(T));
         __m512 sum[kUnroll][kGroup][kVecs];
         each<kUnroll, kGroup, kVecs>([&](auto u, auto g, auto i) OMNI_INLINE { sum[u()][g()][i()] = _mm512_setzero_ps(); });
-        for (int d = 0; d < head_dim; d += kStep, ahead += ahead_step) {
-            unrolled<kLines>([&](auto i) OMNI_INLINE { _mm_prefetch(ahead + i() * 64, _MM_HINT_T1); });
+        for (int d = 0; d < head_dim; d += kStep) {
             unrolled<kStep>([&](auto u) OMNI_INLINE {
                 __m512 x[kVecs];
-                S::template load<kVecs, kMasked>(k + size_t(d + u()) * page_size, count, x);
+                const T* row = k + size_t(d + u()) * page_size;
+                S::template load<kVecs, kMasked>(row, count, x);
+                fetch<kVecs * kLanes>(row + ahead);
                 unrolled<kGroup>([&](auto g) OMNI_INLINE {
                     const __m512 weight = _mm512_set1_ps(q[g() * head_dim + d + u()]);
                     unrolled<kVecs>([&](auto i) OMNI_INLINE {
@@ -163,23 +169,23 @@ struct Avx512Ops {
 
     /// Scores of one run for kGroup queries, in the widest chunks that its length and the registers allow.
     template <int kGroup>
-    static void run_scores(const Run<T>& run, int page_size, int head_dim, const float* q, float* scores) {
+    static void run_scores(const Run<T>& run, ptrdiff_t ahead, int page_size, int head_dim, const float* q,
+                           float* scores) {
         for (int t = 0, count; t < run.count; t += count) {
             const T* k = run.k + t;
-            const char* v = reinterpret_cast<const char*>(run.v + size_t(t) * head_dim);
             const int left = run.count - t;
             if constexpr (kGroup <= 6) {
                 if (left >= 64) {
                     count = 64;
-                    chunk_scores<kGroup, 4, false>(k, count, page_size, head_dim, q, scores + t, v);
+                    chunk_scores<kGroup, 4, false>(k, count, page_size, head_dim, q, scores + t, ahead);
                     continue;
                 }
             }
             count = left < 32 ? left : 32;
-            if (count == 32) chunk_scores<kGroup, 2, false>(k, count, page_size, head_dim, q, scores + t, v);
-            else if (count > 16) chunk_scores<kGroup, 2, true>(k, count, page_size, head_dim, q, scores + t, v);
-            else if (count == 16) chunk_scores<kGroup, 1, false>(k, count, page_size, head_dim, q, scores + t, v);
-            else chunk_scores<kGroup, 1, true>(k, count, page_size, head_dim, q, scores + t, v);
+            if (count == 32) chunk_scores<kGroup, 2, false>(k, count, page_size, head_dim, q, scores + t, ahead);
+            else if (count > 16) chunk_scores<kGroup, 2, true>(k, count, page_size, head_dim, q, scores + t, ahead);
+            else if (count == 16) chunk_scores<kGroup, 1, false>(k, count, page_size, head_dim, q, scores + t, ahead);
+            else chunk_scores<kGroup, 1, true>(k, count, page_size, head_dim, q, scores + t, ahead);
         }
     }
 
@@ -191,15 +197,16 @@ struct Avx512Ops {
                 size = next_part(group - g, kMaxSubgroup);
                 const float* from = q + g * head_dim;
                 float* to = scores + g * kScoreStride + at;
+                const ptrdiff_t ahead = g == 0 ? run.ahead : 0;  // once for all queries
                 switch (size) {
-                    case 1: run_scores<1>(run, page_size, head_dim, from, to); break;
-                    case 2: run_scores<2>(run, page_size, head_dim, from, to); break;
-                    case 3: run_scores<3>(run, page_size, head_dim, from, to); break;
-                    case 4: run_scores<4>(run, page_size, head_dim, from, to); break;
-                    case 5: run_scores<5>(run, page_size, head_dim, from, to); break;
-                    case 6: run_scores<6>(run, page_size, head_dim, from, to); break;
-                    case 7: run_scores<7>(run, page_size, head_dim, from, to); break;
-                    default: run_scores<8>(run, page_size, head_dim, from, to);
+                    case 1: run_scores<1>(run, ahead, page_size, head_dim, from, to); break;
+                    case 2: run_scores<2>(run, ahead, page_size, head_dim, from, to); break;
+                    case 3: run_scores<3>(run, ahead, page_size, head_dim, from, to); break;
+                    case 4: run_scores<4>(run, ahead, page_size, head_dim, from, to); break;
+                    case 5: run_scores<5>(run, ahead, page_size, head_dim, from, to); break;
+                    case 6: run_scores<6>(run, ahead, page_size, head_dim, from, to); break;
+                    case 7: run_scores<7>(run, ahead, page_size, head_dim, from, to); break;
+                    default: run_scores<8>(run, ahead, page_size, head_dim, from, to);
                 }
             }
             at += run.count;
@@ -228,41 +235,21 @@ struct Avx512Ops {
         return rescale;
     }
 
-    /// Bytes to prefetch while a run is summed.
-    struct Ahead {
-        const char* at = nullptr;
-        const char* end = nullptr;
-    };
-
-    /// K of dimensions [dim, dim + num_dims) of the next tile's run r, as in attention_avx2.cpp.
-    static Ahead k_ahead(const Tile<T>* next, int r, int page_size, int dim, int num_dims) {
-        if (!next || r >= next->num_runs) return {};
-        const Run<T>& run = next->runs[r];
-        const T* k = run.k + size_t(dim) * page_size;
-        if (run.count == page_size)
-            return {reinterpret_cast<const char*>(k), reinterpret_cast<const char*>(k + size_t(num_dims) * page_size)};
-        for (int d = 0; d < num_dims; ++d, k += page_size)
-            for (int t = 0; t < run.count; t += 64 / int(sizeof(T))) _mm_prefetch(k + t, _MM_HINT_T1);
-        return {};
-    }
-
     /// Values of `num_dims` dimensions from `dim` on, at most kVecs * 16 and exactly that unless kMasked, summed over
     /// the tile for kGroup queries.
     template <int kGroup, int kVecs, bool kMasked>
-    static void sum_values(const Tile<T>& tile, const Tile<T>* next, int page_size, int dim, int num_dims,
-                           int head_dim, const float* weights, const float* rescale, float* acc) {
-        constexpr int kLines = (kVecs * kLanes * int(sizeof(T)) + 63) / 64;  // K of as many dimensions, per token
+    static void sum_values(const Tile<T>& tile, bool is_ahead, int dim, int num_dims, int head_dim,
+                           const float* weights, const float* rescale, float* acc) {
         __m512 sum[kGroup][kVecs];
         each<1, kGroup, kVecs>([&](auto, auto g, auto i) OMNI_INLINE { sum[g()][i()] = _mm512_setzero_ps(); });
         const float* weight = weights;
         for (int r = 0; r < tile.num_runs; ++r) {
-            Ahead ahead = k_ahead(next, r, page_size, dim, num_dims);
+            const ptrdiff_t ahead = is_ahead ? tile.runs[r].ahead : 0;
             const T* v = tile.runs[r].v + dim;
             for (int t = 0; t < tile.runs[r].count; ++t, ++weight, v += head_dim) {
-                for (int i = 0; i < kLines && ahead.at < ahead.end; ++i, ahead.at += 64)
-                    _mm_prefetch(ahead.at, _MM_HINT_T1);
                 __m512 x[kVecs];
                 S::template load<kVecs, kMasked>(v, num_dims, x);
+                fetch<kVecs * kLanes>(v + ahead);
                 unrolled<kGroup>([&](auto g) OMNI_INLINE {
                     const __m512 w = _mm512_set1_ps(weight[g() * kScoreStride]);
                     unrolled<kVecs>([&](auto i) OMNI_INLINE { sum[g()][i()] = _mm512_fmadd_ps(w, x[i()], sum[g()][i()]); });
@@ -281,40 +268,40 @@ struct Avx512Ops {
     }
 
     template <int kGroup>
-    static void sum_group(const Tile<T>& tile, const Tile<T>* next, int page_size, int head_dim, const float* weights,
-                          const float* rescale, float* acc) {
+    static void sum_group(const Tile<T>& tile, bool is_ahead, int head_dim, const float* weights, const float* rescale,
+                          float* acc) {
         constexpr int kWide = kGroup <= 6 ? 4 : 2;  // vectors per pass: at most 24 sums; wider is no faster
         for (int dim = 0, dims; dim < head_dim; dim += dims) {
             const int left = head_dim - dim;
             if constexpr (kWide >= 4) {
                 if (left >= 64) {
                     dims = 64;
-                    sum_values<kGroup, 4, false>(tile, next, page_size, dim, dims, head_dim, weights, rescale, acc);
+                    sum_values<kGroup, 4, false>(tile, is_ahead, dim, dims, head_dim, weights, rescale, acc);
                     continue;
                 }
             }
             dims = left < 32 ? left : 32;
-            if (dims == 32) sum_values<kGroup, 2, false>(tile, next, page_size, dim, dims, head_dim, weights, rescale, acc);
-            else sum_values<kGroup, 2, true>(tile, next, page_size, dim, dims, head_dim, weights, rescale, acc);
+            if (dims == 32) sum_values<kGroup, 2, false>(tile, is_ahead, dim, dims, head_dim, weights, rescale, acc);
+            else sum_values<kGroup, 2, true>(tile, is_ahead, dim, dims, head_dim, weights, rescale, acc);
         }
     }
 
-    static void accumulate(const Tile<T>& tile, const Tile<T>& next, int page_size, int head_dim, const float* weights,
-                           int group, const float* rescale, float* acc) {
+    static void accumulate(const Tile<T>& tile, int head_dim, const float* weights, int group, const float* rescale,
+                           float* acc) {
         for (int g = 0, size; g < group; g += size) {
             size = next_part(group - g, kMaxSubgroup);
-            const Tile<T>* ahead = g == 0 ? &next : nullptr;
+            const bool is_ahead = g == 0;  // fetches once for all queries
             const float* from = weights + g * kScoreStride;
             float* to = acc + g * head_dim;
             switch (size) {
-                case 1: sum_group<1>(tile, ahead, page_size, head_dim, from, rescale + g, to); break;
-                case 2: sum_group<2>(tile, ahead, page_size, head_dim, from, rescale + g, to); break;
-                case 3: sum_group<3>(tile, ahead, page_size, head_dim, from, rescale + g, to); break;
-                case 4: sum_group<4>(tile, ahead, page_size, head_dim, from, rescale + g, to); break;
-                case 5: sum_group<5>(tile, ahead, page_size, head_dim, from, rescale + g, to); break;
-                case 6: sum_group<6>(tile, ahead, page_size, head_dim, from, rescale + g, to); break;
-                case 7: sum_group<7>(tile, ahead, page_size, head_dim, from, rescale + g, to); break;
-                default: sum_group<8>(tile, ahead, page_size, head_dim, from, rescale + g, to);
+                case 1: sum_group<1>(tile, is_ahead, head_dim, from, rescale + g, to); break;
+                case 2: sum_group<2>(tile, is_ahead, head_dim, from, rescale + g, to); break;
+                case 3: sum_group<3>(tile, is_ahead, head_dim, from, rescale + g, to); break;
+                case 4: sum_group<4>(tile, is_ahead, head_dim, from, rescale + g, to); break;
+                case 5: sum_group<5>(tile, is_ahead, head_dim, from, rescale + g, to); break;
+                case 6: sum_group<6>(tile, is_ahead, head_dim, from, rescale + g, to); break;
+                case 7: sum_group<7>(tile, is_ahead, head_dim, from, rescale + g, to); break;
+                default: sum_group<8>(tile, is_ahead, head_dim, from, rescale + g, to);
             }
         }
     }

@@ -82,7 +82,7 @@ float32x4_t exp_nonpositive(float32x4_t x) {
 
 float exp_nonpositive(float x) { return vgetq_lane_f32(exp_nonpositive(vdupq_n_f32(x)), 0); }
 
-void prefetch(const void* at) { __builtin_prefetch(at, 0, 3); }
+void prefetch(const void* at) { __builtin_prefetch(at, 0, 2); }  // into the second-level cache
 
 /// Size of the next part when `total` is cut into the fewest parts of at most `limit`, as equal as can be.
 int next_part(int total, int limit) {
@@ -114,25 +114,28 @@ struct NeonOps {
     using S = Storage<kType>;
     using T = typename S::T;
 
-    /// Scores of kChunk tokens for kGroup queries. `ahead` is the chunk's V, prefetched a row's worth at a time.
+    /// Asks for `kCount` elements from p on to be in the second-level cache soon.
+    template <int kCount>
+    static void fetch(const T* p) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kCount * int(sizeof(T)); i += 64) prefetch(reinterpret_cast<const char*>(p) + i);
+    }
+
+    /// Scores of kChunk tokens for kGroup queries; what lies `ahead` elements further on is fetched meanwhile.
     template <int kGroup>
-    static void chunk_scores(const T* k, int page_size, int head_dim, const float* q, float* scores, const char* ahead,
-                             int ahead_step) {
+    static void chunk_scores(const T* k, int page_size, int head_dim, const float* q, float* scores, ptrdiff_t ahead) {
         constexpr int kVecs = kChunk / kLanes;
         constexpr int kUnroll = kGroup == 1 ? 4 : kGroup <= 3 ? 2 : 1;  // enough sums to hide the latency of FMA
         constexpr int kStep = kUnroll < 2 ? 2 : kUnroll;
-        constexpr int kLines = kStep * int(sizeof(T)) * kChunk / 64;
         float32x4_t sum[kUnroll][kGroup][kVecs];
 #pragma GCC unroll 4
         for (int u = 0; u < kUnroll; ++u) clear<kGroup, kVecs>(sum[u]);
         for (int d = 0; d < head_dim; d += kStep) {
 #pragma GCC unroll 4
-            for (int i = 0; i < kLines; ++i) prefetch(ahead + i * 64);
-            ahead += ahead_step * kStep;
-#pragma GCC unroll 4
             for (int u = 0; u < kStep; ++u, k += page_size, ++q) {
                 float32x4_t x[kVecs];
                 S::template load<kVecs>(k, x);
+                fetch<kChunk>(k + ahead);
                 add_products<kGroup, kVecs>(q, head_dim, x, sum[u % kUnroll]);
             }
         }
@@ -152,20 +155,18 @@ struct NeonOps {
         for (int r = 0; r < tile.num_runs; ++r) {
             const Run<T>& run = tile.runs[r];
             for (int t = 0; t < run.count; t += kChunk) {
-                const int count = run.count - t < kChunk ? run.count - t : kChunk;
-                const char* ahead = reinterpret_cast<const char*>(run.v + size_t(t) * head_dim);
-                const int ahead_step = count * int(sizeof(T));
                 for (int g = 0, size; g < group; g += size) {
                     size = next_part(group - g, kMaxSubgroup);
                     const float* from = q + g * head_dim;
                     float* to = scores + g * kScoreStride + at + t;
+                    const ptrdiff_t ahead = g == 0 && t * sizeof(T) % 64 == 0 ? run.ahead : 0;  // once a cache line
                     switch (size) {
-                        case 1: chunk_scores<1>(run.k + t, page_size, head_dim, from, to, ahead, ahead_step); break;
-                        case 2: chunk_scores<2>(run.k + t, page_size, head_dim, from, to, ahead, ahead_step); break;
-                        case 3: chunk_scores<3>(run.k + t, page_size, head_dim, from, to, ahead, ahead_step); break;
-                        case 4: chunk_scores<4>(run.k + t, page_size, head_dim, from, to, ahead, ahead_step); break;
-                        case 5: chunk_scores<5>(run.k + t, page_size, head_dim, from, to, ahead, ahead_step); break;
-                        default: chunk_scores<6>(run.k + t, page_size, head_dim, from, to, ahead, ahead_step);
+                        case 1: chunk_scores<1>(run.k + t, page_size, head_dim, from, to, ahead); break;
+                        case 2: chunk_scores<2>(run.k + t, page_size, head_dim, from, to, ahead); break;
+                        case 3: chunk_scores<3>(run.k + t, page_size, head_dim, from, to, ahead); break;
+                        case 4: chunk_scores<4>(run.k + t, page_size, head_dim, from, to, ahead); break;
+                        case 5: chunk_scores<5>(run.k + t, page_size, head_dim, from, to, ahead); break;
+                        default: chunk_scores<6>(run.k + t, page_size, head_dim, from, to, ahead);
                     }
                 }
             }
@@ -190,41 +191,20 @@ struct NeonOps {
         return rescale;
     }
 
-    /// Bytes to prefetch while a run is summed.
-    struct Ahead {
-        const char* at = nullptr;
-        const char* end = nullptr;
-    };
-
-    /// K of dimensions [dim, dim + num_dims) of the next tile's run r, as in attention_avx2.cpp.
-    static Ahead k_ahead(const Tile<T>* next, int r, int page_size, int dim, int num_dims) {
-        if (!next || r >= next->num_runs) return {};
-        const Run<T>& run = next->runs[r];
-        const T* k = run.k + size_t(dim) * page_size;
-        if (run.count == page_size)
-            return {reinterpret_cast<const char*>(k), reinterpret_cast<const char*>(k + size_t(num_dims) * page_size)};
-        for (int d = 0; d < num_dims; ++d, k += page_size)
-            for (int t = 0; t < run.count; t += 64 / int(sizeof(T))) prefetch(k + t);
-        return {};
-    }
-
     /// Values of kVecs * 4 dimensions from `dim` on, summed over the tile for kGroup queries.
     template <int kGroup, int kVecs>
-    static void sum_values(const Tile<T>& tile, const Tile<T>* next, int page_size, int dim, int head_dim,
-                           const float* weights, const float* rescale, float* acc) {
-        constexpr int kLines = (kVecs * kLanes * int(sizeof(T)) + 63) / 64;  // K of as many dimensions, per token
+    static void sum_values(const Tile<T>& tile, bool is_ahead, int dim, int head_dim, const float* weights,
+                           const float* rescale, float* acc) {
         float32x4_t sum[kGroup][kVecs];
         clear<kGroup, kVecs>(sum);
         const float* weight = weights;
         for (int r = 0; r < tile.num_runs; ++r) {
-            Ahead ahead = k_ahead(next, r, page_size, dim, kVecs * kLanes);
+            const ptrdiff_t ahead = is_ahead ? tile.runs[r].ahead : 0;
             const T* v = tile.runs[r].v + dim;
             for (int t = 0; t < tile.runs[r].count; ++t, ++weight, v += head_dim) {
-#pragma GCC unroll 2
-                for (int i = 0; i < kLines; ++i, ahead.at += 64)
-                    if (ahead.at < ahead.end) prefetch(ahead.at);
                 float32x4_t x[kVecs];
                 S::template load<kVecs>(v, x);
+                fetch<kVecs * kLanes>(v + ahead);
                 add_products<kGroup, kVecs>(weight, kScoreStride, x, sum);
             }
         }
@@ -238,34 +218,34 @@ struct NeonOps {
     }
 
     template <int kGroup>
-    static void sum_group(const Tile<T>& tile, const Tile<T>* next, int page_size, int head_dim, const float* weights,
-                          const float* rescale, float* acc) {
+    static void sum_group(const Tile<T>& tile, bool is_ahead, int head_dim, const float* weights, const float* rescale,
+                          float* acc) {
         constexpr int kWide = kGroup <= 2 ? 8 : 4;  // vectors per pass
         int dim = 0;
         for (; dim + kWide * kLanes <= head_dim; dim += kWide * kLanes)
-            sum_values<kGroup, kWide>(tile, next, page_size, dim, head_dim, weights, rescale, acc);
+            sum_values<kGroup, kWide>(tile, is_ahead, dim, head_dim, weights, rescale, acc);
         if (kWide > 4 && dim + 4 * kLanes <= head_dim) {
-            sum_values<kGroup, 4>(tile, next, page_size, dim, head_dim, weights, rescale, acc);
+            sum_values<kGroup, 4>(tile, is_ahead, dim, head_dim, weights, rescale, acc);
             dim += 4 * kLanes;
         }
         if (dim < head_dim)  // 8: head sizes are multiples of that
-            sum_values<kGroup, 2>(tile, next, page_size, dim, head_dim, weights, rescale, acc);
+            sum_values<kGroup, 2>(tile, is_ahead, dim, head_dim, weights, rescale, acc);
     }
 
-    static void accumulate(const Tile<T>& tile, const Tile<T>& next, int page_size, int head_dim, const float* weights,
-                           int group, const float* rescale, float* acc) {
+    static void accumulate(const Tile<T>& tile, int head_dim, const float* weights, int group, const float* rescale,
+                           float* acc) {
         for (int g = 0, size; g < group; g += size) {
             size = next_part(group - g, kMaxSubgroup);
-            const Tile<T>* ahead = g == 0 ? &next : nullptr;
+            const bool is_ahead = g == 0;  // fetches once for all queries
             const float* from = weights + g * kScoreStride;
             float* to = acc + g * head_dim;
             switch (size) {
-                case 1: sum_group<1>(tile, ahead, page_size, head_dim, from, rescale + g, to); break;
-                case 2: sum_group<2>(tile, ahead, page_size, head_dim, from, rescale + g, to); break;
-                case 3: sum_group<3>(tile, ahead, page_size, head_dim, from, rescale + g, to); break;
-                case 4: sum_group<4>(tile, ahead, page_size, head_dim, from, rescale + g, to); break;
-                case 5: sum_group<5>(tile, ahead, page_size, head_dim, from, rescale + g, to); break;
-                default: sum_group<6>(tile, ahead, page_size, head_dim, from, rescale + g, to);
+                case 1: sum_group<1>(tile, is_ahead, head_dim, from, rescale + g, to); break;
+                case 2: sum_group<2>(tile, is_ahead, head_dim, from, rescale + g, to); break;
+                case 3: sum_group<3>(tile, is_ahead, head_dim, from, rescale + g, to); break;
+                case 4: sum_group<4>(tile, is_ahead, head_dim, from, rescale + g, to); break;
+                case 5: sum_group<5>(tile, is_ahead, head_dim, from, rescale + g, to); break;
+                default: sum_group<6>(tile, is_ahead, head_dim, from, rescale + g, to);
             }
         }
     }

@@ -46,7 +46,7 @@ struct ScalarOps {
         return rescale;
     }
 
-    static void accumulate(const Tile<T>& tile, const Tile<T>&, int, int head_dim, const float* weights, int group,
+    static void accumulate(const Tile<T>& tile, int head_dim, const float* weights, int group,
                            const float* rescale, float* acc) {
         for (int g = 0; g < group; ++g) {
             float* row = acc + g * head_dim;

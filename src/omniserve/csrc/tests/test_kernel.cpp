@@ -230,13 +230,13 @@ TEST(pieces_merge_to_the_whole) {
 }
 
 TEST(an_empty_state_is_neutral) {
-    std::vector<float> state(state_floats(1, 64)), empty(state.size()), out(64, 1.0f);
-    clear_state(empty.data(), 1, 64);
-    clear_state(state.data(), 1, 64);
-    merge_state(state.data(), empty.data(), 1, 64);
-    float lse = 0;
-    finish_state(state.data(), 1, 64, out.data(), &lse);
-    CHECK(out[0] == 0 && lse == -std::numeric_limits<float>::infinity());
+    const StateShape shape{2, 1, 64};
+    std::vector<float> states(shape.floats()), empty(shape.floats()), out(128, 1.0f), lse(2);
+    clear_states(empty.data(), shape);
+    clear_states(states.data(), shape);
+    merge_states(states.data(), empty.data(), shape);
+    finish_states(states.data(), shape, out.data(), lse.data());
+    for (int head : {0, 1}) CHECK(out[head * 64] == 0 && lse[head] == -std::numeric_limits<float>::infinity());
 }
 
 TEST(half_precision_conversions_round_trip) {
