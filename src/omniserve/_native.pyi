@@ -166,7 +166,11 @@ def stream_read_gbps(address: int, bytes: int, team: ThreadTeam | None = None) -
     """Reads the memory once with plain loads, on the calling thread or on a team; 1e9 bytes per second."""
 
 class LaneGeometry:
-    """Everything the two ends of a segment must agree on. scale 0 means 1 / sqrt(head_dim)."""
+    """Everything the two ends of a segment must agree on. scale 0 means 1 / sqrt(head_dim).
+
+    num_partitions (at most 32, and num_host_pages) divides the host pages into contiguous runs: one per NUMA
+    node.
+    """
 
     def __init__(
         self,
@@ -185,6 +189,7 @@ class LaneGeometry:
         device_page_size: int,
         num_frames: int = 0,
         scale: float = 0.0,
+        num_partitions: int = 1,
     ) -> None: ...
     @property
     def num_layers(self) -> int: ...
@@ -214,6 +219,10 @@ class LaneGeometry:
     def num_frames(self) -> int: ...
     @property
     def scale(self) -> float: ...
+    @property
+    def num_partitions(self) -> int: ...
+    def partition_of_page(self, page: int) -> int:
+        """Partition that owns a host page: page * num_partitions // num_host_pages."""
     @property
     def host_page_bytes(self) -> int: ...
     @property

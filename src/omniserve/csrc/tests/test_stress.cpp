@@ -22,21 +22,22 @@ namespace {
 
 constexpr int kLongContext = 700;  // tokens; with 2 x 64 float32 a split task
 
-LaneGeometry stress_geometry() {
+LaneGeometry stress_geometry(int num_partitions) {
     LaneGeometry g = small_geometry();
     g.max_lanes = 6;
     g.host_page_size = 16;
     g.max_pages_per_lane = (kLongContext + 60) / 16 + 1;
     g.num_host_pages = g.max_lanes * g.max_pages_per_lane + 8;  // the last 8 belong to copies
     g.device_page_size = 10;
+    g.num_partitions = num_partitions;
     return g;
 }
 
 class Device {
 public:
-    Device(unsigned seed, int eventfd)
-        : random_(seed), eventfd_(eventfd), live_(stress_geometry(), {.eventfd = eventfd}), shadow_(stress_geometry()),
-          page_(live_.geometry.device_kv().page_bytes()) {
+    Device(unsigned seed, int eventfd, int num_partitions, int num_workers)
+        : random_(seed), eventfd_(eventfd), live_(stress_geometry(num_partitions), {.eventfd = eventfd}),
+          shadow_(stress_geometry(1)), page_(live_.geometry.device_kv().page_bytes()) {
         const PagedKv& from = live_.host.arena().kv();
         // Contexts that lanes start from: the same small values on both sides.
         std::vector<float> fill(from.geometry.page_bytes() / sizeof(float));
@@ -46,7 +47,7 @@ public:
             std::memcpy(shadow_.host.arena().kv().page(page), fill.data(), from.geometry.page_bytes());
         }
         lanes_.resize(live_.geometry.max_lanes);
-        live_.host.start(3);
+        live_.host.start(num_workers);
     }
 
     ~Device() { live_.host.stop(); }
@@ -67,7 +68,7 @@ public:
     LaneStats stats() const { return live_.port.stats(); }
     uint64_t num_pieces() const {
         uint64_t pieces = 0;
-        for (int i = 0; i < 3; ++i) pieces += live_.host.header().workers[i].pieces;
+        for (int i = 0; i < 4; ++i) pieces += live_.host.header().workers[i].pieces;
         return pieces;
     }
 
@@ -227,10 +228,10 @@ private:
 
 TEST(lanes_survive_random_walks_cancels_and_copies) {
     uint64_t taken = 0, pieces = 0, copies = 0, cancelled = 0;
-    for (unsigned seed = 1; seed <= 4; ++seed) {
+    for (unsigned seed = 1; seed <= 12; ++seed) {
         const int fd = eventfd(0, EFD_NONBLOCK);
-        Device device(seed, fd);
-        device.run(250);
+        Device device(seed, fd, 1 + int(seed % 3), 1 + int(seed % 4));
+        device.run(100);
         taken += device.num_taken;
         pieces += device.num_pieces();
         copies += device.num_copies;
@@ -242,7 +243,7 @@ TEST(lanes_survive_random_walks_cancels_and_copies) {
 }
 
 TEST(workers_stop_and_start_again_with_work_queued) {
-    Rig rig(stress_geometry());
+    Rig rig(stress_geometry(2));
     std::mt19937 random;
     for (int round = 0; round < 10; ++round) {
         for (int slot = 0; slot < 6; ++slot) rig.open_lane(slot);
