@@ -252,6 +252,9 @@ nb::dict port_stats(const LanePort& port) {
     stats["attention_gap_s"] = double(header.attention_gap_ns.load(std::memory_order_relaxed)) * 1e-9;
     stats["host_ready"] = header.host_ready.load(std::memory_order_acquire) != 0;
     stats["host_pid"] = header.host_pid.load(std::memory_order_relaxed);
+    stats["arena_bytes"] = header.arena_bytes.load(std::memory_order_relaxed);
+    stats["arena_resident_bytes"] = header.arena_resident.load(std::memory_order_relaxed);
+    stats["arena_huge_bytes"] = header.arena_huge.load(std::memory_order_relaxed);
     stats["workers"] = worker_stats(header);
     return stats;
 }
@@ -318,20 +321,23 @@ void bind_host_workers(nb::module_& m) {
     nb::class_<HostWorkers>(m, "HostWorkers")
         .def("__init__",
              [](HostWorkers* self, Address address, int eventfd, std::vector<int> cpus, int nice, size_t arena_bytes,
-                std::vector<int> partitions) {
+                std::vector<int> partitions, std::vector<int> nodes, bool lock) {
                  new (self) HostWorkers(at<void>(address), {.eventfd = eventfd,
                                                             .cpus = std::move(cpus),
                                                             .partitions = std::move(partitions),
                                                             .nice = nice,
-                                                            .arena_bytes = arena_bytes});
+                                                            .arena_bytes = arena_bytes,
+                                                            .arena = {std::move(nodes), lock}});
              },
              "address"_a, "eventfd"_a = -1, "cpus"_a = std::vector<int>{}, "nice"_a = 0, "arena_bytes"_a = 0,
-             "partitions"_a = std::vector<int>{})
+             "partitions"_a = std::vector<int>{}, "nodes"_a = std::vector<int>{}, "lock"_a = false)
         .def("start", &HostWorkers::start, "num_threads"_a, nb::call_guard<nb::gil_scoped_release>())
         .def("stop", &HostWorkers::stop, nb::call_guard<nb::gil_scoped_release>())
         .def_prop_ro("num_workers", &HostWorkers::num_workers)
         .def_prop_ro("geometry", &HostWorkers::geometry)
         .def_prop_ro("arena_bytes", [](const HostWorkers& w) { return w.arena().bytes(); })
+        .def_prop_ro("warnings", [](const HostWorkers& w) { return w.arena().warnings(); })
+        .def("publish_memory", &HostWorkers::publish_memory, nb::call_guard<nb::gil_scoped_release>())
         .def_prop_ro("kv", [](const HostWorkers& w) { return w.arena().kv(); }, nb::keep_alive<0, 1>())
         .def("pending", &HostWorkers::pending)
         .def("serve", &HostWorkers::serve, "slot"_a, nb::call_guard<nb::gil_scoped_release>())

@@ -32,9 +32,10 @@ const Segment& check_limits(const Segment& segment, const HostOptions& options) 
 
 HostWorkers::HostWorkers(void* address, const HostOptions& options)
     : segment_(check_limits(Segment::attach(address), options)), options_(options),
-      arena_(segment_.geometry().host_kv(), segment_.geometry().num_host_pages), queue_(segment_),
+      arena_(segment_.geometry(), options.arena), queue_(segment_),
       runner_(segment_, arena_.kv(), queue_, options.eventfd) {
     by_hand_.stats = &segment_.header().workers[0];
+    publish_memory();
     segment_.header().host_pid.store(getpid(), std::memory_order_relaxed);
     segment_.header().host_ready.store(1, std::memory_order_release);
 }
@@ -42,6 +43,14 @@ HostWorkers::HostWorkers(void* address, const HostOptions& options)
 HostWorkers::~HostWorkers() {
     // Without threads the segment is not touched: its mapping may be gone by now.
     if (!threads_.empty()) stop();
+}
+
+void HostWorkers::publish_memory() {
+    const ArenaUsage usage = arena_.usage();
+    SegmentHeader& h = segment_.header();
+    h.arena_bytes.store(arena_.bytes(), std::memory_order_relaxed);
+    h.arena_resident.store(usage.resident, std::memory_order_relaxed);
+    h.arena_huge.store(usage.huge, std::memory_order_relaxed);
 }
 
 void HostWorkers::start(int num_threads) {

@@ -19,6 +19,7 @@ struct HostOptions {
     std::vector<int> partitions = {};  // worker i belongs to partitions[i % size]; empty: to i % num_partitions
     int nice = 0;                // added priority value of worker threads, 0 .. 19
     size_t arena_bytes = 0;      // upper limit of KV memory; 0: none
+    ArenaOptions arena = {};
 };
 
 class HostWorkers {
@@ -45,6 +46,8 @@ public:
     const LaneGeometry& geometry() const { return segment_.geometry(); }
     const SegmentHeader& header() const { return segment_.header(); }
     const HostArena& arena() const { return arena_; }
+    /// Puts the arena's usage where the engine's statistics find it. Takes as long as HostArena::usage.
+    void publish_memory();
 
 private:
     void loop(int index);

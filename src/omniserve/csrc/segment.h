@@ -164,6 +164,10 @@ struct SegmentHeader {
     alignas(kLine) std::atomic<uint32_t> host_ready;  // workers are running
     std::atomic<int32_t> host_pid;
     std::atomic<uint32_t> num_workers;  // started last; their counters stay after they stop
+    // KV memory as the host last looked; bytes.
+    alignas(kLine) std::atomic<uint64_t> arena_bytes;
+    std::atomic<uint64_t> arena_resident;
+    std::atomic<uint64_t> arena_huge;
     alignas(kLine) WorkerStats workers[kMaxWorkers];
 };
 
