@@ -234,6 +234,9 @@ class LaneGeometry:
 def segment_bytes(geometry: LaneGeometry) -> int:
     """Bytes of shared memory that LanePort lays out."""
 
+def segment_geometry(address: int) -> LaneGeometry:
+    """The geometry of the segment at ``address``; ValueError when there is none of this version."""
+
 class LanePort:
     """The device process's end of the segment. One thread uses it.
 
@@ -344,7 +347,8 @@ class HostWorkers:
 
     Worker i is pinned to cpus[i % len(cpus)] when given, and belongs to partitions[i % len(partitions)], or i
     modulo the geometry's number of them; ``nice`` (0 .. 19) lowers their priority; ``arena_bytes`` above 0 is
-    a limit on KV memory (ValueError when the segment asks for more). Call `stop` before unmapping the segment.
+    a limit on KV memory (ValueError when the segment asks for more). Call `stop` before unmapping the
+    segment.
 
     ``nodes`` places each partition's pages on a NUMA node, ``lock`` keeps touched pages from being swapped
     out. What the kernel refuses, huge pages as well, is in ``warnings``; everything works without.

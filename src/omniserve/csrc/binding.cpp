@@ -214,6 +214,8 @@ void bind_geometry(nb::module_& m) {
         .def_prop_ro("host_page_bytes", [](const LaneGeometry& g) { return g.host_kv().page_bytes(); })
         .def_prop_ro("device_page_bytes", [](const LaneGeometry& g) { return g.device_kv().page_bytes(); });
     m.def("segment_bytes", &segment_bytes, "geometry"_a);
+    m.def("segment_geometry", [](Address address) { return Segment::attach(at<void>(address)).geometry(); },
+          "address"_a);
 }
 
 nb::list worker_stats(const SegmentHeader& header) {
