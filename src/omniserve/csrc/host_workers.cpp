@@ -35,7 +35,7 @@ HostWorkers::HostWorkers(void* address, const HostOptions& options)
       arena_(segment_.geometry(), options.arena), queue_(segment_),
       runner_(segment_, arena_.kv(), queue_, options.eventfd) {
     by_hand_.stats = &segment_.header().workers[0];
-    publish_memory();
+    segment_.header().arena_bytes.store(arena_.bytes(), std::memory_order_relaxed);
     segment_.header().host_pid.store(getpid(), std::memory_order_relaxed);
     segment_.header().host_ready.store(1, std::memory_order_release);
 }
@@ -48,7 +48,6 @@ HostWorkers::~HostWorkers() {
 void HostWorkers::publish_memory() {
     const ArenaUsage usage = arena_.usage();
     SegmentHeader& h = segment_.header();
-    h.arena_bytes.store(arena_.bytes(), std::memory_order_relaxed);
     h.arena_resident.store(usage.resident, std::memory_order_relaxed);
     h.arena_huge.store(usage.huge, std::memory_order_relaxed);
 }
