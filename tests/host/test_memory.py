@@ -106,6 +106,28 @@ def test_warnings_of_the_host_process_reach_statistics_and_standard_error(
     assert "locking" in capfd.readouterr().err
 
 
+class OftenAsked(HostSupervisor):
+    """Its process looks at its memory all the time."""
+
+    def _command(self, *fds: int) -> list[str]:
+        _, _, _, *arguments = super()._command(*fds)
+        start = "import sys, omniserve.host.process as p; p.MEMORY_REPORT_S = 0.01; "
+        return [sys.executable, "-c", start + "sys.exit(p.main(sys.argv[1:]))", *arguments]
+
+
+def test_the_host_process_reports_memory_that_became_resident_while_it_ran() -> None:
+    host = OftenAsked(lane_geometry(), [], 1)
+    assert next_event(host) == "started"
+    assert host.segment.memory_usage()["resident_bytes"] == 0
+    page = np.zeros(host.segment.geometry.device_page_bytes, np.uint8)
+    host.segment.port.land(1, page.ctypes.data, 0, 1, 0, [0])
+    deadline = time.monotonic() + PATIENCE_S
+    while host.segment.memory_usage()["resident_bytes"] == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    host.close()
+
+
 def test_a_host_that_is_refused_nothing_warns_of_nothing_but_huge_pages() -> None:
     host = HostSupervisor(lane_geometry(), [], 1)
     assert next_event(host) == "started"
