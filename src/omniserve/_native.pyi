@@ -44,6 +44,9 @@ class LaneStatsDict(TypedDict):
     attention_gap_s: float  # moving average of exit(l) -> take(l) within walks
     host_ready: bool  # a host has attached
     host_pid: int
+    arena_bytes: int  # KV memory of the host: its size, and what was resident when the host last looked
+    arena_resident_bytes: int
+    arena_huge_bytes: int  # of those, in huge pages
     workers: list[WorkerStatsDict]
 
 class KvGeometry:
@@ -169,7 +172,11 @@ def stream_read_gbps(address: int, bytes: int, team: ThreadTeam | None = None) -
     """Reads the memory once with plain loads, on the calling thread or on a team; 1e9 bytes per second."""
 
 class LaneGeometry:
-    """Everything the two ends of a segment must agree on. scale 0 means 1 / sqrt(head_dim)."""
+    """Everything the two ends of a segment must agree on. scale 0 means 1 / sqrt(head_dim).
+
+    num_partitions (at most 32, and num_host_pages) divides the host pages into contiguous runs: one per NUMA
+    node.
+    """
 
     def __init__(
         self,
@@ -188,6 +195,7 @@ class LaneGeometry:
         device_page_size: int,
         num_frames: int = 0,
         scale: float = 0.0,
+        num_partitions: int = 1,
     ) -> None: ...
     @property
     def num_layers(self) -> int: ...
@@ -218,12 +226,19 @@ class LaneGeometry:
     @property
     def scale(self) -> float: ...
     @property
+    def num_partitions(self) -> int: ...
+    def partition_of_page(self, page: int) -> int:
+        """Partition that owns a host page: page * num_partitions // num_host_pages."""
+    @property
     def host_page_bytes(self) -> int: ...
     @property
     def device_page_bytes(self) -> int: ...
 
 def segment_bytes(geometry: LaneGeometry) -> int:
     """Bytes of shared memory that LanePort lays out."""
+
+def segment_geometry(address: int) -> LaneGeometry:
+    """The geometry of the segment at ``address``; ValueError when there is none of this version."""
 
 class LanePort:
     """The device process's end of the segment. One thread uses it.
@@ -333,13 +348,25 @@ class LanePort:
 class HostWorkers:
     """The host process's end of the segment at ``address``: the KV arena, and workers that serve it.
 
-    Worker i is pinned to cpus[i % len(cpus)] when given; ``nice`` (0 .. 19) lowers their priority;
-    ``arena_bytes`` above 0 is a limit on KV memory (ValueError when the segment asks for more). Call `stop`
-    before unmapping the segment.
+    Worker i is pinned to cpus[i % len(cpus)] when given, and belongs to partitions[i % len(partitions)], or i
+    modulo the geometry's number of them; ``nice`` (0 .. 19) lowers their priority; ``arena_bytes`` above 0 is
+    a limit on KV memory (ValueError when the segment asks for more). Call `stop` before unmapping the
+    segment.
+
+    ``nodes`` places each partition's pages on a NUMA node, ``lock`` keeps touched pages from being swapped
+    out. What the kernel refuses, huge pages as well, is in ``warnings``; everything works without.
     """
 
     def __init__(
-        self, address: int, eventfd: int = -1, cpus: list[int] = ..., nice: int = 0, arena_bytes: int = 0
+        self,
+        address: int,
+        eventfd: int = -1,
+        cpus: list[int] = ...,
+        nice: int = 0,
+        arena_bytes: int = 0,
+        partitions: list[int] = ...,
+        nodes: list[int] = ...,
+        lock: bool = False,
     ) -> None: ...
     def start(self, num_threads: int) -> None: ...
     def stop(self) -> None: ...
@@ -349,6 +376,11 @@ class HostWorkers:
     def geometry(self) -> LaneGeometry: ...
     @property
     def arena_bytes(self) -> int: ...
+    @property
+    def warnings(self) -> list[str]:
+        """What the kernel refused the arena: one sentence each, with the reason and the way out."""
+    def publish_memory(self) -> None:
+        """Looks how much of the arena is resident (milliseconds and more), for `LanePort.stats`."""
     @property
     def kv(self) -> PagedKv: ...
     def pending(self) -> list[tuple[int, int]]:

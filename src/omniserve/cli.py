@@ -92,6 +92,8 @@ def _flag_options(hint: Any, setting: Field[Any]) -> dict[str, Any]:
     shown = "automatic" if setting.default in (None, MISSING) else setting.default
     if get_origin(kind) is Literal:
         return {"choices": get_args(kind), "help": f"default: {shown}"}
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction, "help": f"default: {shown}"}
     return {"type": kind, "metavar": kind.__name__.upper(), "help": f"default: {shown}"}
 
 

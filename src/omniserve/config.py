@@ -95,6 +95,7 @@ class EngineConfig:
     host_threads      threads of host attention, on cores of their own; None: the remaining cores.
     device_memory_bytes, host_memory_bytes
                       KV memory of each side; None: shares of the cgroup's memory limit.
+    host_mlock        keep the host's KV from being swapped out; refused: a warning, and on without.
     host_offload      "auto": BE decodes on the device while free pages exceed the watermark, else becomes
                       a lane; "always": after its prefill; "never": no host process.
     reentry           when a lane's attention result may enter: "same_iteration", "next_iteration" (the
@@ -119,6 +120,7 @@ class EngineConfig:
     host_threads: int | None = None
     device_memory_bytes: int | None = None
     host_memory_bytes: int | None = None
+    host_mlock: bool = False
     host_offload: HostOffload = "auto"
     reentry: Reentry = "same_iteration"
     max_model_len: int | None = None
@@ -137,6 +139,8 @@ class EngineConfig:
         self._check_choice("dtype", DTypeName)
         self._check_choice("host_offload", HostOffload)
         self._check_choice("reentry", Reentry)
+        if type(self.host_mlock) is not bool:
+            raise ConfigError(f"host_mlock: must be True or False, got {self.host_mlock!r}")
         if self.device not in ("auto", "cpu"):
             raise ConfigError(f"device: {self.device!r} is not supported yet; use 'cpu' or 'auto'")
         for name in ("max_num_batched_tokens", "max_num_seqs", "max_lanes", "max_lane_rows",

@@ -103,11 +103,16 @@ class LogitRecorder:
 
 
 def build_engine(
-    subject: Subject, config: EngineConfig, host: Callable[..., Host] = HostSupervisor
+    subject: Subject,
+    config: EngineConfig,
+    host: Callable[..., Host] = HostSupervisor,
+    host_partitions: int | None = None,
 ) -> Engine:
     split = split_cpus(config)
     torch.set_num_threads(split.device_threads)
-    return make_engine(config, subject.decoder, subject.max_model_len, split, host=host)
+    return make_engine(
+        config, subject.decoder, subject.max_model_len, split, host=host, host_partitions=host_partitions
+    )
 
 
 def executor_of(engine: Engine) -> CpuExecutor:

@@ -13,6 +13,8 @@ from omniserve.attention.cpu import CpuAttention, DeviceBatch
 from omniserve.config import EngineConfig
 from omniserve.engine.loop import StepOutput
 from omniserve.host.scripted import ScriptedHost
+from omniserve.policy.pages import PagePool
+from omniserve.policy.plan import Step, StepResult
 from omniserve.policy.request import Phase
 from omniserve.types import SamplingParams
 
@@ -47,14 +49,19 @@ class ScriptedEngine:
     """An engine, its scripted host, and every request ever asked of it.
 
     during: called with the layer after the device attention of each layer of a walk.
+
+    At every allocation it is asserted that no page handed out is still under a task or a copy that the host
+    has not served: what lies in its queues is asked of the host itself.
     """
 
-    def __init__(self, subject: Subject, **config: Any) -> None:
+    def __init__(self, subject: Subject, host_partitions: int = 1, **config: Any) -> None:
         # Passes end when no row is ready, never by the clock: a script has the same effect every time.
         values = {"max_model_len": subject.max_model_len, "pass_budget_s": 1e6, "host_threads": 1} | config
         self.subject = subject
         self.config = EngineConfig(**values)
-        self.engine = build_engine(subject, self.config, lambda geometry, *_: ScriptedHost(geometry))
+        self.engine = build_engine(
+            subject, self.config, lambda geometry, *_: ScriptedHost(geometry), host_partitions
+        )
         assert isinstance(self.engine.host, ScriptedHost)
         self.host = self.engine.host
         self.asked: dict[int, Asked] = {}
@@ -62,7 +69,36 @@ class ScriptedEngine:
         self.executor = executor_of(self.engine)
         interrupted = InterruptedAttention(self.executor.attention, self._interrupt)
         self.executor.attention = cast("CpuAttention", interrupted)
+        self._copy_pages: dict[int, tuple[int, ...]] = {}
+        self._lane_pages: dict[int, list[int]] = {}
+        self._launch = self.executor.launch
+        self.executor.launch = self._note_and_launch  # type: ignore[method-assign]
         self.step()  # takes note of the host
+
+    # ------------------------------------------------------------ pages under way
+
+    def _note_and_launch(self, step: Step) -> StepResult:
+        for copy in (*step.copies_out, *step.copies_in):
+            self._copy_pages[copy.copy_id] = copy.host_pages
+        for start in step.lane_starts:
+            known = self._lane_pages.setdefault(start.slot, [])
+            known[start.first_page :] = start.new_pages
+        return self._launch(step)
+
+    def pages_under_way(self) -> set[int]:
+        """Host pages that a task or a copy in the host's queues will read or write."""
+        pages = {p for copy_id in self.host.workers.pending_copies() for p in self._copy_pages[copy_id]}
+        return pages | {p for _, slot in self.host.pending() for p in self._lane_pages[slot]}
+
+    def _watch(self, pool: PagePool) -> None:
+        allocate = pool.allocate
+
+        def watched(count: int, near: int | None = None) -> list[int]:
+            ids = allocate(count, near)
+            assert not self.pages_under_way().intersection(ids), "a page is handed out under a task or a copy"
+            return ids
+
+        pool.allocate = watched  # type: ignore[method-assign]
 
     def _interrupt(self, layer: int) -> None:
         self.during(layer)
@@ -77,6 +113,8 @@ class ScriptedEngine:
         return request_id
 
     def step(self) -> StepOutput:
+        if "allocate" not in vars(self.engine.state.host):  # a host that was lost leaves a new pool
+            self._watch(self.engine.state.host)
         decoding = {r.id for r in self.engine.state.in_phase(Phase.DEVICE)}
         output = self.engine.step()
         self.engine.state.check()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from omniserve import cli
 from omniserve.config import EngineConfig
 
 SMALL = ["--host-offload", "never", "--max-model-len", "256"]
@@ -23,6 +24,14 @@ def omniserve(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[s
 def test_every_setting_is_a_flag() -> None:
     shown = omniserve("generate", "--help").stdout
     assert {f.name for f in fields(EngineConfig) if "--" + f.name.replace("_", "-") not in shown} == set()
+
+
+@pytest.mark.parametrize(
+    ("flags", "values"),
+    [(["--host-mlock"], {"host_mlock": True}), (["--no-host-mlock"], {"host_mlock": False})],
+)
+def test_a_yes_or_no_setting_is_a_flag_without_a_value(flags: list[str], values: dict[str, bool]) -> None:
+    assert cli._settings(cli._parser().parse_args(["generate", "hello", *flags])) == values
 
 
 def test_generate_prints_the_text_alone() -> None:

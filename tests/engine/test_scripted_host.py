@@ -120,6 +120,7 @@ def configs(num_pages: st.SearchStrategy[int], page_sizes: list[int]) -> st.Sear
             "max_lanes": st.integers(1, 4),
             "max_lane_rows": st.integers(1, 4),
             "max_copies_per_step": st.integers(1, 8),
+            "host_partitions": st.integers(1, 3),
         }
     )
 
@@ -223,6 +224,7 @@ def crowd(subject: Subject, rng: random.Random, seen: Counter[tuple[str, Phase]]
         max_lanes=rng.randint(1, 4),
         max_lane_rows=rng.randint(1, 4),
         watermark=rng.choice([0.0, 0.1]),
+        host_partitions=rng.randint(1, 3),
     )
     copy_rate = rng.choice([0.1, 0.5])
     for turn in range(120):
@@ -276,6 +278,30 @@ def test_a_lane_given_up_in_flight_keeps_its_slot_and_pages_until_the_host_ackno
     assert state.host.num_free < state.host.num_pages
     run.host.serve_all()
     run.finish()
+    run.close()
+
+
+@pytest.mark.parametrize("host_partitions", [1, 3])
+def test_pages_given_up_are_not_handed_out_before_the_host_has_left_them(
+    subject: Subject, host_partitions: int
+) -> None:
+    """A lane is given up with its row under way; newcomers want more pages than there are."""
+    run, lane = lane_in_flight(subject, host_partitions=host_partitions)
+    state = run.engine.state
+    held = run.pages_under_way()
+    assert held
+    run.abort(lane)
+    for text in range(NUM_TEXTS):
+        for _ in range(2):
+            run.add(text_of(text, 20), 12, BE)
+    for _ in range(30):
+        run.step()
+        run.host.serve_copies()
+    assert lane not in state.requests
+    assert held <= run.pages_under_way()
+    assert state.host.num_free < state.host.pages_for(20 + 1), "the next newcomer finds no room"
+    run.finish()
+    run.assert_exact()
     run.close()
 
 

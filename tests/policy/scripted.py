@@ -44,7 +44,8 @@ class World:
     lane_progress: dict[int, int] = field(default_factory=dict)  # slot -> layers done, of a token in flight
     slot_request: dict[int, int] = field(default_factory=dict)
     cancelled: set[int] = field(default_factory=set)
-    copies: dict[int, tuple[str, int]] = field(default_factory=dict)
+    copies: dict[int, tuple[int, ...]] = field(default_factory=dict)  # id -> host pages
+    slot_pages: dict[int, list[int]] = field(default_factory=dict)
     finished: list[int] = field(default_factory=list)
     lanes_unserved: int = 0  # what the next steps report while a lane is in flight
     next_id: int = 0
@@ -53,6 +54,7 @@ class World:
         self.state = State(self.limits)
         if self.limits.host_offload != "never":
             self.state.host_started()
+        self._watch_host_pages()
         self.cost = FixedBudget(self.chunk_tokens, self.limits.max_lane_rows)
 
     def add(self, prompt: int, output: int, best_effort: bool) -> int:
@@ -75,6 +77,23 @@ class World:
         self.slot_request.clear()
         self.cancelled.clear()
         self.copies.clear()
+        self._watch_host_pages()
+
+    def host_pages_under_way(self) -> set[int]:
+        """Host pages that a copy or a task in flight will read or write."""
+        pages = {page for pages in self.copies.values() for page in pages}
+        return pages | {page for slot in self.lane_progress for page in self.slot_pages[slot]}
+
+    def _watch_host_pages(self) -> None:
+        """From now on no page is handed out while a copy to or from it, or a task on it, is outstanding."""
+        allocate = self.state.host.allocate
+
+        def watched(count: int, near: int | None = None) -> list[int]:
+            ids = allocate(count, near)
+            assert not self.host_pages_under_way().intersection(ids), "a page under a copy or task is free"
+            return ids
+
+        self.state.host.allocate = watched  # type: ignore[method-assign]
 
     def _cancel(self, slots: tuple[int, ...], fetches: tuple[int, ...]) -> None:
         for slot in slots:
@@ -104,16 +123,15 @@ class World:
         assert total <= self.chunk_tokens, "a plan keeps its token budget"
         assert len(step.rows) <= self.limits.max_num_seqs
         assert len(step.lane_starts) <= self.limits.max_lane_rows
-        for copy in step.copies_out:
-            self.copies[copy.copy_id] = ("out", copy.copy_id)
-        for copy in step.copies_in:
-            self.copies[copy.copy_id] = ("in", copy.copy_id)
+        for copy in (*step.copies_out, *step.copies_in):
+            self.copies[copy.copy_id] = copy.host_pages
         assert len(self.copies) <= self.limits.num_frames, "copies need frames"
         tokens = [self._token(r.request_id, False) for r in step.rows if r.samples]
         for start in step.lane_starts:
             assert start.slot not in self.lane_progress, "one row in flight per lane"
             self.lane_progress[start.slot] = 0
             self.slot_request[start.slot] = start.request_id
+            self.slot_pages.setdefault(start.slot, [])[start.first_page :] = start.new_pages
         drained = []
         for slot in sorted(self.lane_progress):
             if not host_serves("task", slot):

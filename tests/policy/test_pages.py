@@ -44,13 +44,51 @@ def test_the_check_notices_a_leak_and_a_double_owner() -> None:
         pool.check([ids, ids])
 
 
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 5)), max_size=60))
-def test_no_page_is_ever_owned_twice(script: list[tuple[bool, int]]) -> None:
-    pool = PagePool(12, page_size=2)
+def free_by_partition(pool: PagePool, owners: list[list[int]]) -> list[int]:
+    used = {page for ids in owners for page in ids}
+    counts = [0] * pool.num_partitions
+    for page in range(pool.num_pages):
+        counts[pool.partition_of(page)] += page not in used
+    return counts
+
+
+def test_a_new_holder_gets_the_partition_with_most_free_pages_and_grows_there() -> None:
+    pool = PagePool(12, page_size=4, num_partitions=3)
+    first, second = pool.allocate(2), pool.allocate(1)
+    assert (first, second) == ([0, 1], [4])
+    assert pool.allocate(2, near=pool.partition_of(second[0])) == [5, 6]
+    assert pool.allocate(1) == [8]
+
+
+def test_a_full_partition_spills_over_to_the_one_with_most_left() -> None:
+    pool = PagePool(12, page_size=4, num_partitions=3)
+    pool.allocate(1, near=1)
+    assert pool.allocate(6, near=0) == [0, 1, 2, 3, 8, 9]
+    assert pool.allocate(5, near=0) == [5, 6, 7, 10, 11]
+
+
+@pytest.mark.parametrize("count", [0, 4])
+def test_partitions_hold_a_page_each(count: int) -> None:
+    with pytest.raises(ValueError, match="partitions"):
+        PagePool(3, page_size=4, num_partitions=count)
+    assert PagePool(0, page_size=4).num_free == 0
+
+
+@given(
+    st.integers(1, 12),
+    st.lists(st.tuples(st.booleans(), st.integers(0, 5), st.none() | st.integers(0, 11)), max_size=60),
+)
+def test_no_page_is_ever_owned_twice(partitions: int, script: list[tuple[bool, int, int | None]]) -> None:
+    pool = PagePool(12, page_size=2, num_partitions=partitions)
     owners: list[list[int]] = []
-    for takes, count in script:
+    for takes, count, wish in script:
         if takes and count <= pool.num_free:
-            owners.append(pool.allocate(count))
+            near = None if wish is None else wish % partitions
+            free = free_by_partition(pool, owners)
+            owners.append(pool.allocate(count, near))
+            home = free.index(max(free)) if near is None or not free[near] else near
+            at_home = sum(pool.partition_of(page) == home for page in owners[-1])
+            assert at_home == min(count, free[home]), "together while there is room"
         elif not takes and owners:
             pool.release(owners.pop(count % len(owners)))
         pool.check(owners)

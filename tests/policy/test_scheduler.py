@@ -187,6 +187,18 @@ def test_a_batch_request_without_a_row_goes_on_as_a_lane() -> None:
     assert world.produced[batch] > 2
 
 
+def test_a_lane_grows_in_the_partition_it_began_in_and_the_next_lane_takes_another() -> None:
+    world = World(make_limits(num_host_pages=16, num_host_partitions=2, host_offload="always"))
+    lanes = [world.add(8, 12, best_effort=True) for _ in range(2)]
+    homes: dict[int, set[int]] = {}
+    pool = world.state.host
+    while not world.state.is_idle:
+        for request in world.state.in_phase(Phase.LANE):
+            homes.setdefault(request.id, set()).update(map(pool.partition_of, request.hold.pages))
+        world.step()
+    assert sorted(homes[lane] for lane in lanes) == [{0}, {1}]
+
+
 def test_a_frozen_host_never_holds_latency_sensitive_work() -> None:
     world = World(make_limits(num_device_pages=10))
     for _ in range(4):
@@ -243,6 +255,7 @@ def test_every_request_finishes_with_its_tokens_in_any_memory(mode: str, data: s
         max_lanes=data.draw(st.integers(1, 4), label="lanes"),
         max_num_seqs=data.draw(st.integers(1, 6), label="seqs"),
         host_offload=mode,
+        num_host_partitions=data.draw(st.integers(1, max(1, min(3, host_pages))), label="partitions"),
     )
     world = World(limits, chunk_tokens=data.draw(st.integers(1, 9), label="budget"))
     longest = device_pages * page_size
@@ -269,14 +282,16 @@ class PolicyMachine(RuleBasedStateMachine):
         mode=st.sampled_from(["auto", "always"]),
         device_pages=st.integers(4, 12),
         host_pages=st.integers(4, 12),
+        partitions=st.integers(1, 4),
     )
-    def build(self, mode: str, device_pages: int, host_pages: int) -> None:
+    def build(self, mode: str, device_pages: int, host_pages: int, partitions: int) -> None:
         limits = make_limits(
             num_device_pages=device_pages,
             num_host_pages=host_pages,
             page_size=2,
             host_page_size=3,
             host_offload=mode,
+            num_host_partitions=partitions,
         )
         self.world = World(limits)
         self.longest = min(device_pages * 2, host_pages * 3)

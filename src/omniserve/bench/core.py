@@ -139,7 +139,7 @@ def measure_walk_cost(repeats: int, device_rows: int) -> dict[int, Spread]:
             host_page_size=32,
         )
         engine = make_engine(
-            config, decoder, 1024, split_cpus(config), host=lambda g, _c, _t: ScriptedHost(g)
+            config, decoder, 1024, split_cpus(config), host=lambda geometry, *_: ScriptedHost(geometry)
         )
         host = engine.host
         assert isinstance(host, ScriptedHost)

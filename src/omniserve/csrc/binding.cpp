@@ -174,17 +174,19 @@ void bind_geometry(nb::module_& m) {
         .def("__init__",
              [](LaneGeometry* self, int num_layers, int num_heads, int num_kv_heads, int head_dim, int hidden_size,
                 const std::string& act_dtype, const std::string& kv_dtype, int max_lanes, int host_page_size,
-                int max_pages_per_lane, int num_host_pages, int device_page_size, int num_frames, float scale) {
+                int max_pages_per_lane, int num_host_pages, int device_page_size, int num_frames, float scale,
+                int num_partitions) {
                  const LaneGeometry g{num_layers, num_heads, num_kv_heads, head_dim, hidden_size,
                                       parse_dtype("act_dtype", act_dtype), parse_dtype("kv_dtype", kv_dtype), max_lanes,
                                       host_page_size, max_pages_per_lane, num_host_pages, device_page_size, num_frames,
-                                      scale};
+                                      scale, num_partitions};
                  g.check();
                  new (self) LaneGeometry(g);
              },
              nb::kw_only(), "num_layers"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "hidden_size"_a,
              "act_dtype"_a, "kv_dtype"_a, "max_lanes"_a, "host_page_size"_a, "max_pages_per_lane"_a,
-             "num_host_pages"_a, "device_page_size"_a, "num_frames"_a = 0, "scale"_a = 0.0f)
+             "num_host_pages"_a, "device_page_size"_a, "num_frames"_a = 0, "scale"_a = 0.0f,
+             "num_partitions"_a = 1)
         .def_ro("num_layers", &LaneGeometry::num_layers)
         .def_ro("num_heads", &LaneGeometry::num_heads)
         .def_ro("num_kv_heads", &LaneGeometry::num_kv_heads)
@@ -199,9 +201,18 @@ void bind_geometry(nb::module_& m) {
         .def_ro("device_page_size", &LaneGeometry::device_page_size)
         .def_ro("num_frames", &LaneGeometry::num_frames)
         .def_prop_ro("scale", &LaneGeometry::score_scale)
+        .def_ro("num_partitions", &LaneGeometry::num_partitions)
+        .def("partition_of_page",
+             [](const LaneGeometry& g, int64_t page) {
+                 require_index("page", page, g.num_host_pages);
+                 return g.partition_of_page(page);
+             },
+             "page"_a)
         .def_prop_ro("host_page_bytes", [](const LaneGeometry& g) { return g.host_kv().page_bytes(); })
         .def_prop_ro("device_page_bytes", [](const LaneGeometry& g) { return g.device_kv().page_bytes(); });
     m.def("segment_bytes", &segment_bytes, "geometry"_a);
+    m.def("segment_geometry", [](Address address) { return Segment::attach(at<void>(address)).geometry(); },
+          "address"_a);
 }
 
 nb::list worker_stats(const SegmentHeader& header) {
@@ -240,6 +251,9 @@ nb::dict port_stats(const LanePort& port) {
     stats["attention_gap_s"] = double(header.attention_gap_ns.load(std::memory_order_relaxed)) * 1e-9;
     stats["host_ready"] = header.host_ready.load(std::memory_order_acquire) != 0;
     stats["host_pid"] = header.host_pid.load(std::memory_order_relaxed);
+    stats["arena_bytes"] = header.arena_bytes.load(std::memory_order_relaxed);
+    stats["arena_resident_bytes"] = header.arena_resident.load(std::memory_order_relaxed);
+    stats["arena_huge_bytes"] = header.arena_huge.load(std::memory_order_relaxed);
     stats["workers"] = worker_stats(header);
     return stats;
 }
@@ -305,15 +319,24 @@ void bind_lane_port(nb::module_& m) {
 void bind_host_workers(nb::module_& m) {
     nb::class_<HostWorkers>(m, "HostWorkers")
         .def("__init__",
-             [](HostWorkers* self, Address address, int eventfd, std::vector<int> cpus, int nice, size_t arena_bytes) {
-                 new (self) HostWorkers(at<void>(address), {eventfd, std::move(cpus), nice, arena_bytes});
+             [](HostWorkers* self, Address address, int eventfd, std::vector<int> cpus, int nice, size_t arena_bytes,
+                std::vector<int> partitions, std::vector<int> nodes, bool lock) {
+                 new (self) HostWorkers(at<void>(address), {.eventfd = eventfd,
+                                                            .cpus = std::move(cpus),
+                                                            .partitions = std::move(partitions),
+                                                            .nice = nice,
+                                                            .arena_bytes = arena_bytes,
+                                                            .arena = {std::move(nodes), lock}});
              },
-             "address"_a, "eventfd"_a = -1, "cpus"_a = std::vector<int>{}, "nice"_a = 0, "arena_bytes"_a = 0)
+             "address"_a, "eventfd"_a = -1, "cpus"_a = std::vector<int>{}, "nice"_a = 0, "arena_bytes"_a = 0,
+             "partitions"_a = std::vector<int>{}, "nodes"_a = std::vector<int>{}, "lock"_a = false)
         .def("start", &HostWorkers::start, "num_threads"_a, nb::call_guard<nb::gil_scoped_release>())
         .def("stop", &HostWorkers::stop, nb::call_guard<nb::gil_scoped_release>())
         .def_prop_ro("num_workers", &HostWorkers::num_workers)
         .def_prop_ro("geometry", &HostWorkers::geometry)
         .def_prop_ro("arena_bytes", [](const HostWorkers& w) { return w.arena().bytes(); })
+        .def_prop_ro("warnings", [](const HostWorkers& w) { return w.arena().warnings(); })
+        .def("publish_memory", &HostWorkers::publish_memory, nb::call_guard<nb::gil_scoped_release>())
         .def_prop_ro("kv", [](const HostWorkers& w) { return w.arena().kv(); }, nb::keep_alive<0, 1>())
         .def("pending", &HostWorkers::pending)
         .def("serve", &HostWorkers::serve, "slot"_a, nb::call_guard<nb::gil_scoped_release>())

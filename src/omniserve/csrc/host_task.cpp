@@ -41,7 +41,7 @@ void TaskRunner::serve(const Task& task, WorkerContext& worker) {
         add(worker.stats->stale_tasks, 1);
         return publish(task);
     }
-    if (queue_.note_served(task.number)) add(worker.stats->out_of_order, 1);
+    if (queue_.note_served(task)) add(worker.stats->out_of_order, 1);
     const int position = order.position.load(std::memory_order_relaxed);
     const int64_t tokens = position + 1;
     append(task, position);  // before any piece may be read
@@ -99,7 +99,7 @@ bool TaskRunner::try_split(const Task& task, int64_t tokens, uint64_t began_ns, 
     job->left.store(job->num_pieces, std::memory_order_relaxed);
     num_open_.fetch_add(1, std::memory_order_relaxed);
     job->gate.open();
-    segment_.notify_workers(std::min(job->num_pieces, num_workers_) - 1);
+    segment_.notify_workers(task.partition, std::min(job->num_pieces, num_workers_) - 1);
     work_on(*job, worker);
     return true;
 }

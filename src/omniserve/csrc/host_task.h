@@ -20,6 +20,7 @@ namespace omniserve {
 struct WorkerContext {
     WorkerStats* stats = nullptr;
     std::vector<float> scratch;
+    Seat seat = {};
 };
 
 class TaskRunner {

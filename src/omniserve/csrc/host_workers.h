@@ -16,8 +16,10 @@ namespace omniserve {
 struct HostOptions {
     int eventfd = -1;            // wakes the engine; -1: nobody to wake
     std::vector<int> cpus = {};  // worker i is pinned to cpus[i % size]; empty: inherits
+    std::vector<int> partitions = {};  // worker i belongs to partitions[i % size]; empty: to i % num_partitions
     int nice = 0;                // added priority value of worker threads, 0 .. 19
     size_t arena_bytes = 0;      // upper limit of KV memory; 0: none
+    ArenaOptions arena = {};
 };
 
 class HostWorkers {
@@ -44,12 +46,17 @@ public:
     const LaneGeometry& geometry() const { return segment_.geometry(); }
     const SegmentHeader& header() const { return segment_.header(); }
     const HostArena& arena() const { return arena_; }
+    /// Puts the arena's usage where the engine's statistics find it. Takes as long as HostArena::usage.
+    void publish_memory();
 
 private:
     void loop(int index);
     bool serve_next(WorkerContext& worker);
-    void park(uint32_t seen);
-    bool has_work() const { return runner_.has_open_job() || queue_.has_work(); }
+    /// Spins for work, then parks. `seen`: work_seq as it was before the queues were looked at.
+    void idle(const Seat& seat, uint32_t seen);
+    void park(const Seat& seat, uint32_t seen);
+    int partition_of_worker(int index) const;
+    bool has_work(const Seat& seat) const { return runner_.has_open_job() || queue_.has_work(seat); }
     void drain_queue();
 
     Segment segment_;

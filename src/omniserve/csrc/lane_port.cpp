@@ -62,17 +62,21 @@ void LanePort::exit(int layer, int n, const int32_t* slots, ActRows q, ActRows k
     const auto row = [item](ActRows rows, int i) {
         return static_cast<const std::byte*>(rows.data) + i * rows.stride * ptrdiff_t(item);
     };
+    int counts[kMaxPartitions] = {};
     for (int i = 0; i < n; ++i) {
         const int slot = slots[i];
         kernels().to_f32(row(q, i), dtype, segment_.q(slot), geometry().q_elements());
         std::memcpy(segment_.k(slot), row(k, i), geometry().kv_elements() * item);
         std::memcpy(segment_.v(slot), row(v, i), geometry().kv_elements() * item);
         std::memcpy(residual_.data() + slot * residual_bytes, row(x, i), residual_bytes);
-        submit(layer, slot);
+        ++counts[submit(layer, slot)];
     }
-    if (n == 0) return;
-    segment_.nonempty_word(layer / 64).fetch_or(uint64_t{1} << (layer % 64), std::memory_order_acq_rel);
-    segment_.notify_workers(n);
+    const uint64_t bit = uint64_t{1} << (layer % 64);
+    for (int partition = 0; partition < geometry().num_partitions; ++partition) {
+        if (counts[partition] == 0) continue;
+        segment_.nonempty_word(partition, layer / 64).fetch_or(bit, std::memory_order_acq_rel);
+        segment_.notify_workers(partition, counts[partition]);
+    }
 }
 
 void LanePort::claim_lanes(int layer, int n, const int32_t* slots) {
@@ -93,13 +97,15 @@ void LanePort::claim_lanes(int layer, int n, const int32_t* slots) {
     }
 }
 
-void LanePort::submit(int layer, int slot) {
+int LanePort::submit(int layer, int slot) {
     Lane& here = lanes_[slot];
+    const int partition = geometry().partition_of_page(segment_.page_table(slot)[0]);
     here.ticket = make_ticket(segment_.order(slot).epoch.load(std::memory_order_relaxed), ++here.sequence);
-    segment_.layer_ring(layer).push({uint32_t(slot), here.ticket, next_number_});
+    segment_.layer_ring(partition, layer).push({uint32_t(slot), here.ticket, next_number_});
     waiting_[layer].push_back({slot, iteration_, next_number_});
     ++next_number_;
     ++stats_.submitted_rows;
+    return partition;
 }
 
 int LanePort::take(int layer, int cap, bool same_iteration, int32_t* slots_out, MutableActRows attn, MutableActRows x) {
@@ -272,10 +278,12 @@ LanePort::FrameJob& LanePort::submit_copy(const PageCopy& copy, CopyKind kind, c
     command.num_tokens = copy.num_tokens;
     command.host_offset = copy.host_offset;
     command.id = copy.id;
+    command.number = next_command_++;
     std::copy(copy.host_pages.begin(), copy.host_pages.end(), command.host_pages());
     command.state.store(uint32_t(FrameState::submitted), std::memory_order_relaxed);
-    segment_.frame_ring().push({uint32_t(frame), 0, 0});
-    segment_.notify_workers(1);
+    const int partition = geometry().partition_of_page(copy.host_pages[0]);
+    segment_.frame_ring(partition).push({uint32_t(frame), 0, command.number});
+    segment_.notify_workers(partition, 1);
     return frame_jobs_.emplace_back(FrameJob{frame, false, copy, nullptr});
 }
 

@@ -128,7 +128,8 @@ private:
     bool any_complete() const;
     /// All of the slots are marked waiting at `layer`, or none and an exception.
     void claim_lanes(int layer, int n, const int32_t* slots);
-    void submit(int layer, int slot);
+    /// Returns the partition whose ring the row went to.
+    int submit(int layer, int slot);
     void publish_exit(int layer);
     void publish_take(int layer);
     void check_copy(const PageCopy& copy) const;
@@ -143,6 +144,7 @@ private:
     std::vector<FrameJob> frame_jobs_;
     uint64_t iteration_ = 0;
     uint64_t next_number_ = 0;
+    uint64_t next_command_ = 0;
     uint64_t exit_ns_ = 0;
     int32_t exit_layer_ = -1;
     bool in_walk_ = false;

@@ -51,16 +51,22 @@ bool spin_until(uint64_t ns, Done&& done) {
 
 enum class FutexScope { process, machine };
 
+inline constexpr uint32_t kAnySleeper = ~uint32_t{0};
+
 /// Sleeps while *word == expected, at most timeout_ns. May return early for no reason: callers look again.
-inline void futex_wait(std::atomic<uint32_t>& word, uint32_t expected, uint64_t timeout_ns, FutexScope scope) {
-    timespec t{time_t(timeout_ns / 1'000'000'000u), long(timeout_ns % 1'000'000'000u)};
-    const int op = FUTEX_WAIT | (scope == FutexScope::process ? FUTEX_PRIVATE_FLAG : 0);
-    syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), op, expected, &t, nullptr, 0);
+/// `bits` say which wake-ups are meant for this sleeper.
+inline void futex_wait(std::atomic<uint32_t>& word, uint32_t expected, uint64_t timeout_ns, FutexScope scope,
+                       uint32_t bits = kAnySleeper) {
+    const uint64_t end = now_ns() + timeout_ns;  // this form of the call takes a point in time
+    timespec t{time_t(end / 1'000'000'000u), long(end % 1'000'000'000u)};
+    const int op = FUTEX_WAIT_BITSET | (scope == FutexScope::process ? FUTEX_PRIVATE_FLAG : 0);
+    syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), op, expected, &t, nullptr, bits);
 }
 
-inline void futex_wake(std::atomic<uint32_t>& word, int count, FutexScope scope) {
-    const int op = FUTEX_WAKE | (scope == FutexScope::process ? FUTEX_PRIVATE_FLAG : 0);
-    syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), op, count, nullptr, nullptr, 0);
+/// Wakes up to `count` sleepers that have one of the bits; returns how many.
+inline int futex_wake(std::atomic<uint32_t>& word, int count, FutexScope scope, uint32_t bits = kAnySleeper) {
+    const int op = FUTEX_WAKE_BITSET | (scope == FutexScope::process ? FUTEX_PRIVATE_FLAG : 0);
+    return int(syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), op, count, nullptr, nullptr, bits));
 }
 
 }  // namespace omniserve

@@ -1,5 +1,6 @@
 #include "segment.h"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
@@ -35,6 +36,7 @@ void LaneGeometry::check() const {
     require_range("num_host_pages", num_host_pages, 1, INT32_MAX);
     require_range("device_page_size", device_page_size, 1, kMaxPageSize);
     require_range("num_frames", num_frames, 0, 1 << 16);
+    require_range("num_partitions", num_partitions, 1, std::min(kMaxPartitions, num_host_pages));
     if (!(scale >= 0.0f && std::isfinite(scale))) refuse("scale must be positive, or 0 for 1 / sqrt(head_dim)");
 }
 
@@ -76,6 +78,7 @@ Segment::Offsets Segment::lay_out(const LaneGeometry& g) {
     o.q_row = align_up(g.q_elements() * sizeof(float), kLine);
     o.kv_row = align_up(g.kv_elements() * item_size(g.act_dtype), kLine);
     o.table_row = align_up(size_t(g.max_pages_per_lane) * sizeof(int32_t), kLine);
+    o.bitmap_row = align_up((g.num_layers + 63) / 64 * sizeof(uint64_t), kLine);
     o.command_row = align_up(sizeof(FrameCommand) + g.max_pages_per_frame() * sizeof(int32_t), kLine);
     o.frame_bytes = align_up(g.device_kv().page_bytes(), kLine);
     o.lane_capacity = std::bit_ceil(uint64_t(g.max_lanes));
@@ -86,12 +89,12 @@ Segment::Offsets Segment::lay_out(const LaneGeometry& g) {
         offset = at;
         at += align_up(bytes, kLine);
     };
-    const size_t lanes = g.max_lanes;
-    place(o.bitmap, (g.num_layers + 63) / 64 * sizeof(uint64_t));
+    const size_t lanes = g.max_lanes, partitions = g.num_partitions;
+    place(o.bitmap, partitions * o.bitmap_row);
     place(o.orders, lanes * sizeof(SlotOrder));
     place(o.answers, lanes * sizeof(SlotAnswer));
-    place(o.ring_ends, (g.num_layers + 1) * sizeof(RingEnds));
-    place(o.ring_entries, (g.num_layers * o.lane_capacity + o.frame_capacity) * sizeof(RingEntry));
+    place(o.ring_ends, partitions * (g.num_layers + 1) * sizeof(RingEnds));
+    place(o.ring_entries, partitions * (g.num_layers * o.lane_capacity + o.frame_capacity) * sizeof(RingEntry));
     place(o.tables, lanes * o.table_row);
     place(o.commands, g.num_frames * o.command_row);
     place(o.q, lanes * o.q_row);
@@ -108,9 +111,22 @@ size_t segment_bytes(const LaneGeometry& geometry) {
     return Segment::lay_out(geometry).total;
 }
 
-Ring Segment::ring(int index, uint64_t capacity) const {
+// A partition's layer rings, then its frame ring.
+Ring Segment::ring(int index, size_t first_entry, uint64_t capacity) const {
     return Ring(row<RingEnds>(offsets_.ring_ends, index, sizeof(RingEnds)),
-                row<RingEntry>(offsets_.ring_entries, 0, 0) + size_t(index) * offsets_.lane_capacity, capacity);
+                row<RingEntry>(offsets_.ring_entries, 0, 0) + first_entry, capacity);
+}
+
+Ring Segment::layer_ring(int partition, int layer) const {
+    const size_t layers = geometry_.num_layers, capacity = offsets_.lane_capacity;
+    return ring(partition * (geometry_.num_layers + 1) + layer,
+                partition * (layers * capacity + offsets_.frame_capacity) + layer * capacity, capacity);
+}
+
+Ring Segment::frame_ring(int partition) const {
+    const size_t layers = geometry_.num_layers, lane_entries = layers * offsets_.lane_capacity;
+    return ring(partition * (geometry_.num_layers + 1) + geometry_.num_layers,
+                partition * (lane_entries + offsets_.frame_capacity) + lane_entries, offsets_.frame_capacity);
 }
 
 Segment Segment::create(const LaneGeometry& geometry, void* address) {
@@ -140,11 +156,20 @@ Segment Segment::attach(void* address) {
     return Segment(header.geometry, address);
 }
 
-void Segment::notify_workers(int count) const {
+void Segment::notify_workers(int partition, int count) const {
     // Sequentially consistent on both sides: either the worker about to park sees work_seq move, or we see the sleeper.
     SegmentHeader& h = header();
     h.work_seq.fetch_add(1, std::memory_order_seq_cst);
-    if (h.sleepers.load(std::memory_order_seq_cst) > 0) futex_wake(h.work_seq, count, FutexScope::machine);
+    if (h.sleepers.load(std::memory_order_seq_cst) == 0) return;
+    const int woken = futex_wake(h.work_seq, count, FutexScope::machine, sleeper_bit(partition));
+    // Its own workers are busy, or too few for this much work: others may help.
+    if (woken < count && geometry_.num_partitions > 1)
+        futex_wake(h.work_seq, count - woken, FutexScope::machine);
+}
+
+void Segment::notify_all_workers() const {
+    header().work_seq.fetch_add(1, std::memory_order_seq_cst);
+    futex_wake(header().work_seq, kMaxWorkers, FutexScope::machine);
 }
 
 }  // namespace omniserve

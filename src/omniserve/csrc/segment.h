@@ -22,9 +22,10 @@
 namespace omniserve {
 
 inline constexpr uint64_t kSegmentMagic = 0x4f4d4e4953455256;  // "OMNISERV"
-inline constexpr uint32_t kSegmentVersion = 1;
+inline constexpr uint32_t kSegmentVersion = 2;
 inline constexpr size_t kLine = 64;  // bytes of a cache line
 inline constexpr int kMaxWorkers = 1024;
+inline constexpr int kMaxPartitions = 32;  // a futex tells as many sleepers apart
 
 struct LaneGeometry {
     int32_t num_layers = 0;
@@ -41,6 +42,7 @@ struct LaneGeometry {
     int32_t device_page_size = 0;  // tokens
     int32_t num_frames = 0;        // staging areas of one device page each; 0 when nothing moves
     float scale = 0.0f;            // of attention scores; 0 means 1 / sqrt(head_dim)
+    int32_t num_partitions = 1;    // of the host pages: NUMA nodes that the host's CPUs span
 
     /// Throws std::invalid_argument naming the field and its limit.
     void check() const;
@@ -51,6 +53,11 @@ struct LaneGeometry {
     float score_scale() const;
     KvGeometry host_kv() const { return {num_layers, num_kv_heads, head_dim, host_page_size, kv_dtype}; }
     KvGeometry device_kv() const { return {num_layers, num_kv_heads, head_dim, device_page_size, kv_dtype}; }
+    // Partition p owns the host pages [first_page(p), first_page(p + 1)); all but equally many.
+    int partition_of_page(int64_t page) const { return static_cast<int>(page * num_partitions / num_host_pages); }
+    int64_t first_page(int partition) const {
+        return (int64_t{partition} * num_host_pages + num_partitions - 1) / num_partitions;
+    }
     /// Host pages that one device page can touch.
     int max_pages_per_frame() const { return (device_page_size + host_page_size - 1) / host_page_size + 1; }
 };
@@ -75,8 +82,8 @@ struct alignas(kLine) SlotAnswer {
 
 struct RingEntry {
     std::atomic<uint32_t> index;   // slot or frame
-    std::atomic<uint64_t> ticket;  // 0 in the frame ring
-    std::atomic<uint64_t> number;  // counts submissions over all layers, in order
+    std::atomic<uint64_t> ticket;  // 0 in a frame ring
+    std::atomic<uint64_t> number;  // counts submissions over all partitions and layers (or frames), in order
 };
 
 struct alignas(kLine) RingEnds {
@@ -123,6 +130,7 @@ struct alignas(kLine) FrameCommand {
     int32_t num_tokens;
     int32_t host_offset;          // first token within the first host page
     uint64_t id;
+    uint64_t number;              // counts commands, in order
     int32_t* host_pages() { return reinterpret_cast<int32_t*>(this + 1); }
 };
 
@@ -156,8 +164,15 @@ struct SegmentHeader {
     alignas(kLine) std::atomic<uint32_t> host_ready;  // workers are running
     std::atomic<int32_t> host_pid;
     std::atomic<uint32_t> num_workers;  // started last; their counters stay after they stop
+    // KV memory as the host last looked; bytes.
+    alignas(kLine) std::atomic<uint64_t> arena_bytes;
+    std::atomic<uint64_t> arena_resident;
+    std::atomic<uint64_t> arena_huge;
     alignas(kLine) WorkerStats workers[kMaxWorkers];
 };
+
+/// The bit under which a worker of this partition parks.
+constexpr uint32_t sleeper_bit(int partition) { return 1u << partition; }
 
 /// A view of one mapped segment: addresses, no ownership.
 class Segment {
@@ -178,11 +193,12 @@ public:
     SlotOrder& order(int slot) const { return *row<SlotOrder>(offsets_.orders, slot, sizeof(SlotOrder)); }
     SlotAnswer& answer(int slot) const { return *row<SlotAnswer>(offsets_.answers, slot, sizeof(SlotAnswer)); }
 
-    Ring layer_ring(int layer) const { return ring(layer, offsets_.lane_capacity); }
-    Ring frame_ring() const { return ring(geometry_.num_layers, offsets_.frame_capacity); }
+    // Queues: a partition holds the rows of lanes whose first host page is its own, and the copies that begin there.
+    Ring layer_ring(int partition, int layer) const;
+    Ring frame_ring(int partition) const;
     /// Bit l % 64 of word l / 64: layer l's ring may hold something. Set after a push; cleared by who finds it empty.
-    std::atomic<uint64_t>& nonempty_word(int word) const {
-        return *row<std::atomic<uint64_t>>(offsets_.bitmap, word, sizeof(uint64_t));
+    std::atomic<uint64_t>& nonempty_word(int partition, int word) const {
+        return row<std::atomic<uint64_t>>(offsets_.bitmap, partition, offsets_.bitmap_row)[word];
     }
     int num_bitmap_words() const { return (geometry_.num_layers + 63) / 64; }
 
@@ -191,13 +207,14 @@ public:
         return *row<FrameCommand>(offsets_.commands, index, offsets_.command_row);
     }
 
-    /// Wakes up to `count` parked workers; call after publishing work.
-    void notify_workers(int count) const;
+    /// Wakes up to `count` parked workers, those of the partition first; call after publishing work there.
+    void notify_workers(int partition, int count) const;
+    void notify_all_workers() const;
 
 private:
     struct Offsets {
         size_t orders, answers, q, k, v, result, tables, bitmap, ring_ends, ring_entries, commands, frames, total;
-        size_t q_row, kv_row, table_row, command_row, frame_bytes;  // bytes
+        size_t q_row, kv_row, table_row, bitmap_row, command_row, frame_bytes;  // bytes
         uint64_t lane_capacity, frame_capacity;                     // entries, powers of two
     };
     friend size_t segment_bytes(const LaneGeometry& geometry);
@@ -210,7 +227,7 @@ private:
     T* row(size_t offset, int index, size_t row_bytes) const {
         return reinterpret_cast<T*>(base_ + offset + size_t(index) * row_bytes);
     }
-    Ring ring(int index, uint64_t capacity) const;
+    Ring ring(int index, size_t first_entry, uint64_t capacity) const;
 
     std::byte* base_;
     LaneGeometry geometry_;

@@ -23,6 +23,7 @@ from omniserve.engine.cpu_executor import CpuExecutor
 from omniserve.engine.loop import Engine
 from omniserve.errors import ConfigError, ModelError
 from omniserve.host.supervisor import Host, HostSupervisor
+from omniserve.host.topology import num_partitions
 from omniserve.model.decoder import Decoder
 from omniserve.model.families import ModelConfig, read_model_config
 from omniserve.model.loading import load_decoder
@@ -74,7 +75,13 @@ def _check_head_dim(model: ModelConfig) -> None:
         )
 
 
-def make_limits(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, max_model_len: int) -> Limits:
+def make_limits(
+    config: EngineConfig,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    max_model_len: int,
+    host_partitions: int = 1,
+) -> Limits:
     _check_head_dim(model)
 
     def page_bytes(page_size: int) -> int:
@@ -99,6 +106,7 @@ def make_limits(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, ma
         num_frames=NUM_FRAMES,
         max_copies_per_step=config.max_copies_per_step,
         host_offload=config.host_offload,
+        num_host_partitions=max(1, min(host_partitions, host_pages)),
     )
 
 
@@ -119,9 +127,15 @@ def make_engine(
     arrivals: Callable[[], bool] = lambda: False,
     host: Callable[..., Host] = HostSupervisor,
     cost: CostModel | None = None,
+    host_partitions: int | None = None,
 ) -> Engine:
-    """Build an engine around loaded weights. `host(geometry, cpus, threads)` makes the host."""
-    limits = make_limits(config, decoder.config, decoder.dtype, max_model_len)
+    """Build an engine around loaded weights. `host(geometry, cpus, threads, lock_memory)` makes the host.
+
+    host_partitions: of the host's pages; None: one for each NUMA node that the host's CPUs span.
+    """
+    if host_partitions is None:
+        host_partitions = num_partitions(split.host_cpus)
+    limits = make_limits(config, decoder.config, decoder.dtype, max_model_len, host_partitions)
     executor = CpuExecutor(
         decoder,
         _device_attention(config, decoder, limits, split),
@@ -134,7 +148,7 @@ def make_engine(
     the_host: Host | None = None
     if config.host_offload != "never":
         geometry = _lane_geometry(config, decoder, limits, max_model_len)
-        the_host = host(geometry, split.host_cpus, split.host_threads)
+        the_host = host(geometry, split.host_cpus, split.host_threads, config.host_mlock)
     cost = cost or FixedBudget(config.max_num_batched_tokens, config.max_lane_rows, config.pass_budget_s)
     acceptance = make_acceptance(limits, decoder.config, max_model_len)
     return Engine(executor, the_host, limits, cost, acceptance, config.seed, split.host_threads)
@@ -168,6 +182,7 @@ def _lane_geometry(
         num_host_pages=limits.num_host_pages,
         device_page_size=config.page_size,
         num_frames=limits.num_frames,
+        num_partitions=limits.num_host_partitions,
     )
 
 

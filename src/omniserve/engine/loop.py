@@ -180,6 +180,8 @@ class Engine:
         stats["host_deaths"] = self._host_deaths
         stats["host_pid"] = None if self.host is None else self.host.pid
         stats["host_state"] = self._host_state()
+        stats["host_memory"] = {} if self.host is None else self.host.segment.memory_usage()
+        stats["host_warnings"] = [] if self.host is None else list(self.host.warnings)
         stats["requests"] = {
             phase.value: len(state.in_phase(phase)) for phase in Phase if phase is not Phase.FINISHED
         } | {Phase.WAITING.value: len(state.waiting)}

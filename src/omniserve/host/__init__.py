@@ -2,6 +2,7 @@
 
 segment.py    the memory shared by engine and host, and the engine's port to it
 supervisor.py starts the host process, notices its death, starts it again
+topology.py   NUMA nodes and partitions of host memory
 process.py    the host process itself: `python -m omniserve.host.process`
 scripted.py   a host without threads whose every step a test decides
 """

@@ -27,6 +27,10 @@ class ScriptedHost:
         self._news.append("started")
 
     @property
+    def warnings(self) -> list[str]:
+        return self.workers.warnings
+
+    @property
     def pid(self) -> int:
         return os.getpid()
 

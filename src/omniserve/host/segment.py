@@ -96,6 +96,15 @@ class LaneSegment:
             "host_kv_bytes_read": sum(w["kv_bytes_read"] for w in workers),
         }
 
+    def memory_usage(self) -> dict[str, int]:
+        """Bytes of the host's KV memory; resident and huge as the host last looked (every ten seconds)."""
+        port = self.port.stats()
+        return {
+            "arena_bytes": port["arena_bytes"],
+            "resident_bytes": port["arena_resident_bytes"],
+            "huge_page_bytes": port["arena_huge_bytes"],
+        }
+
     def clear_event(self) -> None:
         """Take back a wake-up; harmless when there is none."""
         with contextlib.suppress(BlockingIOError):

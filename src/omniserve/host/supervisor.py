@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import select
 import socket
 import subprocess
@@ -19,12 +20,18 @@ MAX_EARLY_DEATHS = 3
 SHORT_LIFE_S = 5.0
 # A host that says nothing for this long after its start counts as dead.
 START_TIMEOUT_S = 60.0
+MAX_MESSAGE_BYTES = 1 << 16
 
 
 class Host(Protocol):
     """What the engine needs of a host: the segment in use, and news about it."""
 
     segment: LaneSegment
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the machine refused the present host's memory; it works without."""
+        ...
 
     @property
     def pid(self) -> int:
@@ -45,8 +52,13 @@ class Host(Protocol):
 class HostSupervisor:
     """A real host process. Its death is noticed by the end of its control socket."""
 
-    def __init__(self, geometry: _native.LaneGeometry, cpus: Sequence[int], threads: int) -> None:
+    def __init__(
+        self, geometry: _native.LaneGeometry, cpus: Sequence[int], threads: int, lock_memory: bool = False
+    ) -> None:
+        """cpus: worker i is pinned to the i-th; none: not pinned. lock_memory: KV is never swapped out."""
         self._geometry = geometry
+        self._lock_memory = lock_memory
+        self._warnings: list[str] = []
         self._cpus = list(cpus)
         self._threads = threads
         self._early_deaths = 0
@@ -57,9 +69,13 @@ class HostSupervisor:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def warnings(self) -> list[str]:
+        return self._warnings
+
     def _start(self) -> None:
         self.segment = LaneSegment(self._geometry)
-        self._control, theirs = socket.socketpair()
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         fds = (self.segment.memory_fd, self.segment.event_fd, theirs.fileno())
         self._process = subprocess.Popen(self._command(*fds), pass_fds=fds, stdin=subprocess.DEVNULL)
         theirs.close()
@@ -67,10 +83,10 @@ class HostSupervisor:
         self._started_s = time.monotonic()
 
     def _command(self, *fds: int) -> list[str]:
-        """How the host process is started: segment, event and control descriptor, threads, CPUs."""
+        """How the host process is started: segment, event and control descriptor, and how it shall work."""
         cpus = ",".join(str(c) for c in self._cpus)
         numbers = [*(str(fd) for fd in fds), str(self._threads)]
-        return [sys.executable, "-m", "omniserve.host.process", *numbers, cpus]
+        return [sys.executable, "-m", "omniserve.host.process", *numbers, cpus, str(int(self._lock_memory))]
 
     def poll(self) -> HostEvent | None:
         if self._has_failed:
@@ -80,11 +96,12 @@ class HostSupervisor:
             hangs = not self._is_ready and time.monotonic() - self._started_s > START_TIMEOUT_S
             return self._replace() if hangs else None
         try:
-            message = self._control.recv(16)
+            message = self._control.recv(MAX_MESSAGE_BYTES)
         except ConnectionError:
             message = b""
         if message:
             self._is_ready = True
+            self._warnings = json.loads(message)
             return "started"
         return self._replace()
 

@@ -22,7 +22,9 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Sizes the policy works within. Pages, tokens and rows; frames are staging pages in flight."""
+    """Sizes the policy works within. Pages, tokens and rows; frames are staging pages in flight.
+
+    num_host_partitions: contiguous runs of host pages with workers of their own."""
 
     num_layers: int
     num_device_pages: int
@@ -36,6 +38,7 @@ class Limits:
     num_frames: int
     max_copies_per_step: int
     host_offload: Literal["auto", "always", "never"]
+    num_host_partitions: int = 1
 
 
 @dataclass(slots=True)

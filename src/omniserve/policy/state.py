@@ -44,7 +44,7 @@ class State:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.device = PagePool(limits.num_device_pages, limits.page_size)
-        self.host = PagePool(limits.num_host_pages, limits.host_page_size)
+        self.host = self._host_pool()
         self.host_ready = False
         self.host_failed = limits.host_offload == "never"
         self.waiting: list[tuple[int, int]] = []
@@ -95,7 +95,7 @@ class State:
         self.retiring.clear()
         self._copies.clear()
         self._cancel_slots, self._cancel_fetches = [], []
-        self.host = PagePool(self.limits.num_host_pages, self.limits.host_page_size)
+        self.host = self._host_pool()
         self.free_slots = list(range(self.limits.max_lanes - 1, -1, -1))
         for request in list(self.active.values()):
             if request.host is None:
@@ -105,6 +105,10 @@ class State:
                 request.phase = Phase.DEVICE
             elif request.phase in (Phase.MOVING_OUT, Phase.LANE, Phase.MOVING_IN):
                 self._drop(request)
+
+    def _host_pool(self) -> PagePool:
+        limits = self.limits
+        return PagePool(limits.num_host_pages, limits.host_page_size, limits.num_host_partitions)
 
     # ------------------------------------------------------------ reading
 
@@ -165,7 +169,7 @@ class State:
             case Reserve(num_pages=count):
                 self._reserve(request, count)
             case GrowHost(num_pages=count):
-                request.hold.pages += self.host.allocate(count)
+                self._grow_hold(request.hold, count)
             case CopyOut(start=start, num_tokens=count):
                 out.append(self._copy_out(request, start, count))
             case Unmirror():
@@ -192,10 +196,15 @@ class State:
         hold = request.host
         hold.slot = self.free_slots.pop()
         missing = self.host.pages_for(request.kv_tokens + 1) - len(hold.pages)
-        hold.pages += self.host.allocate(max(0, missing))
+        self._grow_hold(hold, max(0, missing))
         request.phase = Phase.MOVING_OUT
         self.num_displaced += 1
         self._release_staged(request)
+
+    def _grow_hold(self, hold: HostHold, count: int) -> None:
+        """Host pages in the partition of the first one: there its rows are queued and its KV is read."""
+        near = self.host.partition_of(hold.pages[0]) if hold.pages else None
+        hold.pages += self.host.allocate(count, near)
 
     def _release_staged(self, request: Request) -> None:
         """Free the leading device pages whose content has left them."""
@@ -216,7 +225,7 @@ class State:
         hold = request.host
         assert start == hold.copied_tokens, "copies to the host go in order"
         missing = self.host.pages_for(start + count) - len(hold.pages)
-        hold.pages += self.host.allocate(max(0, missing))
+        self._grow_hold(hold, max(0, missing))
         page = request.device_pages[start // self.device.page_size - request.num_released]
         copy = self._page_copy(hold, page, start, count)
         hold.unstaged[copy.copy_id] = start

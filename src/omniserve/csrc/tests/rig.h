@@ -23,13 +23,17 @@ struct Rig {
         : geometry(g), memory(std::aligned_alloc(kLine, segment_bytes(g)), &std::free), port(g, memory.get()),
           host(memory.get(), options) {}
 
-    /// New owner with a page table of its own pages: slot, slot + max_lanes, ...
+    /// New owner with a page table of its own pages, slot, slot + max_lanes, ..., begun at another place by each slot.
     void open_lane(int slot, int position = 0) {
-        std::vector<int32_t> pages;
-        for (int i = 0; i < geometry.max_pages_per_lane; ++i) pages.push_back(slot + i * geometry.max_lanes);
         port.reset(slot);
-        port.set_pages(slot, 0, pages);
+        port.set_pages(slot, 0, pages_of(slot));
         port.start_token(slot, position);
+    }
+    std::vector<int32_t> pages_of(int slot) const {
+        std::vector<int32_t> pages;
+        const int count = geometry.max_pages_per_lane, first = slot * count / geometry.max_lanes;
+        for (int i = 0; i < count; ++i) pages.push_back(slot + (first + i) % count * geometry.max_lanes);
+        return pages;
     }
 
     void exit(int layer, const std::vector<int32_t>& slots, const Rows& rows) {
