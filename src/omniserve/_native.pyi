@@ -22,6 +22,7 @@ class WorkerStatsDict(TypedDict):
     busy_s: float  # serving tasks, pieces and copies
     tasks: int  # rows answered with a result
     pieces: int  # parts of split tasks
+    shared_rows: int  # rows served together with others that begin with the same pages
     stale_tasks: int  # rows of an old epoch: acknowledged, not computed
     out_of_order_tasks: int  # rows served after one that was submitted later
     kv_bytes_read: int

@@ -224,6 +224,7 @@ nb::list worker_stats(const SegmentHeader& header) {
         stats["busy_s"] = double(w.busy_ns.load(std::memory_order_relaxed)) * 1e-9;
         stats["tasks"] = w.tasks.load(std::memory_order_relaxed);
         stats["pieces"] = w.pieces.load(std::memory_order_relaxed);
+        stats["shared_rows"] = w.shared_rows.load(std::memory_order_relaxed);
         stats["stale_tasks"] = w.stale_tasks.load(std::memory_order_relaxed);
         stats["out_of_order_tasks"] = w.out_of_order.load(std::memory_order_relaxed);
         stats["kv_bytes_read"] = w.kv_bytes_read.load(std::memory_order_relaxed);

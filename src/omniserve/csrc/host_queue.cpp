@@ -39,11 +39,32 @@ int HostQueue::next_nonempty(int partition, int from) const {
     return -1;
 }
 
+bool HostQueue::claim(const Ring::Item& item) {
+    std::atomic<uint64_t>& claimed = claimed_[item.index];
+    uint64_t last = claimed.load(std::memory_order_relaxed);
+    while (last < item.ticket)
+        if (claimed.compare_exchange_weak(last, item.ticket, std::memory_order_acq_rel, std::memory_order_relaxed))
+            return true;
+    return false;
+}
+
+void HostQueue::claim_sharers(const Task& task, int limit, std::vector<Task>& sharers) {
+    const Ring ring = segment_.layer_ring(task.partition, task.layer);
+    if (ring.size() > 2 * uint64_t(segment_.geometry().max_lanes)) return;
+    ring.for_each([&](const Ring::Item& item) {
+        if (limit == 0 || item.prefix != task.prefix || !claim(item)) return;
+        sharers.push_back({task.layer, static_cast<int32_t>(item.index), item.ticket, item.number, task.partition,
+                           item.prefix});
+        --limit;
+    });
+}
+
 bool HostQueue::pop_layer(int partition, int layer, Task& task) {
     Ring ring = segment_.layer_ring(partition, layer);
     Ring::Item item;
-    if (ring.pop(item)) {
-        task = {layer, static_cast<int32_t>(item.index), item.ticket, item.number, partition};
+    while (ring.pop(item)) {
+        if (!claim(item)) continue;  // served out of turn
+        task = {layer, static_cast<int32_t>(item.index), item.ticket, item.number, partition, item.prefix};
         return true;
     }
     // Empty: clear the bit, then look again. A push that came before the clear is seen now; one that comes after it

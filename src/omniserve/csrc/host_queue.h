@@ -4,6 +4,8 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <memory>
+#include <vector>
 
 #include "segment.h"
 
@@ -16,6 +18,7 @@ struct Task {
     uint64_t ticket = 0;
     uint64_t number = 0;  // order of submission over all partitions and layers
     int32_t partition = 0;
+    uint32_t prefix = 0;  // first page of its lane
 };
 
 /// A worker's place at the queue. The worker alone uses it.
@@ -38,9 +41,15 @@ struct Seat {
 /// awake, or woken by whoever submits.
 class HostQueue {
 public:
-    explicit HostQueue(const Segment& segment) : segment_(segment) {}
+    explicit HostQueue(const Segment& segment)
+        : segment_(segment), claimed_(std::make_unique<std::atomic<uint64_t>[]>(segment.geometry().max_lanes)) {}
 
     bool pop(Seat& seat, Task& task);
+    /// Appends at most `limit` tasks that wait at the same layer as `task`, out of turn, and begin with the same page.
+    /// Their items stay in the ring, to be dropped when they come to its head; a ring that fills up with them (two for
+    /// each lane) gives no more. From there on every lane can push once before an item of its own must have been
+    /// popped, and so can those that others are claiming just now: four for each lane are room enough.
+    void claim_sharers(const Task& task, int limit, std::vector<Task>& sharers);
     /// A frame whose command is to be carried out.
     bool pop_frame(const Seat& seat, int& frame);
     bool has_work(const Seat& seat) const;
@@ -60,6 +69,8 @@ private:
         std::atomic<int32_t> workers{0};  // a hint: it decides who serves, never whether
     };
 
+    /// True for one caller per row in flight.
+    bool claim(const Ring::Item& item);
     bool pop_layer(int partition, int layer, Task& task);
     bool pop_partition(int partition, Task& task);
     bool pop_by_deadline(int partition, int current_layer, Task& task);
@@ -75,6 +86,7 @@ private:
     }
 
     Segment segment_;
+    std::unique_ptr<std::atomic<uint64_t>[]> claimed_;  // per slot: the last ticket served or being served; they grow
     std::atomic<float> ns_per_token_{0.0f};
     std::array<std::atomic<uint64_t>, kMaxPartitions> newest_served_{};  // per partition
     std::array<Idle, kMaxPartitions> idle_{};

@@ -9,18 +9,17 @@
 namespace omniserve {
 namespace {
 
-// A task below this many KV bytes takes some 20 microseconds on one core: less than waking a parked helper.
+// A row below this many KV bytes takes some 20 microseconds on one core: less than waking a parked helper.
 constexpr int64_t kSplitBytes = 512 * 1024;
-constexpr int64_t kMinPieceBytes = 128 * 1024;
-constexpr int kPiecesPerWorker = 4;  // enough to even out workers that join late
 
 void add(std::atomic<uint64_t>& counter, uint64_t amount) {
     // One writer per counter: no read-modify-write needed.
     counter.store(counter.load(std::memory_order_relaxed) + amount, std::memory_order_relaxed);
 }
 
-int64_t bytes_per_token(const KvGeometry& g) {
-    return 2 * int64_t(g.num_kv_heads) * g.head_dim * int64_t(item_size(g.dtype));
+float* scratch_of(WorkerContext& worker, size_t floats) {
+    if (worker.scratch.size() < floats) worker.scratch.resize(floats);
+    return worker.scratch.data();
 }
 
 }  // namespace
@@ -30,12 +29,26 @@ TaskRunner::TaskRunner(const Segment& segment, const PagedKv& arena, HostQueue& 
 
 void TaskRunner::set_num_workers(int num_workers) {
     num_workers_ = num_workers;
-    num_jobs_ = num_workers > 1 ? 2 * num_workers : 0;  // one may still be left by its last helper
-    jobs_ = std::make_unique<SplitJob[]>(num_jobs_);
+    num_jobs_ = 2 * num_workers;  // one may still be left by its last helper
+    jobs_ = std::make_unique<Job[]>(num_jobs_);
 }
 
 void TaskRunner::serve(const Task& task, WorkerContext& worker) {
     const uint64_t began_ns = now_ns();
+    Job* job = claim_job();
+    worker.tasks.assign(1, task);
+    if (job) queue_.claim_sharers(task, kMaxJobRows - 1, worker.tasks);
+    worker.rows.clear();
+    for (const Task& each : worker.tasks) begin(each, worker);  // before any piece may be read
+    if (job && is_worth_a_job(worker.rows)) {
+        job->began_ns = began_ns;
+        return open(*job, worker);
+    }
+    if (job) job->gate.leave();
+    for (const Row& row : worker.rows) serve_alone(row, began_ns, worker);
+}
+
+void TaskRunner::begin(const Task& task, WorkerContext& worker) {
     const SlotOrder& order = segment_.order(task.slot);
     if (ticket_epoch(task.ticket) != order.epoch.load(std::memory_order_acquire)) {
         add(worker.stats->stale_tasks, 1);
@@ -43,16 +56,8 @@ void TaskRunner::serve(const Task& task, WorkerContext& worker) {
     }
     if (queue_.note_served(task)) add(worker.stats->out_of_order, 1);
     const int position = order.position.load(std::memory_order_relaxed);
-    const int64_t tokens = position + 1;
-    append(task, position);  // before any piece may be read
-    if (try_split(task, tokens, began_ns, worker)) return;
-
-    const LaneGeometry& g = segment_.geometry();
-    const StateShape shape{g.num_kv_heads, g.group(), g.head_dim};
-    worker.scratch.resize(shape.floats() + scratch_floats(shape.num_heads, shape.group, shape.head_dim));
-    attend_range(task, 0, tokens, worker.scratch.data(), worker);
-    finish_states(worker.scratch.data(), shape, segment_.result(task.slot));
-    complete(task, tokens, began_ns, worker);
+    append(task, position);
+    worker.rows.push_back({task, position + 1});
 }
 
 void TaskRunner::append(const Task& task, int position) {
@@ -62,46 +67,50 @@ void TaskRunner::append(const Task& task, int position) {
                {segment_.k(task.slot), 0, segment_.v(task.slot), 0, segment_.geometry().act_dtype}, &page, &offset);
 }
 
-void TaskRunner::attend_range(const Task& task, int64_t first, int64_t last, float* state,
-                              WorkerContext& worker) {
-    const LaneGeometry& g = segment_.geometry();
-    attend({.kv = &arena_,
-            .page_table = segment_.page_table(task.slot),
-            .layer = task.layer,
-            .first_head = 0,
-            .num_heads = g.num_kv_heads,
-            .first = first,
-            .last = last,
-            .q = segment_.q(task.slot),
-            .group = g.group(),
-            .scale = g.score_scale(),
-            .state = state,
-            .scratch = worker.scratch.data() + g.num_kv_heads * state_floats(g.group(), g.head_dim)});
-    add(worker.stats->kv_bytes_read, uint64_t(last - first) * bytes_per_token(arena_.geometry));
+Job* TaskRunner::claim_job() {
+    Job* end = jobs_.get() + num_jobs_;
+    Job* job = std::find_if(jobs_.get(), end, [](Job& each) { return each.gate.try_claim(); });
+    return job == end ? nullptr : job;
 }
 
-bool TaskRunner::try_split(const Task& task, int64_t tokens, uint64_t began_ns, WorkerContext& worker) {
-    const LaneGeometry& g = segment_.geometry();
-    const int64_t bytes = tokens * bytes_per_token(arena_.geometry);
-    if (num_workers_ < 2 || bytes < kSplitBytes) return false;
-    SplitJob* job = std::find_if(jobs_.get(), jobs_.get() + num_jobs_, [](SplitJob& j) { return j.gate.try_claim(); });
-    if (job == jobs_.get() + num_jobs_) return false;
+bool TaskRunner::is_worth_a_job(const std::vector<Row>& rows) const {
+    if (rows.size() != 1) return !rows.empty();
+    return num_workers_ > 1 && rows[0].tokens * bytes_per_token(arena_.geometry) >= kSplitBytes;
+}
 
-    const int64_t piece_bytes = std::max(kMinPieceBytes, bytes / (num_workers_ * kPiecesPerWorker));
-    const int64_t pieces = std::max<int64_t>(1, bytes / piece_bytes);
-    job->task = task;
-    job->began_ns = began_ns;
-    job->tokens = tokens;
-    job->piece_tokens = (tokens + pieces - 1) / pieces;
-    job->num_pieces = static_cast<int32_t>((tokens + job->piece_tokens - 1) / job->piece_tokens);
-    job->states.resize(job->num_pieces * g.num_kv_heads * state_floats(g.group(), g.head_dim));
-    job->next.store(0, std::memory_order_relaxed);
-    job->left.store(job->num_pieces, std::memory_order_relaxed);
+void TaskRunner::open(Job& job, WorkerContext& worker) {
+    job.fill(segment_, worker.rows, num_workers_);
+    if (job.num_sharers() > 0) add(worker.stats->shared_rows, job.num_sharers());
+    const int partition = job.rows()[0].task.partition;
     num_open_.fetch_add(1, std::memory_order_relaxed);
-    job->gate.open();
-    segment_.notify_workers(task.partition, std::min(job->num_pieces, num_workers_) - 1);
-    work_on(*job, worker);
-    return true;
+    const int helpers = std::min(job.num_pieces(), num_workers_) - 1;
+    job.gate.open();
+    if (helpers > 0) segment_.notify_workers(partition, helpers);
+    work_on(job, worker);
+}
+
+void TaskRunner::serve_alone(const Row& row, uint64_t began_ns, WorkerContext& worker) {
+    const LaneGeometry& g = segment_.geometry();
+    const StateShape shape{g.num_kv_heads, g.group(), g.head_dim};
+    const size_t states = shape.floats();
+    float* scratch = scratch_of(worker, states + scratch_floats(shape.num_heads, shape.group, shape.head_dim));
+    attend({.kv = &arena_,
+            .page_table = segment_.page_table(row.task.slot),
+            .layer = row.task.layer,
+            .first_head = 0,
+            .num_heads = g.num_kv_heads,
+            .first = 0,
+            .last = row.tokens,
+            .q = segment_.q(row.task.slot),
+            .group = shape.group,
+            .scale = g.score_scale(),
+            .state = scratch,
+            .scratch = scratch + states});
+    finish_states(scratch, shape, segment_.result(row.task.slot));
+    add(worker.stats->kv_bytes_read, uint64_t(row.tokens * bytes_per_token(arena_.geometry)));
+    queue_.observe_service(now_ns() - began_ns, row.tokens);
+    add(worker.stats->tasks, 1);
+    publish(row.task);
 }
 
 bool TaskRunner::help(WorkerContext& worker) {
@@ -114,43 +123,27 @@ bool TaskRunner::help(WorkerContext& worker) {
     return false;
 }
 
-void TaskRunner::work_on(SplitJob& job, WorkerContext& worker) {
+void TaskRunner::work_on(Job& job, WorkerContext& worker) {
+    float* scratch = scratch_of(worker, job.scratch_floats());
     while (true) {
         const int piece = job.next.fetch_add(1, std::memory_order_relaxed);
-        if (piece >= job.num_pieces) break;
-        if (piece == job.num_pieces - 1) {  // the last one is handed out once: nobody need come in any more
+        if (piece >= job.num_pieces()) break;
+        if (piece == job.num_pieces() - 1) {  // the last one is handed out once: nobody need come in any more
             job.gate.close();
             num_open_.fetch_sub(1, std::memory_order_relaxed);
         }
-        do_piece(job, piece, worker);
-        if (job.left.fetch_sub(1, std::memory_order_acq_rel) == 1) finish_split(job, worker);
+        add(worker.stats->kv_bytes_read, uint64_t(job.attend_piece(segment_, arena_, piece, scratch)));
+        add(worker.stats->pieces, 1);
+        if (job.left.fetch_sub(1, std::memory_order_acq_rel) == 1) finish(job, worker);
     }
     job.gate.leave();
 }
 
-void TaskRunner::do_piece(SplitJob& job, int piece, WorkerContext& worker) {
-    const LaneGeometry& g = segment_.geometry();
-    const StateShape shape{g.num_kv_heads, g.group(), g.head_dim};
-    worker.scratch.resize(shape.floats() + scratch_floats(shape.num_heads, shape.group, shape.head_dim));
-    const int64_t first = piece * job.piece_tokens;
-    attend_range(job.task, first, std::min(job.tokens, first + job.piece_tokens),
-                 job.states.data() + piece * shape.floats(), worker);
-    add(worker.stats->pieces, 1);
-}
-
-void TaskRunner::finish_split(SplitJob& job, WorkerContext& worker) {
-    const LaneGeometry& g = segment_.geometry();
-    const StateShape shape{g.num_kv_heads, g.group(), g.head_dim};
-    float* merged = job.states.data();
-    for (int i = 1; i < job.num_pieces; ++i) merge_states(merged, merged + i * shape.floats(), shape);
-    finish_states(merged, shape, segment_.result(job.task.slot));
-    complete(job.task, job.tokens, job.began_ns, worker);
-}
-
-void TaskRunner::complete(const Task& task, int64_t tokens, uint64_t began_ns, WorkerContext& worker) {
-    queue_.observe_service(now_ns() - began_ns, tokens);
-    add(worker.stats->tasks, 1);
-    publish(task);
+void TaskRunner::finish(Job& job, WorkerContext& worker) {
+    job.finish(segment_);
+    queue_.observe_service(now_ns() - job.began_ns, job.distinct_tokens());
+    add(worker.stats->tasks, job.rows().size());
+    for (const Row& row : job.rows()) publish(row.task);
 }
 
 void TaskRunner::publish(const Task& task) {

@@ -1,7 +1,7 @@
-// Serving one task: append its key and value, attend, write the result, publish.
+// Serving rows: append key and value, attend, write the result, publish.
 //
-// A long context is split into pieces (KV head x token range) that other workers help with; whoever finishes the last
-// piece merges and publishes. Nobody waits for anybody.
+// A long context, or rows that share one, become a job cut into pieces that other workers help with; whoever finishes
+// the last piece merges and publishes. Nobody waits for anybody.
 #pragma once
 
 #include <atomic>
@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "attention.h"
-#include "gate.h"
+#include "host_job.h"
 #include "host_queue.h"
 #include "segment.h"
 
@@ -19,8 +19,10 @@ namespace omniserve {
 /// What one worker brings along.
 struct WorkerContext {
     WorkerStats* stats = nullptr;
-    std::vector<float> scratch;
+    std::vector<float> scratch = {};
     Seat seat = {};
+    std::vector<Task> tasks = {};  // being begun
+    std::vector<Row> rows = {};
 };
 
 class TaskRunner {
@@ -28,12 +30,13 @@ public:
     /// eventfd: written when something completes while the engine waits; -1 for none.
     TaskRunner(const Segment& segment, const PagedKv& arena, HostQueue& queue, int eventfd);
 
-    /// Splits tasks from now on so that `num_workers` can share them. Not while tasks run.
+    /// Opens jobs from now on that `num_workers` can share. Not while tasks run.
     void set_num_workers(int num_workers);
 
-    /// Serves the task, or opens it for others and serves a part. A task of an old epoch is acknowledged only.
+    /// Serves the task, with those waiting at its layer that share its prefix, or opens them for others and serves a
+    /// part. A task of an old epoch is acknowledged only.
     void serve(const Task& task, WorkerContext& worker);
-    /// Takes pieces of a task some other worker opened. False when there is none.
+    /// Takes pieces of a job some other worker opened. False when there is none.
     bool help(WorkerContext& worker);
     bool has_open_job() const { return num_open_.load(std::memory_order_relaxed) > 0; }
 
@@ -41,25 +44,15 @@ public:
     void copy(int frame, WorkerContext& worker);
 
 private:
-    struct SplitJob {
-        Gate gate;
-        Task task;
-        uint64_t began_ns = 0;
-        int64_t tokens = 0;
-        int64_t piece_tokens = 0;
-        int32_t num_pieces = 0;
-        std::vector<float> states;  // [num_pieces][num_kv_heads] states
-        std::atomic<int32_t> next{0};
-        std::atomic<int32_t> left{0};
-    };
-
-    bool try_split(const Task& task, int64_t tokens, uint64_t began_ns, WorkerContext& worker);
-    void work_on(SplitJob& job, WorkerContext& worker);
-    void do_piece(SplitJob& job, int piece, WorkerContext& worker);
-    void finish_split(SplitJob& job, WorkerContext& worker);
-    void attend_range(const Task& task, int64_t first, int64_t last, float* state, WorkerContext& worker);
+    /// Appends the token of a task and adds it to the rows; one of an old epoch is acknowledged and left out.
+    void begin(const Task& task, WorkerContext& worker);
     void append(const Task& task, int position);
-    void complete(const Task& task, int64_t tokens, uint64_t began_ns, WorkerContext& worker);
+    Job* claim_job();
+    bool is_worth_a_job(const std::vector<Row>& rows) const;
+    void open(Job& job, WorkerContext& worker);
+    void serve_alone(const Row& row, uint64_t began_ns, WorkerContext& worker);
+    void work_on(Job& job, WorkerContext& worker);
+    void finish(Job& job, WorkerContext& worker);
     void publish(const Task& task);
     void wake_engine();
 
@@ -68,7 +61,7 @@ private:
     HostQueue& queue_;
     int eventfd_;
     int num_workers_ = 0;
-    std::unique_ptr<SplitJob[]> jobs_;
+    std::unique_ptr<Job[]> jobs_;
     int num_jobs_ = 0;
     std::atomic<int32_t> num_open_{0};
 };

@@ -99,9 +99,10 @@ void LanePort::claim_lanes(int layer, int n, const int32_t* slots) {
 
 int LanePort::submit(int layer, int slot) {
     Lane& here = lanes_[slot];
-    const int partition = geometry().partition_of_page(segment_.page_table(slot)[0]);
+    const int32_t first_page = segment_.page_table(slot)[0];
+    const int partition = geometry().partition_of_page(first_page);
     here.ticket = make_ticket(segment_.order(slot).epoch.load(std::memory_order_relaxed), ++here.sequence);
-    segment_.layer_ring(partition, layer).push({uint32_t(slot), here.ticket, next_number_});
+    segment_.layer_ring(partition, layer).push({uint32_t(slot), here.ticket, next_number_, uint32_t(first_page)});
     waiting_[layer].push_back({slot, iteration_, next_number_});
     ++next_number_;
     ++stats_.submitted_rows;
@@ -282,7 +283,7 @@ LanePort::FrameJob& LanePort::submit_copy(const PageCopy& copy, CopyKind kind, c
     std::copy(copy.host_pages.begin(), copy.host_pages.end(), command.host_pages());
     command.state.store(uint32_t(FrameState::submitted), std::memory_order_relaxed);
     const int partition = geometry().partition_of_page(copy.host_pages[0]);
-    segment_.frame_ring(partition).push({uint32_t(frame), 0, command.number});
+    segment_.frame_ring(partition).push({uint32_t(frame), 0, command.number, 0});
     segment_.notify_workers(partition, 1);
     return frame_jobs_.emplace_back(FrameJob{frame, false, copy, nullptr});
 }

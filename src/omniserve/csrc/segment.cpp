@@ -50,6 +50,7 @@ void Ring::push(Item item) {
     entry.index.store(item.index, std::memory_order_relaxed);
     entry.ticket.store(item.ticket, std::memory_order_relaxed);
     entry.number.store(item.number, std::memory_order_relaxed);
+    entry.prefix.store(item.prefix, std::memory_order_relaxed);
     ends_->tail.store(tail + 1, std::memory_order_release);
 }
 
@@ -59,8 +60,19 @@ bool Ring::read(uint64_t head, Item& item) const {
     // compare-exchange fails (or, for a peek, the hint is stale) and the values are dropped.
     const RingEntry& entry = entries_[head & mask_];
     item = {entry.index.load(std::memory_order_relaxed), entry.ticket.load(std::memory_order_relaxed),
-            entry.number.load(std::memory_order_relaxed)};
+            entry.number.load(std::memory_order_relaxed), entry.prefix.load(std::memory_order_relaxed)};
     return true;
+}
+
+bool Ring::read_behind_head(uint64_t at, Item& item) const {
+    // The values are of one item if `head` has not passed it after they were read: until then nobody overwrites them.
+    // (A read-modify-write, because it may not move before the reads above; the thread sanitizer knows no fences.)
+    return read(at, item) && ends_->head.fetch_add(0, std::memory_order_acq_rel) <= at;
+}
+
+uint64_t Ring::size() const {
+    const uint64_t head = ends_->head.load(std::memory_order_acquire);
+    return ends_->tail.load(std::memory_order_acquire) - head;
 }
 
 bool Ring::peek(Item& item) const { return read(ends_->head.load(std::memory_order_acquire), item); }
@@ -81,7 +93,7 @@ Segment::Offsets Segment::lay_out(const LaneGeometry& g) {
     o.bitmap_row = align_up((g.num_layers + 63) / 64 * sizeof(uint64_t), kLine);
     o.command_row = align_up(sizeof(FrameCommand) + g.max_pages_per_frame() * sizeof(int32_t), kLine);
     o.frame_bytes = align_up(g.device_kv().page_bytes(), kLine);
-    o.lane_capacity = std::bit_ceil(uint64_t(g.max_lanes));
+    o.lane_capacity = std::bit_ceil(4 * uint64_t(g.max_lanes));  // see HostQueue::claim_sharers
     o.frame_capacity = std::bit_ceil(uint64_t(g.num_frames) + 1);
 
     size_t at = align_up(sizeof(SegmentHeader), kLine);

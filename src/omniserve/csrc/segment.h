@@ -84,6 +84,7 @@ struct RingEntry {
     std::atomic<uint32_t> index;   // slot or frame
     std::atomic<uint64_t> ticket;  // 0 in a frame ring
     std::atomic<uint64_t> number;  // counts submissions over all partitions and layers (or frames), in order
+    std::atomic<uint32_t> prefix;  // first page of the lane's table: lanes that share tokens share it; 0 in a frame ring
 };
 
 struct alignas(kLine) RingEnds {
@@ -98,6 +99,7 @@ public:
         uint32_t index;
         uint64_t ticket;
         uint64_t number;
+        uint32_t prefix;
     };
 
     Ring(RingEnds* ends, RingEntry* entries, uint64_t capacity) : ends_(ends), entries_(entries), mask_(capacity - 1) {}
@@ -110,9 +112,20 @@ public:
     /// Reads the oldest item without taking it; another consumer may take it at any time.
     bool peek(Item& item) const;
     bool pop(Item& item);
+    /// Number of items, and look(item) for each from the oldest on, none of which is taken. An item that another
+    /// consumer pops meanwhile is left out.
+    uint64_t size() const;
+    template <class Look>
+    void for_each(Look&& look) const {
+        Item item;
+        const uint64_t tail = ends_->tail.load(std::memory_order_acquire);
+        for (uint64_t at = ends_->head.load(std::memory_order_acquire); at < tail; ++at)
+            if (read_behind_head(at, item)) look(item);
+    }
 
 private:
     bool read(uint64_t head, Item& item) const;
+    bool read_behind_head(uint64_t at, Item& item) const;
 
     RingEnds* ends_;
     RingEntry* entries_;
@@ -138,7 +151,8 @@ struct alignas(kLine) FrameCommand {
 struct alignas(kLine) WorkerStats {
     std::atomic<uint64_t> busy_ns;        // serving tasks, pieces and copies
     std::atomic<uint64_t> tasks;          // answered with a result
-    std::atomic<uint64_t> pieces;         // parts of split tasks
+    std::atomic<uint64_t> pieces;         // parts of jobs
+    std::atomic<uint64_t> shared_rows;    // served with others that share a prefix, opened by this worker
     std::atomic<uint64_t> stale_tasks;    // of an old epoch: acknowledged, not computed
     std::atomic<uint64_t> out_of_order;   // tasks served after one submitted later
     std::atomic<uint64_t> kv_bytes_read;
