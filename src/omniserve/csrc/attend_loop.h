@@ -23,12 +23,26 @@ constexpr int kTile = 64;
 constexpr int kChunk = 16;                      // tokens whose scores are computed together
 constexpr int kScoreStride = kTile + kChunk;    // a chunk may write past the tile's last token
 
+/// What a storage type keeps beside its elements: for int8 the scales of a run's tokens, else nothing.
+template <class T>
+struct RunScales {};
+template <>
+struct RunScales<int8_t> {
+    const float* k;
+    const float* v;
+};
+template <class T>
+constexpr bool kHasScales = false;
+template <>
+constexpr bool kHasScales<int8_t> = true;
+
 /// Tokens of a tile that lie in one page.
 template <class T>
 struct Run {
     const T* k;     // dimension 0 of the first token; dimension d is page_size * d further on
     const T* v;     // first token's row; the next token's is head_dim further on
     int32_t count;  // tokens
+    [[no_unique_address]] RunScales<T> scales;
 };
 
 template <class T>
@@ -37,6 +51,34 @@ struct Tile {
     int32_t num_runs = 0;
     int32_t num_tokens = 0;
 };
+
+/// Scales of `count` tokens of a page, on their way into the cache: they lie apart from K and V.
+template <class T>
+RunScales<T> scales_of(const AttendArgs& args, int64_t page, int32_t offset, int32_t count) {
+    RunScales<T> scales;
+    if constexpr (kHasScales<T>) {
+        scales = {args.kv->k_scales(page, args.layer, args.kv_head) + offset,
+                  args.kv->v_scales(page, args.layer, args.kv_head) + offset};
+        for (int32_t t = 0; t < count; t += 16) {
+            __builtin_prefetch(scales.k + t);
+            __builtin_prefetch(scales.v + t);
+        }
+    }
+    return scales;
+}
+
+/// Multiplies column t of rows [group][kScoreStride] by token t's scale: scores of integers by those of K, weights of
+/// integers by those of V.
+template <class T>
+void multiply_by_scales(const Tile<T>& tile, const float* RunScales<T>::*which, float* rows, int group) {
+    for (int r = 0; r < tile.num_runs; ++r) {
+        const float* scales = tile.runs[r].scales.*which;
+        const int32_t count = tile.runs[r].count;
+        for (int g = 0; g < group; ++g)
+            for (int32_t t = 0; t < count; ++t) rows[g * kScoreStride + t] *= scales[t];
+        rows += count;
+    }
+}
 
 template <class T>
 void fill_tile(Tile<T>& tile, const AttendArgs& args, int64_t first) {
@@ -51,7 +93,8 @@ void fill_tile(Tile<T>& tile, const AttendArgs& args, int64_t first) {
         tile.runs[tile.num_runs++] = {args.kv->k_block<T>(page, args.layer, args.kv_head) + offset,
                                       args.kv->v_block<T>(page, args.layer, args.kv_head) +
                                           size_t(offset) * args.kv->geometry.head_dim,
-                                      static_cast<int32_t>(count)};
+                                      static_cast<int32_t>(count),
+                                      scales_of<T>(args, page, offset, static_cast<int32_t>(count))};
         tile.num_tokens += static_cast<int32_t>(count);
         t += count;
     }
@@ -77,8 +120,10 @@ void attend_loop(const AttendArgs& args) {
         t += now->num_tokens;
         fill_tile(*next, args, t);
         Ops::scores(*now, args.kv->geometry.page_size, head_dim, q, group, scores);
+        if constexpr (kHasScales<T>) multiply_by_scales(*now, &RunScales<T>::k, scores, group);
         for (int g = 0; g < group; ++g)
             rescale[g] = Ops::softmax(scores + g * kScoreStride, now->num_tokens, m[g], l[g]);
+        if constexpr (kHasScales<T>) multiply_by_scales(*now, &RunScales<T>::v, scores, group);
         Ops::accumulate(*now, *next, args.kv->geometry.page_size, head_dim, scores, group, rescale, acc);
         Tile<T>* done = now;
         now = next;

@@ -87,6 +87,22 @@ struct Storage<DType::f16> {
     static void natural(__m512*) {}
 };
 
+template <>
+struct Storage<DType::i8> {  // the integers: attend_loop multiplies by their scales
+    using T = int8_t;
+    template <int kVecs, bool kMasked>
+    static void load(const T* p, int count, __m512* x) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kVecs; ++i) {
+            const __m128i bits = kMasked ? _mm_maskz_loadu_epi8(first_lanes(count - i * kLanes), p + i * kLanes)
+                                         : _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i * kLanes));
+            x[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bits));
+        }
+    }
+    template <int kVecs>
+    static void natural(__m512*) {}
+};
+
 /// As in attention_avx2.cpp: relative error at most 1e-7 (tested); 0 below -87, before results turn subnormal.
 __m512 exp_nonpositive(__m512 x) {
     const __m512 lowest = _mm512_set1_ps(-87.0f);
@@ -125,7 +141,7 @@ struct Avx512Ops {
                              const char* ahead) {
         constexpr int kUnroll = kGroup * kVecs >= 12 ? 1 : kGroup * kVecs >= 4 ? 2 : 4;  // hides the latency of FMA
         constexpr int kStep = kUnroll < 2 ? 2 : kUnroll;
-        constexpr int kLines = kStep * int(sizeof(T)) * kVecs * kLanes / 64;
+        constexpr int kLines = (kStep * int(sizeof(T)) * kVecs * kLanes + 63) / 64;
         const int ahead_step = kStep * count * int(sizeof(T));
         __m512 sum[kUnroll][kGroup][kVecs];
         for (auto& part : sum)
@@ -375,7 +391,8 @@ uint64_t stream_sum(const void* from, size_t bytes) {
 
 const Kernels kAvx512Kernels = {
     "avx512",
-    {attend_loop<Avx512Ops<DType::f32>>, attend_loop<Avx512Ops<DType::bf16>>, attend_loop<Avx512Ops<DType::f16>>},
+    {attend_loop<Avx512Ops<DType::f32>>, attend_loop<Avx512Ops<DType::bf16>>, attend_loop<Avx512Ops<DType::f16>>,
+     attend_loop<Avx512Ops<DType::i8>>},
     exp_nonpositive_all,
     to_f32,
     from_f32,

@@ -19,10 +19,6 @@ void add(std::atomic<uint64_t>& counter, uint64_t amount) {
     counter.store(counter.load(std::memory_order_relaxed) + amount, std::memory_order_relaxed);
 }
 
-int64_t bytes_per_token(const KvGeometry& g) {
-    return 2 * int64_t(g.num_kv_heads) * g.head_dim * int64_t(item_size(g.dtype));
-}
-
 }  // namespace
 
 TaskRunner::TaskRunner(const Segment& segment, const PagedKv& arena, HostQueue& queue, int eventfd)
@@ -79,12 +75,12 @@ void TaskRunner::attend_range(const Task& task, int kv_head, int64_t first, int6
             .scale = g.score_scale(),
             .state = state,
             .scratch = worker.scratch.data() + state_floats(g.group(), g.head_dim)});
-    add(worker.stats->kv_bytes_read, uint64_t(last - first) * bytes_per_token(arena_.geometry) / g.num_kv_heads);
+    add(worker.stats->kv_bytes_read, uint64_t(last - first) * arena_.geometry.token_bytes() / g.num_kv_heads);
 }
 
 bool TaskRunner::try_split(const Task& task, int64_t tokens, uint64_t began_ns, WorkerContext& worker) {
     const LaneGeometry& g = segment_.geometry();
-    const int64_t bytes = tokens * bytes_per_token(arena_.geometry);
+    const int64_t bytes = tokens * int64_t(arena_.geometry.token_bytes());
     if (num_workers_ < 2 || bytes < kSplitBytes) return false;
     SplitJob* job = std::find_if(jobs_.get(), jobs_.get() + num_jobs_, [](SplitJob& j) { return j.gate.try_claim(); });
     if (job == jobs_.get() + num_jobs_) return false;
@@ -181,7 +177,7 @@ void TaskRunner::copy(int frame, WorkerContext& worker) {
         moved += count;
     }
     add(worker.stats->copies, 1);
-    add(worker.stats->copied_bytes, uint64_t(command.num_tokens) * bytes_per_token(host) * host.num_layers);
+    add(worker.stats->copied_bytes, uint64_t(command.num_tokens) * host.token_bytes() * host.num_layers);
     command.state.store(uint32_t(FrameState::done), std::memory_order_seq_cst);
     wake_engine();
 }

@@ -22,7 +22,7 @@
 namespace omniserve {
 
 inline constexpr uint64_t kSegmentMagic = 0x4f4d4e4953455256;  // "OMNISERV"
-inline constexpr uint32_t kSegmentVersion = 1;
+inline constexpr uint32_t kSegmentVersion = 2;
 inline constexpr size_t kLine = 64;  // bytes of a cache line
 inline constexpr int kMaxWorkers = 1024;
 
@@ -33,7 +33,8 @@ struct LaneGeometry {
     int32_t head_dim = 0;
     int32_t hidden_size = 0;
     DType act_dtype = DType::f32;  // of q, k, v, attention result and residual rows in the model
-    DType kv_dtype = DType::f32;   // of KV on both sides
+    DType kv_dtype = DType::f32;   // of KV on the device
+    DType host_kv_dtype = DType::f32;  // of KV on the host: kv_dtype, or int8, from which nothing returns
     int32_t max_lanes = 0;
     int32_t host_page_size = 0;    // tokens
     int32_t max_pages_per_lane = 0;  // host pages
@@ -49,8 +50,9 @@ struct LaneGeometry {
     size_t q_elements() const { return size_t(num_heads) * head_dim; }
     size_t kv_elements() const { return size_t(num_kv_heads) * head_dim; }
     float score_scale() const;
-    KvGeometry host_kv() const { return {num_layers, num_kv_heads, head_dim, host_page_size, kv_dtype}; }
+    KvGeometry host_kv() const { return {num_layers, num_kv_heads, head_dim, host_page_size, host_kv_dtype}; }
     KvGeometry device_kv() const { return {num_layers, num_kv_heads, head_dim, device_page_size, kv_dtype}; }
+    bool is_host_kv_lossy() const { return host_kv_dtype != kv_dtype; }
     /// Host pages that one device page can touch.
     int max_pages_per_frame() const { return (device_page_size + host_page_size - 1) / host_page_size + 1; }
 };

@@ -22,7 +22,10 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Sizes the policy works within. Pages, tokens and rows; frames are staging pages in flight."""
+    """Sizes the policy works within. Pages, tokens and rows; frames are staging pages in flight.
+
+    host_kv_is_lossy: KV on the host is rounded, so that it never returns to the device.
+    """
 
     num_layers: int
     num_device_pages: int
@@ -36,6 +39,7 @@ class Limits:
     num_frames: int
     max_copies_per_step: int
     host_offload: Literal["auto", "always", "never"]
+    host_kv_is_lossy: bool = False
 
 
 @dataclass(slots=True)
