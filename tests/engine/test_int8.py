@@ -179,7 +179,7 @@ def test_agreement_of_int8_lanes_with_float32_lanes_on_smollm2(
         same_texts += tokens == expected
         total += len(tokens)
     TALLY.notes.append(
-        f"int8 lanes, SmolLM2: {equal} of {total} tokens, {same_texts} of {len(arrivals)} texts equal float32 "
+        f"int8 lanes, SmolLM2: {equal} of {total} tokens, {same_texts} of {len(arrivals)} texts equal float "
         f"lanes'; {given_ours} of {total} tokens are the exact model's choice after the same ones"
     )
     assert given_ours >= MIN_AGREEMENT * total
