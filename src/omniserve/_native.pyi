@@ -6,7 +6,7 @@ Conventions of the whole module:
   ``numpy.ndarray.ctypes.data`` give them; the caller keeps the memory alive and vouches for shape and
   dtype. Strides are in elements, between rows.
 - dtypes are "float32", "bfloat16" or "float16". *act dtype* is that of the model's rows, *KV dtype* that
-  of pages.
+  of pages; KV on the host alone may also be "int8", which is lossy.
 - Seconds and bytes; log-sum-exp is the natural logarithm.
 - A value out of range raises ValueError naming field and limit; a call in the wrong state RuntimeError.
 """
@@ -54,7 +54,9 @@ class KvGeometry:
     """Shape of one side's KV. head_dim is a multiple of 8 from 64 to 256, page_size any number of tokens.
 
     A page is one contiguous blob
-    ``[layer][K: [kv_head][head_dim][page_size] | V: [kv_head][page_size][head_dim]]``.
+    ``[layer][K: [kv_head][head_dim][page_size] | V: [kv_head][page_size][head_dim]]``. With dtype "int8" each
+    layer goes on ``[K scales: [kv_head][page_size] | V scales: [kv_head][page_size]]`` in float32, padded to
+    64 bytes: an element is worth its integer times the scale of its token and KV head.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class PagedKv:
     ) -> None:
         """Writes row i of k and v to token offsets[i] of page page_ids[i], converted to the KV dtype.
 
+        int8: scale = largest magnitude / 127 for each KV head, elements rounded to nearest even.
         Rows are [num_kv_heads * head_dim] in act_dtype; page_ids and offsets are int32 [n]. Nothing is
         written when one of them is out of range.
         """
@@ -110,7 +113,8 @@ class PagedKv:
     ) -> None:
         """Copies tokens [first_token, num_tokens) of one layer, through the int32 page table ``table``.
 
-        k_out and v_out are [num_kv_heads][num_tokens - first_token][head_dim] in the KV dtype.
+        k_out and v_out are [num_kv_heads][num_tokens - first_token][head_dim] in the KV dtype. ValueError for
+        int8.
         """
 
 class ThreadTeam:
@@ -177,6 +181,8 @@ class LaneGeometry:
 
     num_partitions (at most 32, and num_host_pages) divides the host pages into contiguous runs: one per NUMA
     node.
+    kv_dtype is the device's. host_kv_dtype is "auto" (the same), its name, or "int8", from which no page
+    returns.
     """
 
     def __init__(
@@ -197,6 +203,7 @@ class LaneGeometry:
         num_frames: int = 0,
         scale: float = 0.0,
         num_partitions: int = 1,
+        host_kv_dtype: str = "auto",
     ) -> None: ...
     @property
     def num_layers(self) -> int: ...
@@ -212,6 +219,8 @@ class LaneGeometry:
     def act_dtype(self) -> str: ...
     @property
     def kv_dtype(self) -> str: ...
+    @property
+    def host_kv_dtype(self) -> str: ...
     @property
     def max_lanes(self) -> int: ...
     @property
@@ -332,7 +341,10 @@ class LanePort:
         host_pages: list[int],
         device_page_addr: int,
     ) -> None:
-        """Host -> device page; `collect_copies` writes the token range into the device page."""
+        """Host -> device page; `collect_copies` writes the token range into the device page.
+
+        RuntimeError when host_kv_dtype is int8.
+        """
     def cancel_fetch(self, id: int) -> None:
         """The device page is not wanted any more and is not written; the id is still reported when done."""
     def collect_copies(self) -> list[int]:

@@ -120,6 +120,10 @@ def _generate(options: argparse.Namespace) -> int:
             outputs = llm.generate(prompts, params, options.service_class)
         for output in outputs:
             print(json.dumps(asdict(output)) if options.json else output.text)
+        num_lossy = sum(not output.metrics.is_exact for output in outputs)
+        if num_lossy:
+            lossy = f"{num_lossy} of {len(outputs)} texts come from int8 KV on the host and are not exact"
+            print(f"omniserve: {lossy}", file=sys.stderr)
         if options.stats:
             print(json.dumps(llm.stats(), indent=2), file=sys.stderr)
     return 0

@@ -12,6 +12,7 @@ from omniserve.errors import ConfigError
 HostOffload = Literal["auto", "always", "never"]
 Reentry = Literal["same_iteration", "next_iteration", "wait"]
 DTypeName = Literal["auto", "float32", "bfloat16"]
+HostKvDTypeName = Literal["auto", "int8"]
 
 # Shares of the memory limit used when the caller sets none. The weights, the Python processes and the
 # page cache need the rest.
@@ -96,6 +97,10 @@ class EngineConfig:
     device_memory_bytes, host_memory_bytes
                       KV memory of each side; None: shares of the cgroup's memory limit.
     host_mlock        keep the host's KV from being swapped out; refused: a warning, and on without.
+    host_kv_dtype     storage of KV on the host: "auto", that of the model, or "int8" with a scale per token
+                      and head: two to four times as many tokens in host memory, but LOSSY. Texts of lanes
+                      are then outside the exactness promise and marked (`metrics.is_exact` is False), and
+                      lanes never return to the device.
     host_offload      "auto": BE decodes on the device while free pages exceed the watermark, else becomes
                       a lane; "always": after its prefill; "never": no host process.
     reentry           when a lane's attention result may enter: "same_iteration", "next_iteration" (the
@@ -121,6 +126,7 @@ class EngineConfig:
     device_memory_bytes: int | None = None
     host_memory_bytes: int | None = None
     host_mlock: bool = False
+    host_kv_dtype: HostKvDTypeName = "auto"
     host_offload: HostOffload = "auto"
     reentry: Reentry = "same_iteration"
     max_model_len: int | None = None
@@ -137,6 +143,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         self._check_choice("dtype", DTypeName)
+        self._check_choice("host_kv_dtype", HostKvDTypeName)
         self._check_choice("host_offload", HostOffload)
         self._check_choice("reentry", Reentry)
         if type(self.host_mlock) is not bool:

@@ -108,11 +108,14 @@ class RequestMetrics:
 
     tpot_s leaves the first token out; None when fewer than two tokens came.
     num_lane_tokens: tokens decoded with host attention (the rest were decoded on the device).
+    is_exact: False once a token was decoded from lossy KV (host_kv_dtype="int8"): the text is then outside
+    the exactness promise.
     """
 
     ttft_s: float | None = None
     tpot_s: float | None = None
     num_lane_tokens: int = 0
+    is_exact: bool = True
 
 
 @dataclass(frozen=True, slots=True)

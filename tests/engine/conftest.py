@@ -45,7 +45,7 @@ def few_outputs_are_ties() -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if TALLY.outputs:
+    if TALLY.outputs or TALLY.notes:
         terminalreporter.section("token equality with transformers")
         for line in TALLY.lines():
             terminalreporter.line(line)

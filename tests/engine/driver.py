@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.reference import Reference
-from omniserve.attention.cpu import kv_geometry
+from omniserve.attention.cpu import dtype_name, kv_geometry
 from omniserve.config import EngineConfig, split_cpus
 from omniserve.engine import cpu_executor
 from omniserve.engine.build import make_engine
@@ -49,7 +49,7 @@ class Subject:
 
 def kv_page_bytes(decoder: Decoder, page_size: int) -> int:
     heads, head_dim = decoder.num_kv_heads, decoder.head_dim
-    return kv_geometry(decoder.num_layers, heads, head_dim, page_size, decoder.dtype).page_bytes
+    return kv_geometry(decoder.num_layers, heads, head_dim, page_size, dtype_name(decoder.dtype)).page_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,16 @@ def test_generate_prints_the_text_alone() -> None:
     assert "Paris" in result.stdout
 
 
+def test_texts_from_int8_kv_are_marked_on_standard_error() -> None:
+    settings = ["--host-offload", "always", "--host-kv-dtype", "int8", "--max-model-len", "256"]
+    result = omniserve(
+        "generate", "One, two,", "--json", "--max-tokens", "3", "--service-class", "best_effort", *settings
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["metrics"]["is_exact"] is False
+    assert result.stderr == ("omniserve: 1 of 1 texts come from int8 KV on the host and are not exact\n")
+
+
 def test_generate_reads_prompts_from_standard_input_and_prints_json() -> None:
     result = omniserve("generate", "--json", "--max-tokens", "3", *SMALL, stdin="One, two,\n\nA, B,\n")
     outputs = [json.loads(line) for line in result.stdout.splitlines()]
@@ -53,6 +63,7 @@ def test_generate_reads_prompts_from_standard_input_and_prints_json() -> None:
         (["generate", "x", "--max-tokens", "0"], 1, "max_tokens"),
         (["generate", "x", "--model", "nothing"], 1, "smollm2-135m"),
         (["generate", "x", "--reentry", "later"], 2, "same_iteration"),
+        (["generate", "x", "--host-kv-dtype", "float16"], 2, "int8"),
         (["generate", "x", "--page-size", "many"], 2, "page-size"),
         (["model", "fetch", "nothing"], 1, "smollm2-135m"),
         (["dance"], 2, "COMMAND"),

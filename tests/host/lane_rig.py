@@ -43,6 +43,19 @@ def attention(q: Rows, keys: Rows, values: Rows) -> npt.NDArray[np.float64]:
     return out
 
 
+def as_int8(rows: Rows) -> tuple[npt.NDArray[np.int8], Rows]:
+    """What int8 storage keeps of rows [..., dim]: integers and scales [..., 1]."""
+    amax = np.abs(rows).max(axis=-1, keepdims=True)
+    scales = (amax / np.float32(127)).astype(np.float32)
+    integers = np.rint(rows / np.where(scales == 0, np.float32(1), scales))
+    return integers.astype(np.int8), scales
+
+
+def dequantised(rows: Rows) -> npt.NDArray[np.float64]:
+    integers, scales = as_int8(rows)
+    return integers * scales.astype(np.float64)
+
+
 class Rig:
     """A port, a host, and what every lane's attention must be."""
 
@@ -88,8 +101,9 @@ class Rig:
             k_addr + 4 * width, 2 * width, x.ctypes.data, g.hidden_size,
         )  # fmt: skip
         for i, slot in enumerate(slots):
-            self.keys[slot][layer] = np.concatenate([self.keys[slot][layer], kv[i, None, 0]])
-            self.values[slot][layer] = np.concatenate([self.values[slot][layer], kv[i, None, 1]])
+            kept = dequantised(kv[i, None]) if g.host_kv_dtype == "int8" else kv[i, None]
+            self.keys[slot][layer] = np.concatenate([self.keys[slot][layer], kept[:, 0]])
+            self.values[slot][layer] = np.concatenate([self.values[slot][layer], kept[:, 1]])
             self.expected[slot] = attention(q[i], self.keys[slot][layer], self.values[slot][layer])
             self.residual[slot] = x[i]
 

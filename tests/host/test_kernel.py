@@ -372,7 +372,7 @@ def test_a_write_outside_the_store_changes_nothing() -> None:
         ({"head_dim": 100}, "head_dim must be a multiple of 8 from 64 to 256, not 100"),
         ({"page_size": 0}, "page_size must be from 1 to 1048576, not 0"),
         ({"num_kv_heads": 0}, "num_kv_heads must be from 1 to 65536, not 0"),
-        ({"dtype": "int8"}, "dtype must be float32, bfloat16 or float16, not int8"),
+        ({"dtype": "int4"}, "dtype must be float32, bfloat16, float16 or int8, not int4"),
     ],
 )
 def test_a_bad_geometry_is_refused(change: dict[str, Any], message: str) -> None:

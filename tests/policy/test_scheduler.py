@@ -154,6 +154,24 @@ def test_a_lane_comes_back_when_the_device_has_room_again() -> None:
     assert world.produced == {batch[0]: 30, batch[1]: 30, chat: 4}
 
 
+def test_no_lane_comes_back_from_lossy_kv_and_everybody_finishes() -> None:
+    """The story above, in which a lane would come back; it ends its text on the host instead."""
+    limits = make_limits(num_device_pages=16, watermark_pages=2, max_lanes=4, host_kv_is_lossy=True)
+    world = World(limits)
+    batch = [world.add(8, 30, best_effort=True) for _ in range(2)]
+    chat = world.add(36, 4, best_effort=False)
+    seen = set()
+    while not world.state.is_idle:
+        assert not any(isinstance(m, SwapIn) for m in schedule(world.state, 0.0, world.cost).moves)
+        world.step()
+        seen |= set(world.phases().values())
+    assert Phase.LANE in seen
+    assert Phase.MOVING_IN not in seen
+    assert world.state.num_displaced > 0
+    assert world.state.num_dropped == 0
+    assert world.produced == {batch[0]: 30, batch[1]: 30, chat: 4}
+
+
 def test_batch_prompts_wait_while_ready_lanes_are_left_out() -> None:
     world = World(make_limits(host_offload="always", num_device_pages=40, num_host_pages=40))
     world.add(4, 12, best_effort=True)
@@ -238,10 +256,15 @@ def test_latency_sensitive_overcommit_is_counted_as_a_broken_promise() -> None:
     assert world.produced == {0: 14, 1: 14}
 
 
-@pytest.mark.parametrize("mode", ["auto", "always", "never"])
+@pytest.mark.parametrize(
+    ("mode", "is_lossy"),
+    [("auto", False), ("always", False), ("never", False), ("auto", True), ("always", True)],
+)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_every_request_finishes_with_its_tokens_in_any_memory(mode: str, data: st.DataObject) -> None:
+def test_every_request_finishes_with_its_tokens_in_any_memory(
+    mode: str, is_lossy: bool, data: st.DataObject
+) -> None:
     page_size = data.draw(st.sampled_from([1, 2, 4]), label="page size")
     device_pages = data.draw(st.integers(4, 14), label="device pages")
     host_pages = 0 if mode == "never" else data.draw(st.integers(4, 14), label="host pages")
@@ -256,6 +279,7 @@ def test_every_request_finishes_with_its_tokens_in_any_memory(mode: str, data: s
         max_num_seqs=data.draw(st.integers(1, 6), label="seqs"),
         host_offload=mode,
         num_host_partitions=data.draw(st.integers(1, max(1, min(3, host_pages))), label="partitions"),
+        host_kv_is_lossy=is_lossy,
     )
     world = World(limits, chunk_tokens=data.draw(st.integers(1, 9), label="budget"))
     longest = device_pages * page_size
@@ -273,6 +297,7 @@ def test_every_request_finishes_with_its_tokens_in_any_memory(mode: str, data: s
     assert world.produced == wanted
     assert world.state.device.num_free == device_pages
     assert world.state.host.num_free == host_pages
+    assert not (is_lossy and world.state.num_swapped_in)
 
 
 class PolicyMachine(RuleBasedStateMachine):
@@ -283,8 +308,9 @@ class PolicyMachine(RuleBasedStateMachine):
         device_pages=st.integers(4, 12),
         host_pages=st.integers(4, 12),
         partitions=st.integers(1, 4),
+        is_lossy=st.booleans(),
     )
-    def build(self, mode: str, device_pages: int, host_pages: int, partitions: int) -> None:
+    def build(self, mode: str, device_pages: int, host_pages: int, partitions: int, is_lossy: bool) -> None:
         limits = make_limits(
             num_device_pages=device_pages,
             num_host_pages=host_pages,
@@ -292,6 +318,7 @@ class PolicyMachine(RuleBasedStateMachine):
             host_page_size=3,
             host_offload=mode,
             num_host_partitions=partitions,
+            host_kv_is_lossy=is_lossy,
         )
         self.world = World(limits)
         self.longest = min(device_pages * 2, host_pages * 3)

@@ -20,15 +20,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def kv_geometry(
-    num_layers: int, num_kv_heads: int, head_dim: int, page_size: int, dtype: torch.dtype
+    num_layers: int, num_kv_heads: int, head_dim: int, page_size: int, dtype: str
 ) -> _native.KvGeometry:
-    """Shape of paged KV; `page_bytes` of it is what one page of all layers takes."""
+    """Shape of paged KV in `dtype` (see _native); `page_bytes` of it is what one page of all layers takes."""
     return _native.KvGeometry(
         num_layers=num_layers,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         page_size=page_size,
-        dtype=dtype_name(dtype),
+        dtype=dtype,
     )
 
 

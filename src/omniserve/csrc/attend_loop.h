@@ -21,6 +21,19 @@ constexpr int kTile = 64;                       // tokens of one softmax step
 constexpr int kChunk = 16;                      // tokens whose scores are computed together
 constexpr int kScoreStride = kTile + kChunk;    // a chunk may write past the tile's last token
 
+/// What a storage type keeps beside its elements: for int8 the scales of a run's tokens, else nothing.
+template <class T>
+struct RunScales {};
+template <>
+struct RunScales<int8_t> {
+    const float* k;
+    const float* v;
+};
+template <class T>
+constexpr bool kHasScales = false;
+template <>
+constexpr bool kHasScales<int8_t> = true;
+
 /// Tokens of a tile that lie in one page.
 template <class T>
 struct Run {
@@ -30,6 +43,7 @@ struct Run {
     // What lies this many elements further on is read one tile later: whoever reads an element fetches that one into
     // the second-level cache (the first one may be too small for two tiles). 0 when there is no next tile.
     ptrdiff_t ahead;
+    [[no_unique_address]] RunScales<T> scales;
 };
 
 template <class T>
@@ -38,6 +52,39 @@ struct Tile {
     int32_t num_runs = 0;
     int32_t num_tokens = 0;
 };
+
+/// Asks for the scales of `count` tokens: they lie apart from K and V.
+inline void fetch_scales(const RunScales<int8_t>& scales, int32_t count) {
+    for (int32_t t = 0; t < count; t += 16) {
+        __builtin_prefetch(scales.k + t);
+        __builtin_prefetch(scales.v + t);
+    }
+}
+
+/// Scales of `count` tokens of a page, on their way into the cache.
+template <class T>
+RunScales<T> scales_of(const AttendArgs& args, int64_t page, int32_t offset, int32_t count, int kv_head) {
+    RunScales<T> scales;
+    if constexpr (kHasScales<T>) {
+        scales = {args.kv->k_scales(page, args.layer, kv_head) + offset,
+                  args.kv->v_scales(page, args.layer, kv_head) + offset};
+        fetch_scales(scales, count);
+    }
+    return scales;
+}
+
+/// Multiplies column t of rows [group][kScoreStride] by token t's scale: scores of integers by those of K, weights of
+/// integers by those of V.
+template <class T>
+void multiply_by_scales(const Tile<T>& tile, const float* RunScales<T>::*which, float* rows, int group) {
+    for (int r = 0; r < tile.num_runs; ++r) {
+        const float* scales = tile.runs[r].scales.*which;
+        const int32_t count = tile.runs[r].count;
+        for (int g = 0; g < group; ++g)
+            for (int32_t t = 0; t < count; ++t) rows[g * kScoreStride + t] *= scales[t];
+        rows += count;
+    }
+}
 
 /// The tile from token `first` on, of KV head args.first_head.
 template <class T>
@@ -53,7 +100,8 @@ void fill_tile(Tile<T>& tile, const AttendArgs& args, int64_t first) {
         tile.runs[tile.num_runs++] = {args.kv->k_block<T>(page, args.layer, args.first_head) + offset,
                                       args.kv->v_block<T>(page, args.layer, args.first_head) +
                                           size_t(offset) * args.kv->geometry.head_dim,
-                                      static_cast<int32_t>(count), 0};
+                                      static_cast<int32_t>(count), 0,
+                                      scales_of<T>(args, page, offset, static_cast<int32_t>(count), args.first_head)};
         tile.num_tokens += static_cast<int32_t>(count);
         t += count;
     }
@@ -61,11 +109,20 @@ void fill_tile(Tile<T>& tile, const AttendArgs& args, int64_t first) {
 
 /// The same tokens of the next KV head.
 template <class T>
-void next_head(Tile<T>& tile, const Tile<T>& from, size_t head_elements) {
+void next_head(Tile<T>& tile, const Tile<T>& from, const KvGeometry& kv) {
     tile.num_runs = from.num_runs;
     tile.num_tokens = from.num_tokens;
-    for (int r = 0; r < from.num_runs; ++r)
-        tile.runs[r] = {from.runs[r].k + head_elements, from.runs[r].v + head_elements, from.runs[r].count, 0};
+    for (int r = 0; r < from.num_runs; ++r) {
+        Run<T>& run = tile.runs[r] = from.runs[r];
+        run.k += kv.head_elements();
+        run.v += kv.head_elements();
+        run.ahead = 0;
+        if constexpr (kHasScales<T>) {
+            run.scales.k += kv.page_size;
+            run.scales.v += kv.page_size;
+            fetch_scales(run.scales, run.count);
+        }
+    }
 }
 
 template <class T>
@@ -92,14 +149,16 @@ void attend_loop(const AttendArgs& args) {
     for (int64_t t = args.first; now->num_tokens > 0;) {
         t += now->num_tokens;
         for (int head = 0; head < args.num_heads; ++head) {
-            if (head + 1 < args.num_heads) next_head(*next, *now, kv.head_elements());
+            if (head + 1 < args.num_heads) next_head(*next, *now, kv);
             else fill_tile(*next, args, t);
             look_ahead(*now, *next);
             float* acc = args.state + head * state;
             float* m = acc + q_floats;
             Ops::scores(*now, kv.page_size, head_dim, q + head * q_floats, group, scores);
+            if constexpr (kHasScales<T>) multiply_by_scales(*now, &RunScales<T>::k, scores, group);
             for (int g = 0; g < group; ++g)
                 rescale[g] = Ops::softmax(scores + g * kScoreStride, now->num_tokens, m[g], m[group + g]);
+            if constexpr (kHasScales<T>) multiply_by_scales(*now, &RunScales<T>::v, scores, group);
             Ops::accumulate(*now, head_dim, scores, group, rescale, acc);
             Tile<T>* done = now;
             now = next;

@@ -54,6 +54,16 @@ struct Storage<DType::f16> {
     static Pair natural(Pair x) { return x; }
 };
 
+template <>
+struct Storage<DType::i8> {  // the integers: attend_loop multiplies by their scales
+    using T = int8_t;
+    static __m256 load8(const T* p) {
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+    }
+    static Pair load16(const T* p) { return {load8(p), load8(p + 8)}; }
+    static Pair natural(Pair x) { return x; }
+};
+
 float reduce_max(__m256 x) {
     __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     y = _mm_max_ps(y, _mm_movehl_ps(y, y));
@@ -324,7 +334,8 @@ uint64_t stream_sum(const void* from, size_t bytes) {
 
 const Kernels kAvx2Kernels = {
     "avx2",
-    {attend_loop<Avx2Ops<DType::f32>>, attend_loop<Avx2Ops<DType::bf16>>, attend_loop<Avx2Ops<DType::f16>>},
+    {attend_loop<Avx2Ops<DType::f32>>, attend_loop<Avx2Ops<DType::bf16>>, attend_loop<Avx2Ops<DType::f16>>,
+     attend_loop<Avx2Ops<DType::i8>>},
     exp_nonpositive_all,
     to_f32,
     from_f32,

@@ -91,6 +91,22 @@ struct Storage<DType::f16> {
     OMNI_INLINE static void natural(__m512 (&)[kVecs]) {}
 };
 
+template <>
+struct Storage<DType::i8> {  // the integers: attend_loop multiplies by their scales
+    using T = int8_t;
+    template <int kVecs, bool kMasked>
+    OMNI_INLINE static void load(const T* p, int count, __m512 (&x)[kVecs]) {
+        unrolled<kVecs>([&](auto i) OMNI_INLINE {
+            const T* from = p + i() * kLanes;
+            const __m128i bits = kMasked ? _mm_maskz_loadu_epi8(first_lanes(count - i() * kLanes), from)
+                                         : _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+            x[i()] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bits));
+        });
+    }
+    template <int kVecs>
+    OMNI_INLINE static void natural(__m512 (&)[kVecs]) {}
+};
+
 /// As in attention_avx2.cpp: relative error at most 1e-7 (tested); 0 below -87, before results turn subnormal.
 __m512 exp_nonpositive(__m512 x) {
     const __m512 lowest = _mm512_set1_ps(-87.0f);
@@ -361,7 +377,8 @@ uint64_t stream_sum(const void* from, size_t bytes) {
 
 const Kernels kAvx512Kernels = {
     "avx512",
-    {attend_loop<Avx512Ops<DType::f32>>, attend_loop<Avx512Ops<DType::bf16>>, attend_loop<Avx512Ops<DType::f16>>},
+    {attend_loop<Avx512Ops<DType::f32>>, attend_loop<Avx512Ops<DType::bf16>>, attend_loop<Avx512Ops<DType::f16>>,
+     attend_loop<Avx512Ops<DType::i8>>},
     exp_nonpositive_all,
     to_f32,
     from_f32,

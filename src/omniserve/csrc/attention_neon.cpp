@@ -59,6 +59,20 @@ struct Storage<DType::f16> {
     }
 };
 
+template <>
+struct Storage<DType::i8> {  // the integers: attend_loop multiplies by their scales
+    using T = int8_t;
+    template <int kVecs>
+    static void load(const T* p, float32x4_t* x) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kVecs; i += 2) {
+            const int16x8_t wide = vmovl_s8(vld1_s8(p + i * kLanes));
+            x[i] = vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
+            x[i + 1] = vcvtq_f32_s32(vmovl_high_s16(wide));
+        }
+    }
+};
+
 /// As in attention_avx2.cpp: relative error at most 1e-7 (tested); 0 below -87, before results turn subnormal.
 float32x4_t exp_nonpositive(float32x4_t x) {
     const float32x4_t lowest = vdupq_n_f32(-87.0f);
@@ -301,7 +315,8 @@ uint64_t stream_sum(const void* from, size_t bytes) {
 
 const Kernels kNeonKernels = {
     "neon",
-    {attend_loop<NeonOps<DType::f32>>, attend_loop<NeonOps<DType::bf16>>, attend_loop<NeonOps<DType::f16>>},
+    {attend_loop<NeonOps<DType::f32>>, attend_loop<NeonOps<DType::bf16>>, attend_loop<NeonOps<DType::f16>>,
+     attend_loop<NeonOps<DType::i8>>},
     exp_nonpositive_all,
     to_f32,
     from_f32,

@@ -10,10 +10,11 @@ namespace {
 
 template <DType kType>
 struct ScalarOps {
-    using T = std::conditional_t<kType == DType::f32, float, uint16_t>;
+    using T = std::conditional_t<kType == DType::f32, float,
+                                 std::conditional_t<kType == DType::i8, int8_t, uint16_t>>;
 
     static float load(T value) {
-        if constexpr (kType == DType::f32) return value;
+        if constexpr (kType == DType::f32 || kType == DType::i8) return value;
         else if constexpr (kType == DType::bf16) return bf16_to_f32(value);
         else return f16_to_f32(value);
     }
@@ -100,7 +101,8 @@ uint64_t stream_sum(const void* from, size_t bytes) {
 
 const Kernels kScalarKernels = {
     "scalar",
-    {attend_loop<ScalarOps<DType::f32>>, attend_loop<ScalarOps<DType::bf16>>, attend_loop<ScalarOps<DType::f16>>},
+    {attend_loop<ScalarOps<DType::f32>>, attend_loop<ScalarOps<DType::bf16>>, attend_loop<ScalarOps<DType::f16>>,
+     attend_loop<ScalarOps<DType::i8>>},
     exp_nonpositive,
     to_f32,
     from_f32,

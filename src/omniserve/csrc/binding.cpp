@@ -90,7 +90,7 @@ void bind_kernel(nb::module_& m) {
         .def("__init__",
              [](KvGeometry* self, int num_layers, int num_kv_heads, int head_dim, int page_size,
                 const std::string& dtype) {
-                 const KvGeometry g{num_layers, num_kv_heads, head_dim, page_size, parse_dtype("dtype", dtype)};
+                 const KvGeometry g{num_layers, num_kv_heads, head_dim, page_size, parse_kv_dtype("dtype", dtype)};
                  g.check();
                  new (self) KvGeometry(g);
              },
@@ -175,9 +175,12 @@ void bind_geometry(nb::module_& m) {
              [](LaneGeometry* self, int num_layers, int num_heads, int num_kv_heads, int head_dim, int hidden_size,
                 const std::string& act_dtype, const std::string& kv_dtype, int max_lanes, int host_page_size,
                 int max_pages_per_lane, int num_host_pages, int device_page_size, int num_frames, float scale,
-                int num_partitions) {
+                int num_partitions, const std::string& host_kv_dtype) {
+                 const DType device_kv = parse_dtype("kv_dtype", kv_dtype);
+                 const DType host_kv =
+                     host_kv_dtype == "auto" ? device_kv : parse_kv_dtype("host_kv_dtype", host_kv_dtype);
                  const LaneGeometry g{num_layers, num_heads, num_kv_heads, head_dim, hidden_size,
-                                      parse_dtype("act_dtype", act_dtype), parse_dtype("kv_dtype", kv_dtype), max_lanes,
+                                      parse_dtype("act_dtype", act_dtype), device_kv, host_kv, max_lanes,
                                       host_page_size, max_pages_per_lane, num_host_pages, device_page_size, num_frames,
                                       scale, num_partitions};
                  g.check();
@@ -186,7 +189,7 @@ void bind_geometry(nb::module_& m) {
              nb::kw_only(), "num_layers"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "hidden_size"_a,
              "act_dtype"_a, "kv_dtype"_a, "max_lanes"_a, "host_page_size"_a, "max_pages_per_lane"_a,
              "num_host_pages"_a, "device_page_size"_a, "num_frames"_a = 0, "scale"_a = 0.0f,
-             "num_partitions"_a = 1)
+             "num_partitions"_a = 1, "host_kv_dtype"_a = "auto")
         .def_ro("num_layers", &LaneGeometry::num_layers)
         .def_ro("num_heads", &LaneGeometry::num_heads)
         .def_ro("num_kv_heads", &LaneGeometry::num_kv_heads)
@@ -194,6 +197,7 @@ void bind_geometry(nb::module_& m) {
         .def_ro("hidden_size", &LaneGeometry::hidden_size)
         .def_prop_ro("act_dtype", [](const LaneGeometry& g) { return dtype_name(g.act_dtype); })
         .def_prop_ro("kv_dtype", [](const LaneGeometry& g) { return dtype_name(g.kv_dtype); })
+        .def_prop_ro("host_kv_dtype", [](const LaneGeometry& g) { return dtype_name(g.host_kv_dtype); })
         .def_ro("max_lanes", &LaneGeometry::max_lanes)
         .def_ro("host_page_size", &LaneGeometry::host_page_size)
         .def_ro("max_pages_per_lane", &LaneGeometry::max_pages_per_lane)

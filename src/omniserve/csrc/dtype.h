@@ -12,26 +12,35 @@
 
 namespace omniserve {
 
-enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
-inline constexpr int kNumDTypes = 3;
+/// i8 stores KV of the host and nothing else: it is lossy, and keeps a scale beside its elements (kv.h).
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, i8 = 3 };
+inline constexpr int kNumDTypes = 4;
 
 /// Bytes of one element.
-constexpr size_t item_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+constexpr size_t item_size(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::i8 ? 1 : 2; }
 
-/// The name torch uses: "float32", "bfloat16" or "float16".
+/// The name torch uses: "float32", "bfloat16", "float16" or "int8".
 constexpr const char* dtype_name(DType dtype) {
     switch (dtype) {
         case DType::f32: return "float32";
         case DType::bf16: return "bfloat16";
-        default: return "float16";
+        case DType::f16: return "float16";
+        default: return "int8";
     }
 }
 
-/// Parses dtype_name's text; `field` names the argument in the error. Throws std::invalid_argument.
+/// Parses the name of an activation type; `field` names the argument in the error. Throws std::invalid_argument.
 inline DType parse_dtype(const char* field, const std::string& text) {
     for (DType dtype : {DType::f32, DType::bf16, DType::f16})
         if (text == dtype_name(dtype)) return dtype;
     throw std::invalid_argument(std::string(field) + " must be float32, bfloat16 or float16, not " + text);
+}
+
+/// As parse_dtype, for storage of KV: int8 too.
+inline DType parse_kv_dtype(const char* field, const std::string& text) {
+    for (DType dtype : {DType::f32, DType::bf16, DType::f16, DType::i8})
+        if (text == dtype_name(dtype)) return dtype;
+    throw std::invalid_argument(std::string(field) + " must be float32, bfloat16, float16 or int8, not " + text);
 }
 
 inline float bf16_to_f32(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); }

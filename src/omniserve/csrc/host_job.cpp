@@ -36,7 +36,7 @@ void Job::fill(const Segment& segment, std::vector<Row>& rows, int num_workers) 
     states_used_ = scratch_ = 0;
     find_sharers(segment);
     const LaneGeometry& g = segment.geometry();
-    const int64_t bytes = distinct_tokens() * bytes_per_token(g.host_kv());
+    const int64_t bytes = distinct_tokens() * int64_t(g.host_kv().token_bytes());
     const int64_t piece_bytes = std::max(kMinPieceBytes, bytes / (num_workers * kPiecesPerWorker));
     if (num_sharers_ > 0) cut_shared(g, piece_bytes);
     for (int row = 0; row < int(rows_.size()); ++row) cut_own(g, row, piece_bytes);
@@ -61,7 +61,7 @@ void Job::find_sharers(const Segment& segment) {
     for (int row = 1; row < int(rows_.size()); ++row)
         common.emplace_back(common_tokens(segment, rows_[0], rows_[row]), row);
     std::sort(common.begin(), common.end(), std::greater<>());
-    int64_t most = kMinSavedBytes / bytes_per_token(segment.geometry().host_kv());
+    int64_t most = kMinSavedBytes / int64_t(segment.geometry().host_kv().token_bytes());
     for (int others = 1; others <= int(common.size()); ++others) {
         const int64_t tokens = common[others - 1].first, saved = others * tokens;
         if (saved <= most) continue;
@@ -88,7 +88,7 @@ void Job::add_piece(const LaneGeometry& g, Piece piece) {
 
 /// Head by head, so that the queries of all sharers and their sums stay in the caches.
 void Job::cut_shared(const LaneGeometry& g, int64_t piece_bytes) {
-    const int64_t head_bytes = bytes_per_token(g.host_kv()) / g.num_kv_heads;
+    const int64_t head_bytes = int64_t(g.host_kv().token_bytes()) / g.num_kv_heads;
     const int64_t weight = std::max(1, num_sharers_ * g.group() / kQueriesPerRead);
     const int64_t parts = std::max<int64_t>(1, shared_tokens_ * head_bytes * weight / piece_bytes);
     const int64_t step = piece_tokens(shared_tokens_, parts, g.host_page_size);
@@ -100,7 +100,7 @@ void Job::cut_shared(const LaneGeometry& g, int64_t piece_bytes) {
 /// All heads together, in the order of memory.
 void Job::cut_own(const LaneGeometry& g, int row, int64_t piece_bytes) {
     const int64_t start = row < num_sharers_ ? shared_tokens_ : 0, end = rows_[row].tokens;
-    const int64_t parts = std::max<int64_t>(1, (end - start) * bytes_per_token(g.host_kv()) / piece_bytes);
+    const int64_t parts = std::max<int64_t>(1, (end - start) * int64_t(g.host_kv().token_bytes()) / piece_bytes);
     const int64_t step = piece_tokens(end - start, parts, g.host_page_size);
     for (int64_t first = start; first < end; first += step)
         add_piece(g, {row, 0, g.num_kv_heads, first, std::min(end, first + step)});
@@ -137,7 +137,7 @@ int64_t Job::attend_piece(const Segment& segment, const PagedKv& arena, int inde
             .scale = g.score_scale(),
             .state = states_.data() + piece.states,
             .scratch = scratch});
-    return (piece.last - piece.first) * bytes_per_token(arena.geometry) * piece.num_heads / g.num_kv_heads;
+    return (piece.last - piece.first) * int64_t(arena.geometry.token_bytes()) * piece.num_heads / g.num_kv_heads;
 }
 
 /// Merges the shared pieces into the row's states: its part of them, taken out of those of all sharers.

@@ -78,9 +78,4 @@ private:
     int num_sharers_ = 0;
 };
 
-/// KV bytes of one token in one layer.
-inline int64_t bytes_per_token(const KvGeometry& g) {
-    return int64_t(g.page_bytes()) / g.num_layers / g.page_size;
-}
-
 }  // namespace omniserve

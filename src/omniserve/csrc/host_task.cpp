@@ -75,7 +75,7 @@ Job* TaskRunner::claim_job() {
 
 bool TaskRunner::is_worth_a_job(const std::vector<Row>& rows) const {
     if (rows.size() != 1) return !rows.empty();
-    return num_workers_ > 1 && rows[0].tokens * bytes_per_token(arena_.geometry) >= kSplitBytes;
+    return num_workers_ > 1 && rows[0].tokens * int64_t(arena_.geometry.token_bytes()) >= kSplitBytes;
 }
 
 void TaskRunner::open(Job& job, WorkerContext& worker) {
@@ -107,7 +107,7 @@ void TaskRunner::serve_alone(const Row& row, uint64_t began_ns, WorkerContext& w
             .state = scratch,
             .scratch = scratch + states});
     finish_states(scratch, shape, segment_.result(row.task.slot));
-    add(worker.stats->kv_bytes_read, uint64_t(row.tokens * bytes_per_token(arena_.geometry)));
+    add(worker.stats->kv_bytes_read, uint64_t(row.tokens * int64_t(arena_.geometry.token_bytes())));
     queue_.observe_service(now_ns() - began_ns, row.tokens);
     add(worker.stats->tasks, 1);
     publish(row.task);
@@ -168,7 +168,7 @@ void TaskRunner::copy(int frame, WorkerContext& worker) {
         moved += count;
     }
     add(worker.stats->copies, 1);
-    add(worker.stats->copied_bytes, uint64_t(command.num_tokens) * bytes_per_token(host) * host.num_layers);
+    add(worker.stats->copied_bytes, uint64_t(command.num_tokens) * host.token_bytes() * host.num_layers);
     command.state.store(uint32_t(FrameState::done), std::memory_order_seq_cst);
     wake_engine();
 }

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "errors.h"
+#include "kv_int8.h"
 
 namespace omniserve {
 namespace {
@@ -93,6 +94,7 @@ void write_rows(const PagedKv& kv, int layer, int num_rows, const KvRows& rows, 
         require_index("page_ids: page", page_ids[i], kv.num_pages);
         require_index("offsets: token", offsets[i], kv.geometry.page_size);
     }
+    if (kv.geometry.has_scales()) return write_rows_int8(kv, layer, num_rows, rows, page_ids, offsets);
     const bool wide_out = kv.geometry.dtype == DType::f32;
     const bool wide_in = rows.dtype == DType::f32;
     if (wide_out && wide_in) write_rows_as<float, float>(kv, layer, num_rows, rows, page_ids, offsets);
@@ -105,6 +107,7 @@ void gather_tokens(const PagedKv& kv, int layer, const int32_t* page_table, int6
                    void* v_out) {
     const KvGeometry& g = kv.geometry;
     require_index("layer", layer, g.num_layers);
+    if (g.has_scales()) refuse("dtype: int8 KV cannot be gathered; keep the KV in floating point for that");
     if (first < 0 || first > last)
         refuse("tokens [" + std::to_string(first) + ", " + std::to_string(last) + ") are not a range");
     for (int64_t page = first / g.page_size; page * g.page_size < last; ++page)
@@ -117,6 +120,9 @@ void gather_tokens(const PagedKv& kv, int layer, const int32_t* page_table, int6
 
 void repack(const KvGeometry& from, const std::byte* from_page, int from_offset, const KvGeometry& to,
             std::byte* to_page, int to_offset, int num_tokens) {
+    if (to.has_scales() && !from.has_scales())
+        return quantise_page(from, from_page, from_offset, to, to_page, to_offset, num_tokens);
+    if (from.dtype != to.dtype || from.has_scales()) throw std::logic_error("repack: KV does not return from int8");
     const size_t item = item_size(from.dtype);
     const size_t from_block = from.block_elements() * item;
     const size_t to_block = to.block_elements() * item;

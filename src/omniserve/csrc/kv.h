@@ -7,6 +7,12 @@
 // K has tokens across vector lanes, so that the scores of a group of queries need no horizontal sums; V has dimensions
 // across vector lanes for the same reason. A K row may be read past its end by up to 15 elements (the V block of the
 // same layer follows and is longer than that); such lanes are computed and dropped.
+//
+// int8 keeps the same blocks and a float32 scale per token and KV head behind them, so that one layer of a page is
+//
+//     [ K int8 | V int8 | K scales: [kv_head][page_size] | V scales: [kv_head][page_size] | padding to 64 bytes ]
+//
+// and an element is worth its integer times its token's scale (kv_int8.h).
 #pragma once
 
 #include <cstddef>
@@ -34,7 +40,18 @@ struct KvGeometry {
     size_t head_elements() const { return size_t(head_dim) * page_size; }
     /// Elements of the K (or V) block of one layer of one page.
     size_t block_elements() const { return num_kv_heads * head_elements(); }
-    size_t page_bytes() const { return size_t(num_layers) * 2 * block_elements() * item_size(dtype); }
+    bool has_scales() const { return dtype == DType::i8; }
+    /// Scales of K (or V) in one layer of one page.
+    size_t num_scales() const { return has_scales() ? size_t(num_kv_heads) * page_size : 0; }
+    size_t layer_bytes() const {
+        const size_t bytes = 2 * (block_elements() * item_size(dtype) + num_scales() * sizeof(float));
+        return has_scales() ? (bytes + 63) / 64 * 64 : bytes;  // the next layer's scales stay aligned
+    }
+    size_t page_bytes() const { return size_t(num_layers) * layer_bytes(); }
+    /// Bytes of one token's K and V in one layer, scales included.
+    size_t token_bytes() const {
+        return 2 * num_kv_heads * (head_dim * item_size(dtype) + (has_scales() ? sizeof(float) : 0));
+    }
 };
 
 /// Pages in one stretch of memory that somebody else owns. Page ids are 0 .. num_pages - 1.
@@ -44,16 +61,24 @@ struct PagedKv {
     int64_t num_pages = 0;
 
     std::byte* page(int64_t id) const { return base + size_t(id) * geometry.page_bytes(); }
+    std::byte* layer_of_page(int64_t id, int layer) const { return page(id) + size_t(layer) * geometry.layer_bytes(); }
 
     /// K block [head_dim][page_size] of one head; the V block [page_size][head_dim] is `block_elements` further on.
     template <class T>
     T* k_block(int64_t id, int layer, int kv_head) const {
-        return reinterpret_cast<T*>(page(id)) + size_t(layer) * 2 * geometry.block_elements() +
-               kv_head * geometry.head_elements();
+        return reinterpret_cast<T*>(layer_of_page(id, layer)) + kv_head * geometry.head_elements();
     }
     template <class T>
     T* v_block(int64_t id, int layer, int kv_head) const {
         return k_block<T>(id, layer, kv_head) + geometry.block_elements();
+    }
+    /// Scales [page_size] of one head's K; int8 only. Those of V are `num_scales` further on.
+    float* k_scales(int64_t id, int layer, int kv_head) const {
+        return reinterpret_cast<float*>(layer_of_page(id, layer) + 2 * geometry.block_elements()) +
+               size_t(kv_head) * geometry.page_size;
+    }
+    float* v_scales(int64_t id, int layer, int kv_head) const {
+        return k_scales(id, layer, kv_head) + geometry.num_scales();
     }
 };
 
@@ -67,19 +92,21 @@ struct KvRows {
     DType dtype = DType::f32;
 };
 
-/// Writes row i to token `offsets[i]` of page `page_ids[i]` in `layer`, converted to the KV dtype.
+/// Writes row i to token `offsets[i]` of page `page_ids[i]` in `layer`, converted to the KV dtype (rounded to int8
+/// where that is int8).
 /// Throws std::invalid_argument when a page or an offset is outside the store; nothing is written then.
 void write_rows(const PagedKv& kv, int layer, int num_rows, const KvRows& rows, const int32_t* page_ids,
                 const int32_t* offsets);
 
 /// Copies tokens [first, last) of one sequence and layer to k_out and v_out, each
 /// [num_kv_heads][last - first][head_dim] in the KV dtype. Throws std::invalid_argument when the table names a page
-/// outside the store.
+/// outside the store, or the store is int8.
 void gather_tokens(const PagedKv& kv, int layer, const int32_t* page_table, int64_t first, int64_t last, void* k_out,
                    void* v_out);
 
-/// Copies `num_tokens` tokens of all layers between two page blobs that differ in page size only.
-/// Both runs must lie inside their page.
+/// Copies `num_tokens` tokens of all layers between two page blobs that differ in page size only, or from a blob of
+/// floating point to one of int8. Both runs must lie inside their page. Throws std::logic_error for other types:
+/// nothing returns from int8.
 void repack(const KvGeometry& from, const std::byte* from_page, int from_offset, const KvGeometry& to,
             std::byte* to_page, int to_offset, int num_tokens);
 

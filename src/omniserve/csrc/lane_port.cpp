@@ -293,6 +293,8 @@ void LanePort::land(const PageCopy& copy, const void* device_page) {
 }
 
 void LanePort::fetch(const PageCopy& copy, void* device_page) {
+    if (geometry().is_host_kv_lossy())
+        throw std::logic_error("fetch: host_kv_dtype is int8, and no page returns from there to the device");
     submit_copy(copy, CopyKind::fetch, device_page).device_page = static_cast<std::byte*>(device_page);
 }
 

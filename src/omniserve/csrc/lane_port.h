@@ -85,7 +85,8 @@ public:
     int free_frames() const { return static_cast<int>(free_frames_.size()); }
     /// Device page -> host pages. The page may be reused as soon as this returns.
     void land(const PageCopy& copy, const void* device_page);
-    /// Host pages -> device page; the device page is written by collect_copies.
+    /// Host pages -> device page; the device page is written by collect_copies. Throws std::logic_error when the host
+    /// keeps int8: what it holds is not what the device held.
     void fetch(const PageCopy& copy, void* device_page);
     /// The device page of this fetch is no longer wanted; its id is still reported when the frame is free again.
     void cancel_fetch(uint64_t id);

@@ -48,7 +48,7 @@ private:
     void divide() {
         const KvGeometry& g = args_.kv->geometry;
         const int threads = team_.num_threads();
-        const int64_t token_bytes = int64_t(g.page_bytes()) / g.num_layers / g.page_size;
+        const int64_t token_bytes = int64_t(g.token_bytes());
         int64_t tokens = 0;
         for (int i = 0; i < args_.num_sequences; ++i) tokens += args_.context_lens[i];
         const int64_t target = threads == 1 ? INT64_MAX

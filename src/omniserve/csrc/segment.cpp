@@ -29,6 +29,11 @@ void LaneGeometry::check() const {
     if (num_heads % num_kv_heads != 0)
         refuse("num_heads must be a multiple of num_kv_heads " + std::to_string(num_kv_heads) + ", not " +
                std::to_string(num_heads));
+    if (act_dtype == DType::i8 || kv_dtype == DType::i8)
+        refuse("act_dtype and kv_dtype must be float32, bfloat16 or float16: int8 is for host_kv_dtype alone");
+    if (host_kv_dtype != kv_dtype && host_kv_dtype != DType::i8)
+        refuse(std::string("host_kv_dtype must be kv_dtype ") + dtype_name(kv_dtype) + " or int8, not " +
+               dtype_name(host_kv_dtype));
     require_range("hidden_size", hidden_size, 1, 1 << 24);
     require_range("max_lanes", max_lanes, 1, 1 << 20);
     require_range("host_page_size", host_page_size, 1, kMaxPageSize);

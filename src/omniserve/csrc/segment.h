@@ -34,7 +34,8 @@ struct LaneGeometry {
     int32_t head_dim = 0;
     int32_t hidden_size = 0;
     DType act_dtype = DType::f32;  // of q, k, v, attention result and residual rows in the model
-    DType kv_dtype = DType::f32;   // of KV on both sides
+    DType kv_dtype = DType::f32;   // of KV on the device
+    DType host_kv_dtype = DType::f32;  // of KV on the host: kv_dtype, or int8, from which nothing returns
     int32_t max_lanes = 0;
     int32_t host_page_size = 0;    // tokens
     int32_t max_pages_per_lane = 0;  // host pages
@@ -51,13 +52,14 @@ struct LaneGeometry {
     size_t q_elements() const { return size_t(num_heads) * head_dim; }
     size_t kv_elements() const { return size_t(num_kv_heads) * head_dim; }
     float score_scale() const;
-    KvGeometry host_kv() const { return {num_layers, num_kv_heads, head_dim, host_page_size, kv_dtype}; }
+    KvGeometry host_kv() const { return {num_layers, num_kv_heads, head_dim, host_page_size, host_kv_dtype}; }
     KvGeometry device_kv() const { return {num_layers, num_kv_heads, head_dim, device_page_size, kv_dtype}; }
     // Partition p owns the host pages [first_page(p), first_page(p + 1)); all but equally many.
     int partition_of_page(int64_t page) const { return static_cast<int>(page * num_partitions / num_host_pages); }
     int64_t first_page(int partition) const {
         return (int64_t{partition} * num_host_pages + num_partitions - 1) / num_partitions;
     }
+    bool is_host_kv_lossy() const { return host_kv_dtype != kv_dtype; }
     /// Host pages that one device page can touch.
     int max_pages_per_frame() const { return (device_page_size + host_page_size - 1) / host_page_size + 1; }
 };

@@ -44,6 +44,11 @@ def choose_dtype(config: EngineConfig, model: ModelConfig) -> torch.dtype:
     return torch.float32 if config.dtype == "auto" else DTYPES[config.dtype]
 
 
+def host_kv_dtype(config: EngineConfig, dtype: torch.dtype) -> str:
+    """Storage of KV on the host: "auto" is the model's own dtype."""
+    return dtype_name(dtype) if config.host_kv_dtype == "auto" else config.host_kv_dtype
+
+
 def model_len(config: EngineConfig, model: ModelConfig) -> int:
     limit = model.max_position_embeddings
     if config.max_model_len is None:
@@ -84,15 +89,17 @@ def make_limits(
 ) -> Limits:
     _check_head_dim(model)
 
-    def page_bytes(page_size: int) -> int:
+    def page_bytes(page_size: int, kv_dtype: str) -> int:
         kv_heads, head_dim = model.num_kv_heads, model.head_dim
-        return kv_geometry(model.num_layers, kv_heads, head_dim, page_size, dtype).page_bytes
+        return kv_geometry(model.num_layers, kv_heads, head_dim, page_size, kv_dtype).page_bytes
 
-    device_pages = _num_pages(config, "device", page_bytes(config.page_size), config.page_size, max_model_len)
+    size = config.page_size
+    device_pages = _num_pages(config, "device", page_bytes(size, dtype_name(dtype)), size, max_model_len)
     host_pages = 0
     if config.host_offload != "never":
         size = config.host_page_size
-        host_pages = _num_pages(config, "host", page_bytes(size), size, max_model_len)
+        host_bytes = page_bytes(size, host_kv_dtype(config, dtype))
+        host_pages = _num_pages(config, "host", host_bytes, size, max_model_len)
     return Limits(
         num_layers=model.num_layers,
         num_device_pages=device_pages,
@@ -107,6 +114,7 @@ def make_limits(
         max_copies_per_step=config.max_copies_per_step,
         host_offload=config.host_offload,
         num_host_partitions=max(1, min(host_partitions, host_pages)),
+        host_kv_is_lossy=config.host_kv_dtype == "int8",
     )
 
 
@@ -146,19 +154,24 @@ def make_engine(
         arrivals=arrivals,
     )
     the_host: Host | None = None
+    kv_dtype_there: str | None = None
     if config.host_offload != "never":
         geometry = _lane_geometry(config, decoder, limits, max_model_len)
         the_host = host(geometry, split.host_cpus, split.host_threads, config.host_mlock)
+        kv_dtype_there = geometry.host_kv_dtype
     cost = cost or FixedBudget(config.max_num_batched_tokens, config.max_lane_rows, config.pass_budget_s)
     acceptance = make_acceptance(limits, decoder.config, max_model_len)
-    return Engine(executor, the_host, limits, cost, acceptance, config.seed, split.host_threads)
+    return Engine(
+        executor, the_host, limits, cost, acceptance, config.seed, split.host_threads, kv_dtype_there
+    )
 
 
 def _device_attention(
     config: EngineConfig, decoder: Decoder, limits: Limits, split: CpuSplit
 ) -> CpuAttention:
     layers, heads, kv_heads = decoder.num_layers, decoder.num_heads, decoder.num_kv_heads
-    geometry = kv_geometry(layers, kv_heads, decoder.head_dim, config.page_size, decoder.dtype)
+    kv_dtype = dtype_name(decoder.dtype)
+    geometry = kv_geometry(layers, kv_heads, decoder.head_dim, config.page_size, kv_dtype)
     store = CpuKvStore(geometry, limits.num_device_pages, decoder.dtype)
     return CpuAttention(store, heads, kv_heads, decoder.head_dim, split.device_threads, split.device_cpus)
 
@@ -166,7 +179,7 @@ def _device_attention(
 def _lane_geometry(
     config: EngineConfig, decoder: Decoder, limits: Limits, max_model_len: int
 ) -> _native.LaneGeometry:
-    """Sizes of the lanes' segment. KV is kept in the model's dtype on both sides."""
+    """Sizes of the lanes' segment. KV is in the model's dtype on both sides, or int8 on the host."""
     name = dtype_name(decoder.dtype)
     return _native.LaneGeometry(
         num_layers=decoder.num_layers,
@@ -176,6 +189,7 @@ def _lane_geometry(
         hidden_size=decoder.config.hidden_size,
         act_dtype=name,
         kv_dtype=name,
+        host_kv_dtype=config.host_kv_dtype,
         max_lanes=config.max_lanes,
         host_page_size=config.host_page_size,
         max_pages_per_lane=-(-max_model_len // config.host_page_size),

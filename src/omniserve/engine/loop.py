@@ -53,6 +53,7 @@ class Engine:
         acceptance: Acceptance,
         seed: int = 0,
         host_threads: int = 1,
+        host_kv_dtype: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.executor = executor
@@ -61,6 +62,7 @@ class Engine:
         self.acceptance = acceptance
         self.seed = seed
         self._host_threads = max(1, host_threads)
+        self._host_kv_dtype = host_kv_dtype
         self.state = State(limits)
         self._clock = clock
         self._next_id = 0
@@ -182,6 +184,7 @@ class Engine:
         stats["host_state"] = self._host_state()
         stats["host_memory"] = {} if self.host is None else self.host.segment.memory_usage()
         stats["host_warnings"] = [] if self.host is None else list(self.host.warnings)
+        stats["host_kv_dtype"] = self._host_kv_dtype
         stats["requests"] = {
             phase.value: len(state.in_phase(phase)) for phase in Phase if phase is not Phase.FINISHED
         } | {Phase.WAITING.value: len(state.waiting)}

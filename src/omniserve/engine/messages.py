@@ -58,12 +58,16 @@ class Refused(msgspec.Struct, tag=True):
 
 
 class Token(msgspec.Struct, array_like=True):
-    """One new token of a request; `finish_reason` is set on its last one."""
+    """One new token of a request; `finish_reason` is set on its last one.
+
+    is_exact: not decoded from lossy KV.
+    """
 
     request_id: int
     token_id: int
     by_lane: bool = False
     finish_reason: FinishReason | None = None
+    is_exact: bool = True
 
 
 class Tokens(msgspec.Struct, tag=True):

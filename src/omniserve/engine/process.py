@@ -129,7 +129,8 @@ class EngineLoop:
         tokens = []
         for token in output.tokens:
             caller_id = self._caller_ids[token.request_id]
-            tokens.append(Token(caller_id, token.token_id, token.by_lane, token.finish_reason))
+            is_exact = not (token.by_lane and self.engine.state.limits.host_kv_is_lossy)
+            tokens.append(Token(caller_id, token.token_id, token.by_lane, token.finish_reason, is_exact))
             if token.finish_reason is not None:
                 del self._engine_ids[caller_id], self._caller_ids[token.request_id]
         self.channel.send(Tokens(tokens))

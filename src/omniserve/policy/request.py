@@ -24,7 +24,9 @@ class Phase(StrEnum):
 class Limits:
     """Sizes the policy works within. Pages, tokens and rows; frames are staging pages in flight.
 
-    num_host_partitions: contiguous runs of host pages with workers of their own."""
+    num_host_partitions: contiguous runs of host pages with workers of their own.
+    host_kv_is_lossy: KV on the host is rounded, so that it never returns to the device.
+    """
 
     num_layers: int
     num_device_pages: int
@@ -39,6 +41,7 @@ class Limits:
     max_copies_per_step: int
     host_offload: Literal["auto", "always", "never"]
     num_host_partitions: int = 1
+    host_kv_is_lossy: bool = False
 
 
 @dataclass(slots=True)

@@ -216,8 +216,11 @@ class _Planner:
                     self.lane_starts.append(lane.id)
 
     def _start_swap_in(self, lanes: list[Request]) -> None:
-        """One lane at a time comes back, when the device has pages and rows to spare for it."""
-        if self.limits.host_offload == "always" or self.room.leaving:
+        """One lane at a time comes back, when the device has pages and rows to spare for it.
+
+        None does from lossy KV: what it lost would go on as if it were exact.
+        """
+        if self.limits.host_offload == "always" or self.limits.host_kv_is_lossy or self.room.leaving:
             return
         if any(self.room.incoming_of(r) for r in self.state.in_phase(Phase.LANE, Phase.MOVING_IN)):
             return

@@ -413,6 +413,8 @@ class State:
         has_slot = hold is not None and hold.slot is not None
         assert has_slot == (phase in (Phase.MOVING_OUT, Phase.LANE, Phase.MOVING_IN)), (phase, hold)
         assert not request.incoming_pages or phase in (Phase.LANE, Phase.MOVING_IN)
+        is_returning = phase is Phase.MOVING_IN or bool(request.incoming_pages)
+        assert not (is_returning and self.limits.host_kv_is_lossy), "nothing returns from lossy KV"
         if phase is Phase.WAITING:
             assert (request.kv_tokens, hold, request.device_pages) == (0, None, [])
         if phase in (Phase.DEVICE, Phase.LANE, Phase.MOVING_OUT, Phase.MOVING_IN):

@@ -41,6 +41,22 @@ struct Store {
         for (int layer = 0; layer < g.num_layers; ++layer)
             write_rows(kv, layer, num_tokens, {keys.data(), ptrdiff_t(width), values.data(), ptrdiff_t(width)},
                        pages.data(), offsets.data());
+        if (g.has_scales()) read_back();
+    }
+
+    /// keys and values become what int8 kept of them.
+    void read_back() {
+        const KvGeometry& g = kv.geometry;
+        for (int t = 0; t < num_tokens; ++t)
+            for (int head = 0; head < g.num_kv_heads; ++head)
+                for (int d = 0; d < g.head_dim; ++d) {
+                    const int page = table[t / g.page_size], offset = t % g.page_size, layer = g.num_layers - 1;
+                    const size_t at = (size_t(t) * g.num_kv_heads + head) * g.head_dim + d;
+                    keys[at] = kv.k_scales(page, layer, head)[offset] *
+                               kv.k_block<int8_t>(page, layer, head)[d * g.page_size + offset];
+                    values[at] = kv.v_scales(page, layer, head)[offset] *
+                                 kv.v_block<int8_t>(page, layer, head)[offset * g.head_dim + d];
+                }
     }
 
     double expected(int head, int dim, int first, int last) const {
@@ -185,7 +201,7 @@ void check_groups_and_lengths(Store& store) {
 
 TEST(attention_is_the_reference_for_every_type_page_and_head_size) {
     on_every_path([] {
-        for (DType dtype : {DType::f32, DType::bf16, DType::f16})
+        for (DType dtype : {DType::f32, DType::bf16, DType::f16, DType::i8})
             for (int page_size : {1, 3, 16, 40})
                 for (int head_dim : {64, 72, 112, 256})
                     check_all_heads(Store({1, 2, head_dim, page_size, dtype}, 3, 83), 0, 83, 83);
@@ -323,6 +339,34 @@ TEST(a_team_agrees_with_its_caller_alone) {
         std::fill(shared.begin(), shared.end(), NAN);
         paged_attention(three, args);
         for (size_t i = 0; i < alone.size(); ++i) CHECK_NEAR(shared[i], alone[i], 2e-6);
+    }
+}
+
+TEST(repack_rounds_to_int8_as_writing_does_and_nothing_comes_back) {
+    const Store store({2, 2, 72, 9, DType::f32}, 1, 9);
+    const KvGeometry small{2, 2, 72, 4, DType::i8};
+    std::vector<std::byte> landed(3 * small.page_bytes()), written(landed.size());
+    for (int t = 0; t < 9; ++t)
+        repack(store.kv.geometry, store.kv.page(0), t, small, landed.data() + (t + 3) / 4 * small.page_bytes(),
+               (t + 3) % 4, 1);
+    std::vector<int32_t> pages, offsets;
+    for (int t = 0; t < 9; ++t) {
+        pages.push_back((t + 3) / 4);
+        offsets.push_back((t + 3) % 4);
+    }
+    const PagedKv kv{small, written.data(), 3};
+    for (int layer = 0; layer < 2; ++layer)
+        write_rows(kv, layer, 9, {store.keys.data(), 144, store.values.data(), 144}, pages.data(), offsets.data());
+    CHECK(landed == written);
+    for (DType dtype : {DType::f32, DType::i8}) {
+        bool is_refused = false;
+        try {
+            std::vector<std::byte> back(KvGeometry{2, 2, 72, 4, dtype}.page_bytes());
+            repack(small, landed.data(), 0, {2, 2, 72, 4, dtype}, back.data(), 0, 1);
+        } catch (const std::logic_error&) {
+            is_refused = true;
+        }
+        CHECK(is_refused);
     }
 }
 

@@ -92,7 +92,7 @@ TEST(lanes_that_share_pages_get_the_results_they_get_alone) {
 TEST(shared_tokens_are_read_once) {
     SharingRig rig({20, 20, 20, 20}, {330, 330, 330, 330});
     rig.serve_with(1);
-    const uint64_t per_token = bytes_per_token(rig.host.arena().kv().geometry);
+    const uint64_t per_token = rig.host.arena().kv().geometry.token_bytes();
     CHECK(rig.sum(&WorkerStats::kv_bytes_read) == (320 + 4 * 10) * per_token);
     CHECK(rig.sum(&WorkerStats::shared_rows) == 4 && rig.sum(&WorkerStats::tasks) == 4);
 }
