@@ -17,7 +17,7 @@ HEAD_DIMS = [64, 72, 80, 96, 112, 128, 256]
 TOLERANCE = 3e-6  # float32 accumulation over a few hundred tokens of values near 1
 
 
-ALL_SIMD = ["scalar", "avx2", "avx512", "neon"]
+ALL_SIMD = ["scalar", "avx2", "avx512", "avx512_bf16", "neon"]
 
 
 def is_available(name: str) -> bool:
@@ -70,6 +70,7 @@ class Case:
     seed: int = 0
     score_size: float = 1.0
     num_layers: int = 2
+    rounds_queries: bool = False  # to the storage type, as the queries of a model in that type are
 
     def build(self) -> "Store":
         return Store(self)
@@ -99,6 +100,8 @@ class Store:
         self.q = rng.standard_normal(
             (case.num_kv_heads * case.group, case.head_dim), np.float32
         ) * np.float32(case.score_size)
+        if case.rounds_queries:
+            self.q = rounded(self.q, case.dtype)
         self.keys, self.values = (
             rounded(rng.standard_normal(shape, np.float32), case.dtype) for _ in range(2)
         )
@@ -127,6 +130,7 @@ cases = st.builds(
     head_dim=st.sampled_from(HEAD_DIMS),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**32 - 1),
+    rounds_queries=st.booleans(),
 )
 
 
@@ -161,6 +165,8 @@ def test_the_best_path_is_the_default(simd: str) -> None:
 @given(case=cases)
 @example(Case(num_tokens=1, page_size=1))
 @example(Case(num_tokens=64, page_size=64, group=9, head_dim=256, dtype="bfloat16"))
+@example(Case(num_tokens=300, page_size=64, group=8, head_dim=128, dtype="bfloat16", rounds_queries=True))
+@example(Case(num_tokens=99, page_size=24, group=5, head_dim=72, dtype="bfloat16", rounds_queries=True))
 @example(Case(num_tokens=65, page_size=1, head_dim=72, dtype="float16"))
 @example(Case(num_tokens=200, page_size=17, group=64, num_kv_heads=1, head_dim=128))
 @settings(max_examples=150, deadline=None)
@@ -392,5 +398,5 @@ def test_attention_refuses_heads_and_pages_that_do_not_fit(teams: list[native.Th
     store.table[0] = 77
     with pytest.raises(ValueError, match=r"page 77 is outside 0 \.\. 2"):
         store.attend([0, 1])
-    with pytest.raises(ValueError, match="simd must be auto, scalar, avx2, avx512 or neon, not sse"):
+    with pytest.raises(ValueError, match="simd must be auto, scalar, avx2, avx512, avx512_bf16 or neon, not sse"):
         native.set_simd("sse")

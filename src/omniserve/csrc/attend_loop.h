@@ -1,7 +1,8 @@
 // The loop over tiles that every instruction set shares. Included once by each attention_*.cpp, whose `Ops` supplies:
 //
 //     using T                                     storage type of one KV element
-//     scores(tile, ...)                           scores[group][kScoreStride] of the tile's tokens
+//     queries(args, scratch)                      the queries [num_heads][group][head_dim] as `scores` wants them
+//     scores(tile, ..., scale, ...)               scores[group][kScoreStride] of the tile's tokens, scaled
 //     softmax(row, count, m, l)                   turns a score row into weights, returns the factor for older sums
 //     accumulate(tile, ...)                       acc[group][head_dim] = acc * rescale + weights * V
 //
@@ -130,6 +131,12 @@ void look_ahead(Tile<T>& tile, const Tile<T>& next) {
     for (int r = 0; r < tile.num_runs && r < next.num_runs; ++r) tile.runs[r].ahead = next.runs[r].v - tile.runs[r].v;
 }
 
+/// Queries as they come: what Ops needs that multiply float32.
+struct PlainQueries {
+    static const float* queries(const AttendArgs& args, float*) { return args.q; }
+    static int query_stride(int head_dim) { return head_dim; }
+};
+
 template <class Ops>
 void attend_loop(const AttendArgs& args) {
     using T = typename Ops::T;
@@ -138,9 +145,9 @@ void attend_loop(const AttendArgs& args) {
     const size_t q_floats = size_t(group) * head_dim, state = state_floats(group, head_dim);
     float* scores = args.scratch;                            // [group][kScoreStride]
     float* rescale = scores + size_t(group) * kScoreStride;  // [group]
-    float* q = rescale + group;                              // [num_heads][group][head_dim], scaled
+    const auto* q = Ops::queries(args, rescale + group);     // [num_heads][group] of Ops::query_stride(head_dim)
+    const size_t query = size_t(group) * Ops::query_stride(head_dim);
     clear_states(args.state, {args.num_heads, group, head_dim});
-    for (size_t i = 0; i < args.num_heads * q_floats; ++i) q[i] = args.q[i] * args.scale;
 
     // Heads inside tiles: the pages' K and V are then read in the order in which they lie.
     Tile<T> tiles[2];
@@ -154,7 +161,7 @@ void attend_loop(const AttendArgs& args) {
             look_ahead(*now, *next);
             float* acc = args.state + head * state;
             float* m = acc + q_floats;
-            Ops::scores(*now, kv.page_size, head_dim, q + head * q_floats, group, scores);
+            Ops::scores(*now, kv.page_size, head_dim, q + head * query, group, args.scale, scores);
             if constexpr (kHasScales<T>) multiply_by_scales(*now, &RunScales<T>::k, scores, group);
             for (int g = 0; g < group; ++g)
                 rescale[g] = Ops::softmax(scores + g * kScoreStride, now->num_tokens, m[g], m[group + g]);

@@ -22,29 +22,43 @@ struct Candidate {
     bool is_available;
 };
 
+#if defined(OMNISERVE_X86)
+const Kernels& avx512_bf16_kernels() {
+    static const Kernels kernels = [] {
+        Kernels same = kAvx512Kernels;
+        same.name = "avx512_bf16";
+        same.attend[static_cast<int>(DType::bf16)] = attend_bf16_by_dots;
+        return same;
+    }();
+    return kernels;
+}
+#endif
+
 /// All that set_simd knows, the best last. __builtin_cpu_supports also asks whether the operating system saves the
 /// registers (xgetbv).
-const std::array<Candidate, 4>& candidates() {
+const std::array<Candidate, 5>& candidates() {
 #if defined(OMNISERVE_X86)
     static const bool has_avx2 =
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                                    __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                                    __builtin_cpu_supports("avx512vl");
-    const Kernels *avx2 = &kAvx2Kernels, *avx512 = &kAvx512Kernels;
+    static const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+    const Kernels *avx2 = &kAvx2Kernels, *avx512 = &kAvx512Kernels, *avx512_bf16 = &avx512_bf16_kernels();
 #else
-    constexpr bool has_avx2 = false, has_avx512 = false;
-    const Kernels *avx2 = nullptr, *avx512 = nullptr;
+    constexpr bool has_avx2 = false, has_avx512 = false, has_bf16 = false;
+    const Kernels *avx2 = nullptr, *avx512 = nullptr, *avx512_bf16 = nullptr;
 #endif
 #if defined(OMNISERVE_NEON)
     const Kernels* neon = &kNeonKernels;  // part of every AArch64 CPU: nothing to ask
 #else
     const Kernels* neon = nullptr;
 #endif
-    static const std::array<Candidate, 4> all = {{
+    static const std::array<Candidate, 5> all = {{
         {"scalar", "", &kScalarKernels, true},
         {"avx2", "AVX2 with FMA and F16C", avx2, has_avx2},
         {"avx512", "AVX-512 with F, BW, DQ and VL", avx512, has_avx512},
+        {"avx512_bf16", "AVX-512 with F, BW, DQ, VL and BF16", avx512_bf16, has_bf16},
         {"neon", "NEON (AArch64)", neon, neon != nullptr},
     }};
     return all;
@@ -77,7 +91,7 @@ void set_simd(std::string_view name) {
         active() = candidate.kernels;
         return;
     }
-    throw std::invalid_argument("simd must be auto, scalar, avx2, avx512 or neon, not " + std::string(name));
+    throw std::invalid_argument("simd must be auto, scalar, avx2, avx512, avx512_bf16 or neon, not " + std::string(name));
 }
 
 size_t scratch_floats(int num_heads, int group, int head_dim) {

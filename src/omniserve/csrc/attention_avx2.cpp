@@ -109,7 +109,7 @@ int next_part(int total, int limit) {
 }
 
 template <DType kType>
-struct Avx2Ops {
+struct Avx2Ops : PlainQueries {
     using S = Storage<kType>;
     using T = typename S::T;
 
@@ -122,7 +122,8 @@ struct Avx2Ops {
 
     /// Scores of kChunk tokens for kGroup queries; what lies `ahead` elements further on is fetched meanwhile.
     template <int kGroup>
-    static void chunk_scores(const T* k, int page_size, int head_dim, const float* q, float* scores, ptrdiff_t ahead) {
+    static void chunk_scores(const T* k, int page_size, int head_dim, const float* q, float scale, float* scores,
+                             ptrdiff_t ahead) {
         constexpr int kUnroll = kGroup == 1 ? 4 : kGroup <= 3 ? 2 : 1;  // enough sums to hide the latency of FMA
         constexpr int kStep = kUnroll < 2 ? 2 : kUnroll;
         Pair sum[kUnroll][kGroup];
@@ -149,12 +150,13 @@ struct Avx2Ops {
                 sum[0][g].b = _mm256_add_ps(sum[0][g].b, sum[u][g].b);
             }
             const Pair row = S::natural(sum[0][g]);
-            _mm256_storeu_ps(scores + g * kScoreStride, row.a);
-            _mm256_storeu_ps(scores + g * kScoreStride + 8, row.b);
+            _mm256_storeu_ps(scores + g * kScoreStride, _mm256_mul_ps(row.a, _mm256_set1_ps(scale)));
+            _mm256_storeu_ps(scores + g * kScoreStride + 8, _mm256_mul_ps(row.b, _mm256_set1_ps(scale)));
         }
     }
 
-    static void scores(const Tile<T>& tile, int page_size, int head_dim, const float* q, int group, float* scores) {
+    static void scores(const Tile<T>& tile, int page_size, int head_dim, const float* q, int group, float scale,
+                       float* scores) {
         int at = 0;
         for (int r = 0; r < tile.num_runs; ++r) {
             const Run<T>& run = tile.runs[r];
@@ -165,12 +167,12 @@ struct Avx2Ops {
                     float* to = scores + g * kScoreStride + at + t;
                     const ptrdiff_t ahead = g == 0 && t * sizeof(T) % 64 == 0 ? run.ahead : 0;  // once a cache line
                     switch (size) {
-                        case 1: chunk_scores<1>(run.k + t, page_size, head_dim, from, to, ahead); break;
-                        case 2: chunk_scores<2>(run.k + t, page_size, head_dim, from, to, ahead); break;
-                        case 3: chunk_scores<3>(run.k + t, page_size, head_dim, from, to, ahead); break;
-                        case 4: chunk_scores<4>(run.k + t, page_size, head_dim, from, to, ahead); break;
-                        case 5: chunk_scores<5>(run.k + t, page_size, head_dim, from, to, ahead); break;
-                        default: chunk_scores<6>(run.k + t, page_size, head_dim, from, to, ahead);
+                        case 1: chunk_scores<1>(run.k + t, page_size, head_dim, from, scale, to, ahead); break;
+                        case 2: chunk_scores<2>(run.k + t, page_size, head_dim, from, scale, to, ahead); break;
+                        case 3: chunk_scores<3>(run.k + t, page_size, head_dim, from, scale, to, ahead); break;
+                        case 4: chunk_scores<4>(run.k + t, page_size, head_dim, from, scale, to, ahead); break;
+                        case 5: chunk_scores<5>(run.k + t, page_size, head_dim, from, scale, to, ahead); break;
+                        default: chunk_scores<6>(run.k + t, page_size, head_dim, from, scale, to, ahead);
                     }
                 }
             }

@@ -124,7 +124,7 @@ void clear(float32x4_t (*sum)[kVecs]) {
 }
 
 template <DType kType>
-struct NeonOps {
+struct NeonOps : PlainQueries {
     using S = Storage<kType>;
     using T = typename S::T;
 
@@ -137,7 +137,8 @@ struct NeonOps {
 
     /// Scores of kChunk tokens for kGroup queries; what lies `ahead` elements further on is fetched meanwhile.
     template <int kGroup>
-    static void chunk_scores(const T* k, int page_size, int head_dim, const float* q, float* scores, ptrdiff_t ahead) {
+    static void chunk_scores(const T* k, int page_size, int head_dim, const float* q, float scale, float* scores,
+                             ptrdiff_t ahead) {
         constexpr int kVecs = kChunk / kLanes;
         constexpr int kUnroll = kGroup == 1 ? 4 : kGroup <= 3 ? 2 : 1;  // enough sums to hide the latency of FMA
         constexpr int kStep = kUnroll < 2 ? 2 : kUnroll;
@@ -160,11 +161,12 @@ struct NeonOps {
                 float32x4_t x = sum[0][g][i];
 #pragma GCC unroll 4
                 for (int u = 1; u < kUnroll; ++u) x = vaddq_f32(x, sum[u][g][i]);
-                vst1q_f32(scores + g * kScoreStride + i * kLanes, x);
+                vst1q_f32(scores + g * kScoreStride + i * kLanes, vmulq_n_f32(x, scale));
             }
     }
 
-    static void scores(const Tile<T>& tile, int page_size, int head_dim, const float* q, int group, float* scores) {
+    static void scores(const Tile<T>& tile, int page_size, int head_dim, const float* q, int group, float scale,
+                       float* scores) {
         int at = 0;
         for (int r = 0; r < tile.num_runs; ++r) {
             const Run<T>& run = tile.runs[r];
@@ -175,12 +177,12 @@ struct NeonOps {
                     float* to = scores + g * kScoreStride + at + t;
                     const ptrdiff_t ahead = g == 0 && t * sizeof(T) % 64 == 0 ? run.ahead : 0;  // once a cache line
                     switch (size) {
-                        case 1: chunk_scores<1>(run.k + t, page_size, head_dim, from, to, ahead); break;
-                        case 2: chunk_scores<2>(run.k + t, page_size, head_dim, from, to, ahead); break;
-                        case 3: chunk_scores<3>(run.k + t, page_size, head_dim, from, to, ahead); break;
-                        case 4: chunk_scores<4>(run.k + t, page_size, head_dim, from, to, ahead); break;
-                        case 5: chunk_scores<5>(run.k + t, page_size, head_dim, from, to, ahead); break;
-                        default: chunk_scores<6>(run.k + t, page_size, head_dim, from, to, ahead);
+                        case 1: chunk_scores<1>(run.k + t, page_size, head_dim, from, scale, to, ahead); break;
+                        case 2: chunk_scores<2>(run.k + t, page_size, head_dim, from, scale, to, ahead); break;
+                        case 3: chunk_scores<3>(run.k + t, page_size, head_dim, from, scale, to, ahead); break;
+                        case 4: chunk_scores<4>(run.k + t, page_size, head_dim, from, scale, to, ahead); break;
+                        case 5: chunk_scores<5>(run.k + t, page_size, head_dim, from, scale, to, ahead); break;
+                        default: chunk_scores<6>(run.k + t, page_size, head_dim, from, scale, to, ahead);
                     }
                 }
             }

@@ -9,7 +9,7 @@ namespace omniserve {
 namespace {
 
 template <DType kType>
-struct ScalarOps {
+struct ScalarOps : PlainQueries {
     using T = std::conditional_t<kType == DType::f32, float,
                                  std::conditional_t<kType == DType::i8, int8_t, uint16_t>>;
 
@@ -19,7 +19,8 @@ struct ScalarOps {
         else return f16_to_f32(value);
     }
 
-    static void scores(const Tile<T>& tile, int page_size, int head_dim, const float* q, int group, float* scores) {
+    static void scores(const Tile<T>& tile, int page_size, int head_dim, const float* q, int group, float scale,
+                       float* scores) {
         int at = 0;
         for (int r = 0; r < tile.num_runs; ++r) {
             const Run<T>& run = tile.runs[r];
@@ -31,6 +32,7 @@ struct ScalarOps {
                     const T* k = run.k + size_t(d) * page_size;
                     for (int t = 0; t < run.count; ++t) row[t] += weight * load(k[t]);
                 }
+                for (int t = 0; t < run.count; ++t) row[t] *= scale;
             }
             at += run.count;
         }

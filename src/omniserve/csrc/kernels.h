@@ -10,6 +10,9 @@ extern const Kernels kScalarKernels;
 #if defined(OMNISERVE_X86)
 extern const Kernels kAvx2Kernels;    // needs AVX2, FMA and F16C
 extern const Kernels kAvx512Kernels;  // needs these and AVX-512 F, BW, DQ, VL
+/// What takes the place of their bfloat16 attention on a CPU with AVX-512 BF16. A function, not a table of its own: a
+/// copy of theirs would be made by code compiled for that CPU, at start-up, on any CPU.
+void attend_bf16_by_dots(const AttendArgs& args);
 #endif
 #if defined(OMNISERVE_NEON)
 extern const Kernels kNeonKernels;    // needs nothing that an AArch64 CPU may lack

@@ -31,7 +31,10 @@ struct Store {
             for (float& value : *values) value = std::round(normal(random) * 8) / 8;
         }
         q.resize(group * width);
-        for (float& value : q) value = normal(random);
+        for (float& value : q) {
+            value = normal(random);
+            if (g.dtype == DType::bf16) value = bf16_to_f32(f32_to_bf16(value));  // as those of such a model
+        }
         for (int i = 0; i < num_pages; ++i) table.push_back((i + 1) % num_pages);
         std::vector<int32_t> pages, offsets;
         for (int t = 0; t < num_tokens; ++t) {
@@ -115,7 +118,7 @@ void check_all_heads(const Store& store, int first, int last, int step) {
 const std::vector<const char*>& paths() {
     static const std::vector<const char*> available = [] {
         std::vector<const char*> names;
-        for (const char* name : {"scalar", "avx2", "avx512", "neon"}) {
+        for (const char* name : {"scalar", "avx2", "avx512", "avx512_bf16", "neon"}) {
             try {
                 set_simd(name);
                 names.push_back(name);
