@@ -1,19 +1,23 @@
 # OmniServe: one command each. Every target sets up .venv when it has to, and only then.
 PYTHON ?= python3
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+SOAK_SECONDS ?= 600
 
 VENV := .venv
 BIN := $(VENV)/bin
 DEPS := $(VENV)/.stamp-deps
 INSTALLED := $(VENV)/.stamp-installed
 NATIVE := CMakeLists.txt $(shell find src/omniserve/csrc -type f 2>/dev/null)
-SANITIZERS := build/asan/.stamp-passed build/tsan/.stamp-passed
+SANITIZED := build/asan/.stamp-built build/tsan/.stamp-built
+SANITIZERS := $(SANITIZED:built=passed)
+# gcc's thread sanitizer cannot map its shadow under high ASLR entropy: run without randomisation where allowed.
+SANITIZED_RUN := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-parity test-native test-neon lint format types bench-core bench-host clean distclean
+.PHONY: help setup demo test test-fast test-parity test-native test-neon soak lint format types bench-core bench-host clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +39,10 @@ test-parity: setup  ## the full token-equality matrix
 test-native: $(SANITIZERS)  ## the C++ tests under address, undefined-behaviour and thread sanitizers
 
 test-neon: build/neon/.stamp-passed  ## the C++ tests for AArch64, on any machine under qemu
+
+soak: $(SANITIZED)  ## random stress of lanes under the three sanitizers for SOAK_SECONDS (600), builds not counted
+	$(SANITIZED_RUN) build/asan/omniserve_native_tests --soak $$(( $(SOAK_SECONDS) / 2 ))
+	TSAN_OPTIONS=halt_on_error=1 $(SANITIZED_RUN) build/tsan/omniserve_native_tests --soak $$(( $(SOAK_SECONDS) - $(SOAK_SECONDS) / 2 ))
 
 lint: setup  ## ruff
 	$(BIN)/ruff check .
@@ -74,14 +82,16 @@ $(INSTALLED): $(DEPS) $(NATIVE)
 	$(PIP) install --no-build-isolation --no-deps -c constraints.txt -e .
 	touch $@
 
-# gcc's thread sanitizer cannot map its shadow under high ASLR entropy: run without randomisation where allowed.
-build/%/.stamp-passed: $(DEPS) $(NATIVE)
+build/%/.stamp-built: $(DEPS) $(NATIVE)
 	@mkdir -p build/$*
 	$(BIN)/cmake -S . -B build/$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DOMNISERVE_PYTHON=OFF \
 	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" -DOMNISERVE_TESTS=ON -DOMNISERVE_SANITIZE=$(SANITIZE) > build/$*/configure.log \
 	  || { cat build/$*/configure.log; exit 1; }
 	$(BIN)/cmake --build build/$*
-	if setarch -R true 2>/dev/null; then setarch -R build/$*/omniserve_native_tests; else build/$*/omniserve_native_tests; fi
+	touch $@
+
+build/%/.stamp-passed: build/%/.stamp-built
+	$(SANITIZED_RUN) build/$*/omniserve_native_tests
 	touch $@
 
 # The emulated CPU is an ARMv8.0-A one: anything newer ends in an illegal instruction.
@@ -95,5 +105,5 @@ build/neon/.stamp-passed: $(DEPS) $(NATIVE) scripts/aarch64.cmake
 	qemu-aarch64 -cpu cortex-a57 build/neon/omniserve_native_tests
 	touch $@
 
-build/asan/.stamp-passed: SANITIZE := address,undefined
-build/tsan/.stamp-passed: SANITIZE := thread
+build/asan/.stamp-built: SANITIZE := address,undefined
+build/tsan/.stamp-built: SANITIZE := thread
