@@ -25,6 +25,31 @@ class Spread:
         return {"median": self.median, "low": self.low, "high": self.high}
 
 
+class Rounds:
+    """Samples of several readers taken in turns, one of each per round; one may drop out after some rounds.
+
+    Two readers are compared round by round: what the machine does from second to second then hits both.
+    """
+
+    def __init__(self) -> None:
+        self.samples: dict[str, list[float]] = {}
+
+    def add(self, reader: str, value: float) -> None:
+        self.samples.setdefault(reader, []).append(value)
+
+    def spreads(self) -> dict[str, Spread]:
+        return {reader: Spread(values) for reader, values in self.samples.items()}
+
+    def ratio(self, over: str, under: str) -> Spread:
+        """Spread of the ratios of the rounds that have both."""
+        return Spread([a / b for a, b in zip(self.samples[over], self.samples[under], strict=False)])
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value that `share` (0 to 1) of the values do not exceed."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
 def seconds_of(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()

@@ -21,13 +21,13 @@ struct Rows {
 
 inline std::vector<std::byte> narrowed(const std::vector<float>& values, DType dtype) {
     std::vector<std::byte> bytes(values.size() * item_size(dtype));
-    kernels().from_f32(values.data(), bytes.data(), dtype, values.size());
+    if (!values.empty()) kernels().from_f32(values.data(), bytes.data(), dtype, values.size());
     return bytes;
 }
 
 inline std::vector<float> widened(const std::vector<std::byte>& bytes, DType dtype) {
     std::vector<float> values(bytes.size() / item_size(dtype));
-    kernels().to_f32(bytes.data(), dtype, values.data(), values.size());
+    if (!values.empty()) kernels().to_f32(bytes.data(), dtype, values.data(), values.size());
     return values;
 }
 

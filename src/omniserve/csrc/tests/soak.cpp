@@ -21,11 +21,22 @@ constexpr int kLandingFrames = 3;
 constexpr double kReportS = 30.0;
 
 unsigned current_seed = 0;
+bool is_soaking = false;
 
 void print_seed() {
+    if (!is_soaking) return;
     std::printf("\nwhile running seed %u; again with: --soak 60 --seed %u\n", current_seed, current_seed);
     std::fflush(stdout);
 }
+
+}  // namespace
+}  // namespace omniserve::testing
+
+// What the undefined-behaviour sanitizer calls at each report; the others have a callback for it (see soak).
+extern "C" void __ubsan_on_report() { omniserve::testing::print_seed(); }
+
+namespace omniserve::testing {
+namespace {
 
 class Draw {
 public:
@@ -145,8 +156,10 @@ int soak(double seconds, unsigned seed) {
     __sanitizer_set_death_callback(print_seed);
 #endif
     std::printf("seeds from %u on, for %.0f s\n", seed, seconds);
-    const auto began = std::chrono::steady_clock::now();
-    const auto elapsed = [&] { return std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count(); };
+    const auto now = [] { return std::chrono::steady_clock::now(); };
+    const auto began = now();
+    const auto elapsed = [&] { return std::chrono::duration<double>(now() - began).count(); };
+    is_soaking = true;
     Totals totals;
     double next_report = kReportS;
     for (current_seed = seed; totals.configs == 0 || elapsed() < seconds; ++current_seed) {
