@@ -6,6 +6,7 @@ SOAK_SECONDS ?= 600
 VENV := .venv
 BIN := $(VENV)/bin
 DEPS := $(VENV)/.stamp-deps
+PLOTS := $(VENV)/.stamp-plots
 INSTALLED := $(VENV)/.stamp-installed
 NATIVE := CMakeLists.txt $(shell find src/omniserve/csrc -type f 2>/dev/null)
 SANITIZED := build/asan/.stamp-built build/tsan/.stamp-built
@@ -58,7 +59,7 @@ types: setup  ## mypy --strict
 bench-core: setup  ## start-up, tokens/s, lane tokens/s, cost of lane rows (several minutes)
 	$(BIN)/python -m omniserve.bench.core
 
-bench-host: setup  ## host attention beside the memory's streaming rate and torch (several minutes)
+bench-host: setup $(PLOTS)  ## host attention beside the memory's streaming rate and torch (several minutes)
 	$(BIN)/omniserve bench-host --json results/host.json --plot results/host.svg
 
 clean:  ## build outputs and caches, not the virtual environment
@@ -76,6 +77,11 @@ $(DEPS): pyproject.toml constraints.txt scripts/requirements.py
 	$(PIP) install -c constraints.txt pip
 	$(BIN)/python scripts/requirements.py > $(VENV)/requirements.txt
 	$(PIP) install -c constraints.txt -r $(VENV)/requirements.txt
+	touch $@
+
+$(PLOTS): $(DEPS)
+	$(BIN)/python scripts/requirements.py plots > $(VENV)/requirements-plots.txt
+	$(PIP) install -c constraints.txt -r $(VENV)/requirements-plots.txt
 	touch $@
 
 $(INSTALLED): $(DEPS) $(NATIVE)

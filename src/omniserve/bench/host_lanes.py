@@ -2,9 +2,9 @@
 
 Two views. *One layer at a time*: all lanes' rows leave at one layer, and the next layer starts when the last
 result is back; that includes the way there and back and the wait for the slowest. *Queue kept full*: lanes
-wait at different layers and each goes on as soon as it is back; this is what a busy host achieves. In both the
-engine sleeps on its eventfd, as the real one does: it runs on one of the workers' cores, and what it takes of
-that is part of the price.
+wait at different layers and each goes on as soon as it is back; this is what a busy host achieves. In both
+the engine sleeps on its eventfd, as the real one does: it runs on one of the workers' cores, and what it
+takes of that is part of the price.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def prefix_cases(threads: int, quick: bool) -> Iterator[Case]:
 
 
 def shared_tables(case: Case, shared_tokens: int) -> npt.NDArray[np.int32]:
-    """Page tables [lanes][pages]: the first `shared_tokens` (whole pages) in common, the rest each its own."""
+    """Page tables [lanes][pages]: the first `shared_tokens` (whole pages) in common, the rest own."""
     num_shared = shared_tokens // PAGE_SIZE
     num_own = math.ceil(case.context / PAGE_SIZE) - num_shared
     order = np.random.default_rng(0).permutation(num_shared + case.lanes * num_own).astype(np.int32)

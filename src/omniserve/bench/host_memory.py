@@ -20,8 +20,8 @@ MIN_ARENA_BYTES = 512 << 20
 SAMPLE_BYTES = 4 << 20  # of random pages; the rest repeats them
 
 # Every storage type to measure, and how torch's attention reads the same elements; None where it cannot.
-# Another type that `_native.KvGeometry` knows (int8, say) needs one line here: sizes and contents of pages come
-# from the native module.
+# Another type that `_native.KvGeometry` knows (int8, say) needs one line here: sizes and contents of pages
+# come from the native module.
 TORCH_DTYPES: dict[str, torch.dtype | None] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,

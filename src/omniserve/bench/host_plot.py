@@ -15,8 +15,8 @@ MIN_CONTEXT, MIN_LANES = 1024, 8  # of the points: what the project promises fig
 def plot_roofline(report: Report, path: Path) -> None:
     """Rate over arithmetic intensity, all cores: roofs of memory and of arithmetic, ours and SDPA per shape.
 
-    A point is the median over contexts and lanes, its bar their range. `report` is what the JSON file holds, so
-    that a plot can be drawn from it later. Needs matplotlib; the suffix of `path` chooses the format.
+    A point is the median over contexts and lanes, its bar their range. `report` is what the JSON file holds,
+    so that a plot can be drawn from it later. Needs matplotlib; the suffix of `path` chooses the format.
     """
     from matplotlib.figure import Figure
 

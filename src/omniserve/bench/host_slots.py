@@ -199,7 +199,7 @@ class TripResult:
 
 
 def measure_trip() -> TripResult:
-    """Both sides spinning: an upper bound of the time from submitting to a worker's start; then with it asleep."""
+    """Both sides spinning: an upper bound of the time from submitting to a worker's start. Then asleep."""
     rig = SlotRig(SLOT_SHAPES[0], 1)
     rig.host.start(1)
     try:

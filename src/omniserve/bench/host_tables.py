@@ -43,7 +43,7 @@ def _kernel(report: Report) -> Table:
     sweep = report["sweep"]
     threads, lanes = max(sweep["threads"]), " / ".join(map(str, sweep["lanes"]))
     table = _table(
-        f"decode attention, {threads} threads: share of streaming at {lanes} lanes by context; SDPA at the last",
+        f"attention, {threads} threads: share of streaming at {lanes} lanes by context; SDPA at the last",
         "dtype", "head", "group", "cached, GB/s", *map(str, sweep["contexts"]), "over SDPA", "grouped",
         "stream / SDPA", "over bf16",
     )  # fmt: skip
