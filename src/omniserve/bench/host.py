@@ -31,7 +31,7 @@ from torch import Tensor
 import omniserve._native as _native
 from omniserve.bench import host_memory
 from omniserve.bench.host_memory import NUM_KV_HEADS, PAGE_SIZE, TORCH_DTYPES, Arena, fill_pages
-from omniserve.bench.measure import Rounds, seconds_of
+from omniserve.bench.measure import Rounds, cpus_to_pin, pinned, seconds_of
 from omniserve.config import available_cpus
 
 CACHED_CONTEXT = 1024  # tokens, all of them in one page: of a case that stays in the first caches
@@ -239,7 +239,9 @@ class HostBench:
         self.is_cold = self.arena.num_bytes >= (
             host_memory.CACHE_MULTIPLE * host_memory.last_level_cache_bytes()
         )
-        self.teams = {n: _native.ThreadTeam(n) for n in {1, *self.sweep.threads}}
+        # Member 0 is this thread, pinned while it reads: free threads may share one core for milliseconds.
+        self.cpus = cpus_to_pin()
+        self.teams = {n: _native.ThreadTeam(n, self.cpus) for n in {1, *self.sweep.threads}}
         self.case_s = self.sweep.budget_s / len(list(self.sweep.cases()))
         self._filled = ("", 0)  # dtype, head size
         self._streamed = 0
@@ -260,9 +262,7 @@ class HostBench:
         for number in range(self.sweep.rounds):
             if number >= MIN_ROUNDS and time.perf_counter() - began > self.case_s:
                 break
-            self.read_between_streams(
-                rounds, case.threads, "ours", lambda: rate_of(ours, case.num_bytes, self.sweep.round_s)
-            )
+            self.read_between_streams(rounds, case.threads, "ours", lambda: self.rate(ours, case))
             if not sdpa or sdpa_left_s <= 0:
                 continue
             for name, reader in sdpa.items():
@@ -282,6 +282,10 @@ class HostBench:
             readers["sdpa_grouped"] = TorchReader(case, values, grouped=True)
         return readers
 
+    def rate(self, ours: OurReader, case: Case) -> float:
+        with pinned(self.cpus):
+            return rate_of(ours, case.num_bytes, self.sweep.round_s)
+
     def read_between_streams(
         self, rounds: Rounds, threads: int, name: str, rate: Callable[[], float]
     ) -> None:
@@ -296,8 +300,9 @@ class HostBench:
         address = self.arena.address + self._streamed * size
         self._streamed = (self._streamed + 1) % 8
         team = self.teams[threads]
-        _native.stream_read_gbps(address, 1 << 16, team)
-        return _native.stream_read_gbps(address, size, team)
+        with pinned(self.cpus):
+            _native.stream_read_gbps(address, 1 << 16, team)
+            return _native.stream_read_gbps(address, size, team)
 
     def check_stream(self, threads: int) -> dict[str, Any]:
         """Our streaming loop beside torch.sum of the whole arena as float32: ours must not be slow."""
@@ -307,10 +312,9 @@ class HostBench:
         for _ in range(max(9, self.sweep.rounds)):
             rounds.add("torch_sum", self.arena.num_bytes / seconds_of(values.sum) / 1e9)
             time.sleep(SETTLE_S)
-            rounds.add(
-                "stream",
-                _native.stream_read_gbps(self.arena.address, self.arena.num_bytes, self.teams[threads]),
-            )
+            with pinned(self.cpus):
+                gbps = _native.stream_read_gbps(self.arena.address, self.arena.num_bytes, self.teams[threads])
+            rounds.add("stream", gbps)
         ratio = rounds.ratio("stream", "torch_sum")
         return {
             "threads": threads,

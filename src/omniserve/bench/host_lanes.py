@@ -25,7 +25,7 @@ import numpy.typing as npt
 import omniserve._native as _native
 from omniserve.bench.host import Case, HostBench, page_tables, rate_of
 from omniserve.bench.host_memory import NUM_KV_HEADS, PAGE_SIZE, fill_pages
-from omniserve.bench.measure import Rounds
+from omniserve.bench.measure import Rounds, cpus_to_pin
 from omniserve.host.segment import address_of
 
 MAX_ARENA_BYTES = 3 << 29
@@ -100,7 +100,7 @@ class LaneRig:
         self.poll.register(self.event_fd, select.POLLIN)
         address = address_of(self.memory)
         self.port = _native.LanePort(self.geometry, address)
-        self.host = _native.HostWorkers(address, eventfd=self.event_fd)
+        self.host = _native.HostWorkers(address, eventfd=self.event_fd, cpus=cpus_to_pin())
         fill_pages(self.host.kv)
         for slot, pages in enumerate(tables.tolist()):
             self.port.reset(slot)
@@ -129,13 +129,14 @@ class LaneRig:
             self.kv.shape[2], self.kv[1].ctypes.data, self.kv.shape[2], self.x.ctypes.data, self.x.shape[1],
         )  # fmt: skip
 
-    def take(self, layer: int) -> npt.NDArray[np.int32]:
-        """Slots whose result of `layer` is there, after taking it."""
+    def take(self, layer: int, first: int = 0) -> npt.NDArray[np.int32]:
+        """Slots whose result of `layer` is there; results are in rows `first` and on of `attn`."""
+        slots, attn, x = self.taken[first:], self.attn[first:], self.x[first:]
         n = self.port.take(
-            layer, self.case.lanes, True, self.taken.ctypes.data, self.attn.ctypes.data, self.attn.shape[1],
-            self.x.ctypes.data, self.x.shape[1],
+            layer, len(slots), True, slots.ctypes.data, attn.ctypes.data, attn.shape[1], x.ctypes.data,
+            x.shape[1],
         )  # fmt: skip
-        return self.taken[:n]
+        return slots[:n]
 
     def sleep(self) -> None:
         """Until something is complete."""
@@ -158,10 +159,10 @@ class LaneRig:
         self.exit(layer, self.slots)
         if self.case.lanes > 1:
             self.nap()
-        left = self.case.lanes - len(self.take(layer))
-        while left:
+        taken = len(self.take(layer))
+        while taken < self.case.lanes:
             self.sleep()
-            left -= len(self.take(layer))
+            taken += len(self.take(layer, taken))
         self.nap_s = min(self.nap_s, NAP_SHARE * (time.perf_counter() - began))
 
     def kept_full(self, at_least_s: float) -> float:

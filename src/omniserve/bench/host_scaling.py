@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from omniserve.bench.host import Case, HostBench, OurReader, rate_of
+from omniserve.bench.host import Case, HostBench, OurReader
 from omniserve.bench.measure import Rounds, Spread
 
 ROUNDS = 11
@@ -49,12 +49,9 @@ def measure_scaling(case: Case, bench: HostBench) -> ScalingResult:
     ours = OurReader(case, bench.arena, bench.teams[case.threads])
     ours_alone = OurReader(alone, bench.arena, bench.teams[1])
     rounds, single = Rounds(), Rounds()
-    seconds = bench.sweep.round_s
     for _ in range(ROUNDS):
-        bench.read_between_streams(
-            rounds, case.threads, "ours", lambda: rate_of(ours, case.num_bytes, seconds)
-        )
-        bench.read_between_streams(single, 1, "ours", lambda: rate_of(ours_alone, case.num_bytes, seconds))
+        bench.read_between_streams(rounds, case.threads, "ours", lambda: bench.rate(ours, case))
+        bench.read_between_streams(single, 1, "ours", lambda: bench.rate(ours_alone, alone))
     for name, values in single.samples.items():
         rounds.samples[f"{name}_alone"] = values
     return ScalingResult(case, rounds)

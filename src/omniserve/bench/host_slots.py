@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 import omniserve._native as _native
 from omniserve.bench.host_memory import PAGE_SIZE, TORCH_DTYPES
-from omniserve.bench.measure import Rounds, Spread, percentile, seconds_of
+from omniserve.bench.measure import Rounds, Spread, cpus_to_pin, percentile, pinned, seconds_of
 from omniserve.host.segment import address_of
 
 ROWS = 400
@@ -69,7 +69,7 @@ SLOT_SHAPES = (
 class SlotRig:
     """`rows` lanes at their first token, one layer, and a host whose threads run only when asked to."""
 
-    def __init__(self, shape: SlotShape, rows: int) -> None:
+    def __init__(self, shape: SlotShape, rows: int, cpus: Sequence[int] = ()) -> None:
         self.geometry = _native.LaneGeometry(
             num_layers=1,
             num_heads=shape.num_heads,
@@ -87,7 +87,7 @@ class SlotRig:
         self.memory = mmap.mmap(-1, _native.segment_bytes(self.geometry))
         address = address_of(self.memory)
         self.port = _native.LanePort(self.geometry, address)
-        self.host = _native.HostWorkers(address)
+        self.host = _native.HostWorkers(address, cpus=list(cpus))
         for slot in range(rows):
             self.port.reset(slot)
             self.port.set_pages(slot, 0, [slot])
@@ -200,17 +200,19 @@ class TripResult:
 
 def measure_trip() -> TripResult:
     """Both sides spinning: an upper bound of the time from submitting to a worker's start. Then asleep."""
-    rig = SlotRig(SLOT_SHAPES[0], 1)
+    cpus = cpus_to_pin()
+    rig = SlotRig(SLOT_SHAPES[0], 1, cpus[-1:])
     rig.host.start(1)
     try:
-        for _ in range(100):
-            _trip_us(rig)
-        spinning = [_trip_us(rig) for _ in range(TRIPS)]
-        worker = rig.host.stats()[0]
-        parked = []
-        for _ in range(PARKED_TRIPS):
-            time.sleep(PARK_S)
-            parked.append(_trip_us(rig))
+        with pinned(cpus):
+            for _ in range(100):
+                _trip_us(rig)
+            spinning = [_trip_us(rig) for _ in range(TRIPS)]
+            worker = rig.host.stats()[0]
+            parked = []
+            for _ in range(PARKED_TRIPS):
+                time.sleep(PARK_S)
+                parked.append(_trip_us(rig))
     finally:
         rig.host.stop()
     return TripResult(spinning, parked, worker["busy_s"] / worker["tasks"] * 1e6)

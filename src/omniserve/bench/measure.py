@@ -6,9 +6,12 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from omniserve.config import available_cpus
 
 
 class Spread:
@@ -54,6 +57,24 @@ def seconds_of(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+def cpus_to_pin() -> list[int]:
+    """The CPUs to pin threads to, as the engine does: the affinity mask, or none under a quota."""
+    budget = available_cpus()
+    return list(budget.cpus) if budget.count == len(budget.cpus) else []
+
+
+@contextmanager
+def pinned(cpus: Sequence[int]) -> Iterator[None]:
+    """The calling thread stays on the first of the CPUs meanwhile; with none it stays free."""
+    before = os.sched_getaffinity(0)
+    if cpus:
+        os.sched_setaffinity(0, cpus[:1])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def machine() -> dict[str, Any]:
