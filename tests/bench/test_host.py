@@ -102,7 +102,8 @@ def small_bench(monkeypatch: pytest.MonkeyPatch) -> Sweep:
     )  # fmt: skip
     case = Case("float32", 2, 64, 130, 2, threads=2)
     monkeypatch.setattr(host_report, "quick_sweep", lambda: sweep)
-    monkeypatch.setattr(host_report, "lane_cases", lambda *_: [case, replace(case, lanes=1)])
+    lanes = [case, replace(case, lanes=1, threads=3)]  # one has more threads than the sweep
+    monkeypatch.setattr(host_report, "lane_cases", lambda *_: lanes)
     monkeypatch.setattr(host_report, "prefix_cases", lambda *_: [replace(case, context=200)])
     monkeypatch.setattr(host_report, "scaling_cases", lambda _: [case])
     monkeypatch.setattr(host_lanes, "PREFIX_TOKENS", 128)

@@ -239,12 +239,17 @@ class HostBench:
         self.is_cold = self.arena.num_bytes >= (
             host_memory.CACHE_MULTIPLE * host_memory.last_level_cache_bytes()
         )
-        # Member 0 is this thread, pinned while it reads: free threads may share one core for milliseconds.
         self.cpus = cpus_to_pin()
-        self.teams = {n: _native.ThreadTeam(n, self.cpus) for n in {1, *self.sweep.threads}}
+        self._teams: dict[int, _native.ThreadTeam] = {}
         self.case_s = self.sweep.budget_s / len(list(self.sweep.cases()))
         self._filled = ("", 0)  # dtype, head size
         self._streamed = 0
+
+    def team(self, threads: int) -> _native.ThreadTeam:
+        """Pinned, as the engine's is; member 0 is this thread, and pinned while it reads."""
+        if threads not in self._teams:
+            self._teams[threads] = _native.ThreadTeam(threads, self.cpus)
+        return self._teams[threads]
 
     def fill(self, case: Case) -> None:
         if self._filled != (case.dtype, case.head_dim):
@@ -254,7 +259,7 @@ class HostBench:
     def measure(self, case: Case) -> Result:
         self.fill(case)
         torch.set_num_threads(case.threads)
-        ours = OurReader(case, self.arena, self.teams[case.threads])
+        ours = OurReader(case, self.arena, self.team(case.threads))
         sdpa = self._torch_readers(case)
         sdpa_left_s = SDPA_S
         rounds = Rounds()
@@ -299,7 +304,7 @@ class HostBench:
         size = self.arena.num_bytes // 8
         address = self.arena.address + self._streamed * size
         self._streamed = (self._streamed + 1) % 8
-        team = self.teams[threads]
+        team = self.team(threads)
         with pinned(self.cpus):
             _native.stream_read_gbps(address, 1 << 16, team)
             return _native.stream_read_gbps(address, size, team)
@@ -313,7 +318,7 @@ class HostBench:
             rounds.add("torch_sum", self.arena.num_bytes / seconds_of(values.sum) / 1e9)
             time.sleep(SETTLE_S)
             with pinned(self.cpus):
-                gbps = _native.stream_read_gbps(self.arena.address, self.arena.num_bytes, self.teams[threads])
+                gbps = _native.stream_read_gbps(self.arena.address, self.arena.num_bytes, self.team(threads))
             rounds.add("stream", gbps)
         ratio = rounds.ratio("stream", "torch_sum")
         return {

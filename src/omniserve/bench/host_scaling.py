@@ -46,8 +46,8 @@ class ScalingResult:
 def measure_scaling(case: Case, bench: HostBench) -> ScalingResult:
     bench.fill(case)
     alone = replace(case, threads=1)
-    ours = OurReader(case, bench.arena, bench.teams[case.threads])
-    ours_alone = OurReader(alone, bench.arena, bench.teams[1])
+    ours = OurReader(case, bench.arena, bench.team(case.threads))
+    ours_alone = OurReader(alone, bench.arena, bench.team(1))
     rounds, single = Rounds(), Rounds()
     for _ in range(ROUNDS):
         bench.read_between_streams(rounds, case.threads, "ours", lambda: bench.rate(ours, case))
