@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from omniserve.bench.host_lanes import FULL, LAYERWISE
@@ -110,10 +111,10 @@ def _lanes(report: Report) -> Iterable[Target]:
 
 
 def _slots(report: Report) -> Iterable[Target]:
-    for way in ("exit", "take"):
-        chosen = tuple((f"{s['name']} {short_name(s['act_dtype'])}", s[way]["us"]) for s in report["slots"])
-        copies = ", ".join(f"{s[way]['copy_us']['median']:.0f}" for s in report["slots"])
-        yield Target(f"{way} of 400 rows", 75.0, "us", chosen, at_most=True, note=f"memcpy alone: {copies}")
+    for shape, way in product(report["slots"], ("exit", "take")):
+        name = f"{way} of {shape['rows']} rows, {shape['name']} {short_name(shape['act_dtype'])}"
+        note = f"memcpy of as much: {shape[way]['copy_us']['median']:.0f} us"
+        yield Target(name, 75.0, "us", ((way, shape[way]["us"]),), at_most=True, note=note)
     trip = report["trip"]["spinning_us"]
     yield Target(
         "submit to result of one row, both sides spinning", 5.0, "us", (("context 1", trip),), at_most=True
