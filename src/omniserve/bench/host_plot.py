@@ -15,9 +15,9 @@ MIN_CONTEXT, MIN_LANES = 1024, 8  # of the points: what the project promises fig
 def plot_roofline(report: Report, path: Path) -> None:
     """Rate over arithmetic intensity, all cores: roofs of memory and of arithmetic, ours and SDPA per shape.
 
-    "Arithmetic alone" reads pages that stay in the caches. A point is the median over head sizes, contexts and
-    lanes, its bar their range. `report` is what the JSON file holds, so that a plot can be drawn from it later.
-    Needs matplotlib; the suffix of `path` chooses the format.
+    "Arithmetic alone" reads pages that stay in the caches. A point is the median over head sizes, contexts
+    and lanes, its bar their range. `report` is what the JSON file holds, so that a plot can be drawn from it
+    later. Needs matplotlib; the suffix of `path` chooses the format.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
