@@ -95,7 +95,7 @@ class Sweep:
     contexts: tuple[int, ...] = (256, 1024, 4096, 16384)
     lanes: tuple[int, ...] = (1, 8, 64)
     threads: tuple[int, ...] = (1,)
-    rounds: int = 9
+    rounds: int = 13
     round_s: float = 0.01
     budget_s: float = 200.0
 

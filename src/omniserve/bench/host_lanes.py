@@ -2,9 +2,9 @@
 
 Two views. *One layer at a time*: all lanes' rows leave at one layer, and the next layer starts when the last
 result is back; that includes the way there and back and the wait for the slowest. *Queue kept full*: lanes
-wait at different layers and each goes on as soon as it is back; this is what a busy host achieves. In both
-the engine sleeps on its eventfd, as the real one does: it runs on one of the workers' cores, and what it
-takes of that is part of the price.
+wait at different layers and go on a few at a time, long before the others are served; this is what a busy
+host achieves. In both the engine sleeps, at last on its eventfd, as the real one does: it runs on one of the
+workers' cores, and what it takes of that is part of the price.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ MAX_ARENA_BYTES = 3 << 29
 TIMEOUT_S = 60.0
 FULL_S = 0.05  # of one turn with the queue kept full
 ROUNDS = 9
-NAP_SHARE = 0.6  # of the shortest wait so far, slept by the clock: no wake-up per result in between
+NAP_SHARE = 0.6  # of the shortest layer so far, slept by the clock: no wake-up per result in between
+NAP_LANES = (
+    0.25  # with the queue kept full: sleeps until about so many of the lanes are back, the rest is queued
+)
 MIN_NAP_S = 100e-6
 
 PREFIX_TOKENS = 2048  # of the shared-prefix cases: common to all lanes
@@ -108,7 +111,7 @@ class LaneRig:
             self.port.start_token(slot, case.context - 1)
         self._make_rows()
         self.layer = 0
-        self.nap_s = math.inf
+        self.layer_s = self.row_s = math.inf  # the shortest so far, per row with the queue kept full
         self.host.start(case.threads)
 
     def _make_rows(self) -> None:
@@ -147,9 +150,9 @@ class LaneRig:
         os.eventfd_read(self.event_fd)
         self.port.disarm()
 
-    def nap(self) -> None:
-        if MIN_NAP_S < self.nap_s < math.inf:
-            time.sleep(self.nap_s)
+    def nap(self, seconds: float) -> None:
+        if MIN_NAP_S < seconds < math.inf:
+            time.sleep(seconds)
 
     def one_layer(self) -> None:
         """All lanes' rows leave at the next layer and come back."""
@@ -158,21 +161,22 @@ class LaneRig:
         began = time.perf_counter()
         self.exit(layer, self.slots)
         if self.case.lanes > 1:
-            self.nap()
+            self.nap(NAP_SHARE * self.layer_s)
         taken = len(self.take(layer))
         while taken < self.case.lanes:
             self.sleep()
             taken += len(self.take(layer, taken))
-        self.nap_s = min(self.nap_s, NAP_SHARE * (time.perf_counter() - began))
+        self.layer_s = min(self.layer_s, time.perf_counter() - began)
 
     def kept_full(self, at_least_s: float) -> float:
         """Rows per second while every lane is under way to some layer, from the first result on."""
         for slot in self.slots:  # spread over the layers
             self.exit(int(slot) * self.geometry.num_layers // self.case.lanes, self.slots[slot : slot + 1])
-        self._go_on()
+        self._go_on(math.inf)
         served, began = 0, time.perf_counter()
         while (seconds := time.perf_counter() - began) < at_least_s or served < 2 * self.case.lanes:
-            served += self._go_on()
+            served += self._go_on(NAP_LANES * self.case.lanes * self.row_s)
+        self.row_s = min(self.row_s, seconds / served)
         for layer in np.flatnonzero(self._scan()[1]).tolist():
             if not self.port.wait_all(layer, TIMEOUT_S):
                 raise RuntimeError(f"no result of layer {layer} within {TIMEOUT_S} s")
@@ -183,8 +187,9 @@ class LaneRig:
         self.port.scan(self.ready.ctypes.data, self.waiting.ctypes.data, self.oldest.ctypes.data)
         return self.ready, self.waiting
 
-    def _go_on(self) -> int:
+    def _go_on(self, nap_s: float) -> int:
         """Waits, then sends every lane that is back to its next layer; how many."""
+        self.nap(nap_s)
         self.sleep()
         moved = 0
         for layer in np.flatnonzero(self._scan()[0]).tolist():
