@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from omniserve.bench import host, host_lanes, host_memory, host_report, host_scaling, host_slots
 from omniserve.bench.host import Case, Sweep, page_tables
 from omniserve.bench.host_targets import Target, add_over_bf16, verdicts
-from omniserve.bench.measure import Rounds, percentile
+from omniserve.bench.measure import Rounds, busy_ticks, percentile
 from omniserve.cli import main
 
 MIB = 1 << 20
@@ -94,6 +94,10 @@ def test_a_percentile_is_a_measured_value() -> None:
     assert percentile([1.0] * 98 + [7.0, 9.0], 0.99) == 9.0
 
 
+def test_busy_time_holds_what_is_stolen_and_no_idling() -> None:
+    assert busy_ticks("cpu  1 20 300 7777 8888 4000 50000 600000 0 0\ncpu0 9 9 9 9 9 9 9 9 9 9\n") == 654321
+
+
 @pytest.fixture
 def small_bench(monkeypatch: pytest.MonkeyPatch) -> Sweep:
     sweep = Sweep(
@@ -163,6 +167,7 @@ def test_the_report_holds_lanes_prefixes_scaling_slots_and_the_trip(tmp_path: Pa
     assert report["trip"]["spinning_us"]["samples"] == 20
     assert report["trip"]["spinning_us"]["p99"] >= report["trip"]["spinning_us"]["median"]
     assert report["targets"] == verdicts(report)
+    assert all(cores >= 0 for cores in report["others_busy_cores"].values())
 
 
 @pytest.mark.usefixtures("small_bench")

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 import omniserve._native as _native
-from omniserve.bench.host import Case, HostBench, page_tables, rate_of
+from omniserve.bench.host import SETTLE_S, Case, HostBench, page_tables, rate_of
 from omniserve.bench.host_memory import NUM_KV_HEADS, PAGE_SIZE, fill_pages
 from omniserve.bench.measure import Rounds, cpus_to_pin
 from omniserve.host.segment import address_of
@@ -243,6 +243,7 @@ def measure_lanes(case: Case, bench: HostBench) -> list[LaneResult]:
             busy_s, began = rig.busy_s(), time.perf_counter()
             gbps = rate()
             rounds.add("busy", (rig.busy_s() - busy_s) / case.threads / (time.perf_counter() - began))
+            time.sleep(SETTLE_S)  # idle workers spin for a while
             return gbps
 
         return run

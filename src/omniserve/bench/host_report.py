@@ -18,7 +18,7 @@ from omniserve.bench.host_scaling import measure_scaling, scaling_cases
 from omniserve.bench.host_slots import SLOT_SHAPES, measure_slots, measure_trip
 from omniserve.bench.host_tables import tables
 from omniserve.bench.host_targets import add_over_bf16, verdicts
-from omniserve.bench.measure import machine
+from omniserve.bench.measure import Others, machine
 
 MIN_WIDTH = 150  # of the tables where the terminal does not say
 
@@ -47,6 +47,8 @@ def run_bench_host(quick: bool, json_path: str | None, plot_path: str | None) ->
 
     for table in tables(report):
         console.print(table)
+    others = ", ".join(f"{name} {cores:.2f}" for name, cores in report["others_busy_cores"].items())
+    console.print(f"cores that others kept busy meanwhile: {others}")
     if json_path:
         _write(Path(json_path), json.dumps(report, indent=1) + "\n")
         console.print(f"written to {json_path}")
@@ -71,14 +73,17 @@ def _measure(bench: HostBench, quick: bool, console: Console) -> dict[str, Any]:
         total = sum(map(len, (bench.sweep.threads, cases, lanes, prefixes, scalings, SLOT_SHAPES))) + 1
         bar = progress.add_task("", total=total)
 
+        others: dict[str, float] = {}
+
         def each(
             name: str, shapes: Iterable[Shape], measure: Callable[[Shape], Sequence[Measurement]]
         ) -> list[dict[str, Any]]:
-            found = []
+            found, watch = [], Others()
             for shape in shapes:
                 progress.update(bar, description=f"{name} {getattr(shape, 'text', '')}")
                 found += [result.as_dict() for result in measure(shape)]
                 progress.advance(bar)
+            others[name] = watch.cores()
             return found
 
         bench.fill(cases[0])
@@ -88,6 +93,7 @@ def _measure(bench: HostBench, quick: bool, console: Console) -> dict[str, Any]:
             streams.append(bench.check_stream(n))
             progress.advance(bar)
         sections: dict[str, Any] = {
+            "others_busy_cores": others,
             "stream_check": streams,
             "slots": each("slots", SLOT_SHAPES, lambda shape: [measure_slots(shape)]),
             "cases": each("kernel", cases, lambda case: [bench.measure(case)]),

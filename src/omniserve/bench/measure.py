@@ -77,6 +77,30 @@ def pinned(cpus: Sequence[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
+class Others:
+    """Watches what everything but this process does to the CPUs, from its creation on."""
+
+    def __init__(self) -> None:
+        self._began_s, self._before_s = time.perf_counter(), self._busy_s()
+
+    def cores(self) -> float:
+        """How many cores others kept busy on average, time stolen by a hypervisor included."""
+        busy_s = self._busy_s() - self._before_s
+        return max(0.0, busy_s / max(1e-9, time.perf_counter() - self._began_s))
+
+    @staticmethod
+    def _busy_s() -> float:
+        ours = os.times()
+        ticks = busy_ticks(Path("/proc/stat").read_text())
+        return ticks / os.sysconf("SC_CLK_TCK") - ours.user - ours.system
+
+
+def busy_ticks(stat: str) -> int:
+    """Of all CPUs together, from the text of /proc/stat: neither idle nor waiting for a disk."""
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, stat.split()[1:9])
+    return user + nice + system + irq + softirq + steal
+
+
 def machine() -> dict[str, Any]:
     import torch
 
