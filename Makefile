@@ -1,19 +1,24 @@
 # OmniServe: one command each. Every target sets up .venv when it has to, and only then.
 PYTHON ?= python3
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+SOAK_SECONDS ?= 600
 
 VENV := .venv
 BIN := $(VENV)/bin
 DEPS := $(VENV)/.stamp-deps
+PLOTS := $(VENV)/.stamp-plots
 INSTALLED := $(VENV)/.stamp-installed
 NATIVE := CMakeLists.txt $(shell find src/omniserve/csrc -type f 2>/dev/null)
-SANITIZERS := build/asan/.stamp-passed build/tsan/.stamp-passed
+SANITIZED := build/asan/.stamp-built build/tsan/.stamp-built
+SANITIZERS := $(SANITIZED:built=passed)
+# gcc's thread sanitizer cannot map its shadow under high ASLR entropy: run without randomisation where allowed.
+SANITIZED_RUN := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-parity test-native test-neon lint format types bench-core bench-host clean distclean
+.PHONY: help setup demo test test-fast test-parity test-native test-neon soak lint format types bench-core bench-host clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +41,10 @@ test-native: $(SANITIZERS)  ## the C++ tests under address, undefined-behaviour 
 
 test-neon: build/neon/.stamp-passed  ## the C++ tests for AArch64, on any machine under qemu
 
+soak: $(SANITIZED)  ## random stress of lanes under the three sanitizers for SOAK_SECONDS (600), builds not counted
+	$(SANITIZED_RUN) build/asan/omniserve_native_tests --soak $$(( $(SOAK_SECONDS) / 2 ))
+	TSAN_OPTIONS=halt_on_error=1 $(SANITIZED_RUN) build/tsan/omniserve_native_tests --soak $$(( $(SOAK_SECONDS) - $(SOAK_SECONDS) / 2 ))
+
 lint: setup  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -50,7 +59,7 @@ types: setup  ## mypy --strict
 bench-core: setup  ## start-up, tokens/s, lane tokens/s, cost of lane rows (several minutes)
 	$(BIN)/python -m omniserve.bench.core
 
-bench-host: setup  ## host attention beside the memory's streaming rate and torch (several minutes)
+bench-host: setup $(PLOTS)  ## host attention beside the memory's streaming rate and torch (several minutes)
 	$(BIN)/omniserve bench-host --json results/host.json --plot results/host.svg
 
 clean:  ## build outputs and caches, not the virtual environment
@@ -70,18 +79,25 @@ $(DEPS): pyproject.toml constraints.txt scripts/requirements.py
 	$(PIP) install -c constraints.txt -r $(VENV)/requirements.txt
 	touch $@
 
+$(PLOTS): $(DEPS)
+	$(BIN)/python scripts/requirements.py plots > $(VENV)/requirements-plots.txt
+	$(PIP) install -c constraints.txt -r $(VENV)/requirements-plots.txt
+	touch $@
+
 $(INSTALLED): $(DEPS) $(NATIVE)
 	$(PIP) install --no-build-isolation --no-deps -c constraints.txt -e .
 	touch $@
 
-# gcc's thread sanitizer cannot map its shadow under high ASLR entropy: run without randomisation where allowed.
-build/%/.stamp-passed: $(DEPS) $(NATIVE)
+build/%/.stamp-built: $(DEPS) $(NATIVE)
 	@mkdir -p build/$*
 	$(BIN)/cmake -S . -B build/$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DOMNISERVE_PYTHON=OFF \
 	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" -DOMNISERVE_TESTS=ON -DOMNISERVE_SANITIZE=$(SANITIZE) > build/$*/configure.log \
 	  || { cat build/$*/configure.log; exit 1; }
 	$(BIN)/cmake --build build/$*
-	if setarch -R true 2>/dev/null; then setarch -R build/$*/omniserve_native_tests; else build/$*/omniserve_native_tests; fi
+	touch $@
+
+build/%/.stamp-passed: build/%/.stamp-built
+	$(SANITIZED_RUN) build/$*/omniserve_native_tests
 	touch $@
 
 # The emulated CPU is an ARMv8.0-A one: anything newer ends in an illegal instruction.
@@ -95,5 +111,5 @@ build/neon/.stamp-passed: $(DEPS) $(NATIVE) scripts/aarch64.cmake
 	qemu-aarch64 -cpu cortex-a57 build/neon/omniserve_native_tests
 	touch $@
 
-build/asan/.stamp-passed: SANITIZE := address,undefined
-build/tsan/.stamp-passed: SANITIZE := thread
+build/asan/.stamp-built: SANITIZE := address,undefined
+build/tsan/.stamp-built: SANITIZE := thread

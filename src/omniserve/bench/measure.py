@@ -6,9 +6,12 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from omniserve.config import available_cpus
 
 
 class Spread:
@@ -25,10 +28,77 @@ class Spread:
         return {"median": self.median, "low": self.low, "high": self.high}
 
 
+class Rounds:
+    """Samples of several readers taken in turns, one of each per round; one may drop out after some rounds.
+
+    Two readers are compared round by round: what the machine does from second to second then hits both.
+    """
+
+    def __init__(self) -> None:
+        self.samples: dict[str, list[float]] = {}
+
+    def add(self, reader: str, value: float) -> None:
+        self.samples.setdefault(reader, []).append(value)
+
+    def spreads(self) -> dict[str, Spread]:
+        return {reader: Spread(values) for reader, values in self.samples.items()}
+
+    def ratio(self, over: str, under: str) -> Spread:
+        """Spread of the ratios of the rounds that have both."""
+        return Spread([a / b for a, b in zip(self.samples[over], self.samples[under], strict=False)])
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value that `share` (0 to 1) of the values do not exceed."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
 def seconds_of(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+def cpus_to_pin() -> list[int]:
+    """The CPUs to pin threads to, as the engine does: the affinity mask, or none under a quota."""
+    budget = available_cpus()
+    return list(budget.cpus) if budget.count == len(budget.cpus) else []
+
+
+@contextmanager
+def pinned(cpus: Sequence[int]) -> Iterator[None]:
+    """The calling thread stays on the first of the CPUs meanwhile; with none it stays free."""
+    before = os.sched_getaffinity(0)
+    if cpus:
+        os.sched_setaffinity(0, cpus[:1])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+class Others:
+    """Watches what everything but this process does to the CPUs, from its creation on."""
+
+    def __init__(self) -> None:
+        self._began_s, self._before_s = time.perf_counter(), self._busy_s()
+
+    def cores(self) -> float:
+        """How many cores others kept busy on average, time stolen by a hypervisor included."""
+        busy_s = self._busy_s() - self._before_s
+        return max(0.0, busy_s / max(1e-9, time.perf_counter() - self._began_s))
+
+    @staticmethod
+    def _busy_s() -> float:
+        ours = os.times()
+        ticks = busy_ticks(Path("/proc/stat").read_text())
+        return ticks / os.sysconf("SC_CLK_TCK") - ours.user - ours.system
+
+
+def busy_ticks(stat: str) -> int:
+    """Of all CPUs together, from the text of /proc/stat: neither idle nor waiting for a disk."""
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, stat.split()[1:9])
+    return user + nice + system + irq + softirq + steal
 
 
 def machine() -> dict[str, Any]:

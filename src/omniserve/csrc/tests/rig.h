@@ -6,16 +6,30 @@
 #include <random>
 #include <vector>
 
+#include "attention.h"
 #include "check.h"
 #include "host_workers.h"
 #include "lane_port.h"
 
 namespace omniserve::testing {
 
+/// Rows as float32, whatever the act dtype of the geometry they travel in.
 struct Rows {
     int n;
     std::vector<float> q, k, v, x;
 };
+
+inline std::vector<std::byte> narrowed(const std::vector<float>& values, DType dtype) {
+    std::vector<std::byte> bytes(values.size() * item_size(dtype));
+    if (!values.empty()) kernels().from_f32(values.data(), bytes.data(), dtype, values.size());
+    return bytes;
+}
+
+inline std::vector<float> widened(const std::vector<std::byte>& bytes, DType dtype) {
+    std::vector<float> values(bytes.size() / item_size(dtype));
+    if (!values.empty()) kernels().to_f32(bytes.data(), dtype, values.data(), values.size());
+    return values;
+}
 
 /// A port and a host over memory of exactly the size the segment asks for.
 struct Rig {
@@ -37,9 +51,11 @@ struct Rig {
     }
 
     void exit(int layer, const std::vector<int32_t>& slots, const Rows& rows) {
-        port.exit(layer, rows.n, slots.data(), {rows.q.data(), ptrdiff_t(geometry.q_elements())},
-                  {rows.k.data(), ptrdiff_t(geometry.kv_elements())},
-                  {rows.v.data(), ptrdiff_t(geometry.kv_elements())}, {rows.x.data(), geometry.hidden_size});
+        const auto q = narrowed(rows.q, geometry.act_dtype), k = narrowed(rows.k, geometry.act_dtype),
+                   v = narrowed(rows.v, geometry.act_dtype), x = narrowed(rows.x, geometry.act_dtype);
+        port.exit(layer, rows.n, slots.data(), {q.data(), ptrdiff_t(geometry.q_elements())},
+                  {k.data(), ptrdiff_t(geometry.kv_elements())}, {v.data(), ptrdiff_t(geometry.kv_elements())},
+                  {x.data(), geometry.hidden_size});
     }
 
     struct Taken {
@@ -47,14 +63,16 @@ struct Rig {
         std::vector<float> attn, x;
     };
     Taken take(int layer, int cap, bool same_iteration = true) {
-        Taken taken;
-        taken.slots.resize(cap);
-        taken.attn.resize(cap * geometry.q_elements());
-        taken.x.resize(size_t(cap) * geometry.hidden_size);
+        const size_t item = item_size(geometry.act_dtype);
+        std::vector<std::byte> attn(cap * geometry.q_elements() * item), x(size_t(cap) * geometry.hidden_size * item);
+        Taken taken{std::vector<int32_t>(cap), {}, {}};
         const int n = port.take(layer, cap, same_iteration, taken.slots.data(),
-                                {taken.attn.data(), ptrdiff_t(geometry.q_elements())},
-                                {taken.x.data(), geometry.hidden_size});
+                                {attn.data(), ptrdiff_t(geometry.q_elements())}, {x.data(), geometry.hidden_size});
         taken.slots.resize(n);
+        attn.resize(n * geometry.q_elements() * item);
+        x.resize(size_t(n) * geometry.hidden_size * item);
+        taken.attn = widened(attn, geometry.act_dtype);
+        taken.x = widened(x, geometry.act_dtype);
         return taken;
     }
 

@@ -1,293 +1,40 @@
-// Races: a device thread that submits, takes, cancels and copies at random against running workers. Every result is
-// compared with a shadow, a second segment that gets the same rows and is served by hand.
-#include <poll.h>
-#include <sys/eventfd.h>
-#include <unistd.h>
-
-#include <algorithm>
+// Races: random stress runs (stress.h), workers that come and go, and the two primitives below them.
 #include <atomic>
-#include <cstring>
-#include <map>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "gate.h"
-#include "rig.h"
+#include "stress.h"
 #include "thread_team.h"
 
 using namespace omniserve;
 using namespace omniserve::testing;
 
-namespace {
-
-constexpr int kLongContext = 700;  // tokens; with 2 x 64 float32 a split task
-constexpr int kLanding = 100;      // the last tokens of a long context, which land while others are served
-constexpr uint64_t kContextIds = uint64_t{1} << 32;  // copy ids of those: plus the slot
-
-LaneGeometry stress_geometry(int num_partitions) {
-    LaneGeometry g = small_geometry();
-    g.max_lanes = 6;
-    g.host_page_size = 16;
-    g.max_pages_per_lane = (kLongContext + 60) / 16 + 1;
-    g.num_host_pages = g.max_lanes * g.max_pages_per_lane + 8;  // the last 8 belong to copies
-    g.device_page_size = 10;
-    g.num_partitions = num_partitions;
-    return g;
-}
-
-class Device {
-public:
-    Device(unsigned seed, int eventfd, int num_partitions, int num_workers)
-        : random_(seed), eventfd_(eventfd), live_(stress_geometry(num_partitions), {.eventfd = eventfd}),
-          shadow_(stress_geometry(1)), page_(live_.geometry.device_kv().page_bytes()) {
-        const PagedKv& from = live_.host.arena().kv();
-        // Contexts that lanes start from: the same small values on both sides.
-        std::vector<float> fill(from.geometry.page_bytes() / sizeof(float));
-        for (int page = 0; page < from.num_pages; ++page) {
-            for (float& value : fill) value = float(int(random_() % 17) - 8) / 16;
-            std::memcpy(from.page(page), fill.data(), from.geometry.page_bytes());
-            std::memcpy(shadow_.host.arena().kv().page(page), fill.data(), from.geometry.page_bytes());
-        }
-        lanes_.resize(live_.geometry.max_lanes);
-        live_.host.start(num_workers);
-    }
-
-    ~Device() { live_.host.stop(); }
-
-    void run(int num_steps) {
-        for (int step = 0; step < num_steps; ++step) {
-            if (step % 20 < 14) walk();
-            else pass();
-            if (random_() % 8 == 0) cancel(int(random_() % lanes_.size()));
-            for (int32_t slot : live_.port.drained()) lanes_[slot].state = Lane::free;
-            copies();
-        }
-        while (settle()) {
-        }
-    }
-
-    uint64_t num_taken = 0, num_copies = 0, num_landed_beside_rows = 0;
-    LaneStats stats() const { return live_.port.stats(); }
-    uint64_t num_pieces() const {
-        uint64_t pieces = 0;
-        for (int i = 0; i < 4; ++i) pieces += live_.host.header().workers[i].pieces;
-        return pieces;
-    }
-
-private:
-    struct Lane {
-        enum State { free, landing, idle, waiting, draining } state = free;
-        int layer = 0;
-        int position = 0;
-        int sent = 0;      // tokens of the context
-        int arriving = 0;  // copies
-    };
-
-    void begin(int slot) {
-        if (slot >= 2) return open(slot, 0);
-        lanes_[slot] = {.state = Lane::landing, .sent = kLongContext - kLanding};
-    }
-
-    void open(int slot, int position) {
-        Lane& lane = lanes_[slot];
-        lane = {.state = Lane::idle, .position = position};
-        live_.open_lane(slot, lane.position);
-        shadow_.open_lane(slot, lane.position);
-    }
-
-    /// Sends what frames allow of a long context, and opens the lane when everything has landed.
-    void land_context(int slot) {
-        Lane& lane = lanes_[slot];
-        const LaneGeometry& g = live_.geometry;
-        const KvGeometry device = g.device_kv(), host = g.host_kv();
-        const std::vector<int32_t> table = live_.pages_of(slot);
-        for (; lane.sent < kLongContext && live_.port.free_frames() > 1; lane.sent += g.device_page_size) {
-            std::vector<std::byte> page(device.page_bytes());
-            for (size_t i = 0; i < page.size(); i += sizeof(float)) {
-                const float value = float(int(random_() % 17) - 8) / 16;
-                std::memcpy(&page[i], &value, sizeof(value));
-            }
-            const int first = lane.sent / host.page_size, last = (lane.sent + g.device_page_size - 1) / host.page_size;
-            live_.port.land({kContextIds + slot, 0, g.device_page_size, lane.sent % host.page_size,
-                             {table.begin() + first, table.begin() + last + 1}}, page.data());
-            ++lane.arriving;
-            for (int t = 0, at = lane.sent; t < g.device_page_size; ++t, ++at)
-                repack(device, page.data(), t, host, shadow_.host.arena().kv().page(table[at / host.page_size]),
-                       at % host.page_size, 1);
-        }
-        if (lane.sent == kLongContext && lane.arriving == 0) open(slot, kLongContext);
-    }
-
-    void exit(int layer) {
-        std::vector<int32_t> slots;
-        for (int slot = 0; slot < int(lanes_.size()); ++slot)
-            if (lanes_[slot].state == Lane::idle && lanes_[slot].layer == layer) slots.push_back(slot);
-        std::shuffle(slots.begin(), slots.end(), random_);
-        const Rows rows = random_rows(live_.geometry, int(slots.size()), random_);
-        for (int32_t slot : slots) lanes_[slot].state = Lane::waiting;
-        live_.exit(layer, slots, rows);
-        shadow_.exit(layer, slots, rows);
-        shadow_.serve_all();
-        const Rig::Taken taken = shadow_.take(layer, int(lanes_.size()));
-        for (size_t i = 0; i < taken.slots.size(); ++i) {
-            const auto* attn = &taken.attn[i * live_.geometry.q_elements()];
-            const auto* x = &taken.x[i * live_.geometry.hidden_size];
-            expected_[taken.slots[i]] = {std::vector<float>(attn, attn + live_.geometry.q_elements()),
-                                         std::vector<float>(x, x + live_.geometry.hidden_size)};
-        }
-    }
-
-    void take(int layer, int cap, bool same_iteration) {
-        const Rig::Taken taken = live_.take(layer, cap, same_iteration);
-        for (size_t i = 0; i < taken.slots.size(); ++i) {
-            Lane& lane = lanes_[taken.slots[i]];
-            CHECK(lane.state == Lane::waiting && lane.layer == layer);
-            const auto& [attn, x] = expected_.at(taken.slots[i]);
-            for (size_t d = 0; d < attn.size(); ++d)
-                CHECK_NEAR(taken.attn[i * attn.size() + d], attn[d], 2e-6);
-            CHECK(std::equal(x.begin(), x.end(), &taken.x[i * x.size()]));
-            advance(taken.slots[i]);
-            ++num_taken;
-        }
-    }
-
-    void advance(int slot) {
-        Lane& lane = lanes_[slot];
-        lane.state = Lane::idle;
-        lane.layer = (lane.layer + 1) % live_.geometry.num_layers;
-        if (lane.layer > 0) return;
-        if (++lane.position >= live_.geometry.max_pages_per_lane * live_.geometry.host_page_size ||
-            (slot >= 2 && lane.position > 30)) {
-            lane.state = Lane::free;
-            return;
-        }
-        live_.port.start_token(slot, lane.position);
-        shadow_.port.start_token(slot, lane.position);
-    }
-
-    void walk() {
-        for (int slot = 0; slot < int(lanes_.size()); ++slot)
-            if (lanes_[slot].state == Lane::free && random_() % 3 == 0) begin(slot);
-        live_.port.begin_walk();
-        const bool same_iteration = random_() % 2;
-        for (int layer = 0; layer < live_.geometry.num_layers; ++layer) {
-            exit(layer);
-            if (random_() % 4 == 0) CHECK(live_.port.wait_all(layer, 60.0));
-            take(layer, int(random_() % 7), same_iteration);
-        }
-        live_.port.end_walk();
-    }
-
-    /// Sleeps for a ready lane as the engine does, then serves the layer with the most.
-    void pass() {
-        if (stats().waiting_lanes == 0) return;
-        std::vector<int32_t> ready(live_.geometry.num_layers), waiting(ready.size());
-        std::vector<uint64_t> oldest(ready.size());
-        while (true) {
-            live_.port.scan(ready.data(), waiting.data(), oldest.data());
-            if (*std::max_element(ready.begin(), ready.end()) > 0) break;
-            if (!live_.port.arm()) sleep();
-            for (int32_t slot : live_.port.drained()) lanes_[slot].state = Lane::free;
-            copies();
-        }
-        const int layer = int(std::max_element(ready.begin(), ready.end()) - ready.begin());
-        take(layer, 6, true);
-        exit((layer + 1) % live_.geometry.num_layers);
-    }
-
-    void sleep() {
-        pollfd fd{eventfd_, POLLIN, 0};
-        CHECK(poll(&fd, 1, 60'000) == 1);  // a lost wake-up would sleep for ever
-        uint64_t count;
-        CHECK(read(eventfd_, &count, sizeof(count)) == sizeof(count));
-        live_.port.disarm();
-    }
-
-    void cancel(int slot) {
-        Lane& lane = lanes_[slot];
-        if (lane.state != Lane::idle && lane.state != Lane::waiting) return;
-        lane.state = live_.port.cancel(slot) ? Lane::free : Lane::draining;
-        CHECK(shadow_.port.cancel(slot));
-        expected_.erase(slot);
-    }
-
-    void copies() {
-        round_trip();
-        for (int slot = 0; slot < 2; ++slot)
-            if (lanes_[slot].state == Lane::landing) land_context(slot);
-    }
-
-    /// A page of bytes travels to the host and back; one at a time.
-    void round_trip() {
-        const std::vector<int32_t> pages = {live_.geometry.num_host_pages - 1, live_.geometry.num_host_pages - 5};
-        for (uint64_t id : live_.port.collect_copies()) {
-            ++num_copies;
-            if (id >= kContextIds) {
-                --lanes_[id - kContextIds].arriving;
-                num_landed_beside_rows += stats().waiting_lanes > 0;
-                continue;
-            }
-            if (id % 2 == 0) {
-                live_.port.fetch({id + 1, 0, 10, 9, pages}, page_.data());
-                if (random_() % 4 == 0) live_.port.cancel_fetch(id + 1);
-                else expected_page_ = sent_;
-                std::fill(page_.begin(), page_.end(), std::byte{0});
-                continue;
-            }
-            if (!expected_page_.empty()) CHECK(page_ == expected_page_);
-            else CHECK(std::all_of(page_.begin(), page_.end(), [](std::byte b) { return b == std::byte{0}; }));
-            expected_page_.clear();
-            is_copying_ = false;
-        }
-        if (is_copying_) return;
-        sent_.resize(page_.size());
-        for (std::byte& value : sent_) value = std::byte(random_());
-        live_.port.land({next_copy_ += 2, 0, 10, 9, pages}, sent_.data());
-        is_copying_ = true;
-    }
-
-    /// Serves out what is in flight; false when nothing is.
-    bool settle() {
-        for (int layer = 0; layer < live_.geometry.num_layers; ++layer) {
-            CHECK(live_.port.wait_all(layer, 60.0));
-            take(layer, 6, true);
-        }
-        for (int32_t slot : live_.port.drained()) lanes_[slot].state = Lane::free;
-        const LaneStats now = stats();
-        return now.waiting_lanes > 0 || now.draining_lanes > 0;
-    }
-
-    std::mt19937 random_;
-    int eventfd_;
-    Rig live_, shadow_;
-    std::vector<Lane> lanes_;
-    std::map<int, std::pair<std::vector<float>, std::vector<float>>> expected_;
-    std::vector<std::byte> page_, sent_, expected_page_;
-    uint64_t next_copy_ = 0;
-    bool is_copying_ = false;
-};
-
-}  // namespace
-
 TEST(results_are_exact_while_pages_land_rows_are_cancelled_and_workers_help_other_partitions) {
     uint64_t taken = 0, pieces = 0, copies = 0, landed = 0, cancelled = 0;
     for (unsigned seed = 1; seed <= 12; ++seed) {
-        const int fd = eventfd(0, EFD_NONBLOCK);
-        Device device(seed, fd, 1 + int(seed % 3), 1 + int(seed % 4));
-        device.run(100);
-        taken += device.num_taken;
-        pieces += device.num_pieces();
-        copies += device.num_copies;
-        landed += device.num_landed_beside_rows;
-        cancelled += device.stats().cancelled_rows;
-        CHECK(device.stats().submitted_rows == device.num_taken + device.stats().cancelled_rows);
-        close(fd);
+        StressRun run(StressConfig::standard(seed));
+        run.run();
+        taken += run.num_taken;
+        pieces += run.num_pieces();
+        copies += run.num_copies;
+        landed += run.num_landed_beside_rows;
+        cancelled += run.stats().cancelled_rows;
     }
     CHECK(taken > 500 && pieces > 100 && copies > 100 && landed > 50 && cancelled > 10);  // the test tested something
 }
 
+TEST(a_seed_draws_the_same_valid_configuration_every_time) {
+    for (unsigned seed = 0; seed < 500; ++seed) {
+        const StressConfig config = StressConfig::draw(seed);
+        config.geometry.check();
+        CHECK(config.text() == StressConfig::draw(seed).text());
+    }
+}
+
 TEST(workers_stop_and_start_again_with_work_queued) {
-    Rig rig(stress_geometry(2));
+    Rig rig(StressConfig::standard(1).geometry);  // 2 partitions
     std::mt19937 random;
     for (int round = 0; round < 10; ++round) {
         for (int slot = 0; slot < 6; ++slot) rig.open_lane(slot);

@@ -1,0 +1,281 @@
+#include "stress.h"
+
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+
+namespace omniserve::testing {
+namespace {
+
+constexpr double kPatienceS = 60.0;  // a result that takes longer than this is lost
+constexpr int kShortContext = 30;    // tokens that a lane without a long context decodes
+constexpr int kLongLanes = 2;        // the first ones
+constexpr uint64_t kContextIds = uint64_t{1} << 32;  // copy ids of their contexts: plus the slot
+
+/// Writes small random tokens [0, n) to one page, as any row is written, in every layer.
+void write_random(const PagedKv& kv, int page, int n, std::mt19937& random) {
+    const ptrdiff_t stride = ptrdiff_t(kv.geometry.num_kv_heads) * kv.geometry.head_dim;
+    std::vector<float> k(n * stride), v(n * stride);
+    const std::vector<int32_t> pages(n, page);
+    std::vector<int32_t> offsets(n);
+    for (int i = 0; i < n; ++i) offsets[i] = i;
+    for (int layer = 0; layer < kv.geometry.num_layers; ++layer) {
+        for (auto* values : {&k, &v})
+            for (float& value : *values) value = float(int(random() % 17) - 8) / 16;
+        write_rows(kv, layer, n, {k.data(), stride, v.data(), stride, DType::f32}, pages.data(), offsets.data());
+    }
+}
+
+/// How far two sums of the same numbers in different order may lie apart, once rounded to the act dtype.
+double tolerance(DType act_dtype, double value) {
+    const double relative = act_dtype == DType::bf16 ? 0x1p-7 : act_dtype == DType::f16 ? 0x1p-10 : 0.0;
+    return 3e-6 + relative * std::abs(value);
+}
+
+}  // namespace
+
+StressRun::StressRun(const StressConfig& config)
+    : config_(config), random_(config.seed), eventfd_(eventfd(0, EFD_NONBLOCK)),
+      live_(config.geometry, {.eventfd = eventfd_}), shadow_(config.shadow_geometry()) {
+    set_simd(config.simd);
+    fill_pages();
+    lanes_.resize(config.geometry.max_lanes);
+    trips_.resize(config.num_trips);
+    const int pages_per_trip = config.geometry.max_pages_per_frame();
+    for (int i = 0; i < config.num_trips; ++i)
+        for (int page = pages_per_trip - 1; page >= 0; --page)
+            trips_[i].host_pages.push_back(config.pages_of_lanes() + i * pages_per_trip + page);
+    live_.host.start(config.num_threads);
+}
+
+StressRun::~StressRun() {
+    live_.host.stop();
+    close(eventfd_);
+    set_simd("auto");
+}
+
+/// Contexts that lanes start from: the same on both sides.
+void StressRun::fill_pages() {
+    const PagedKv& kv = live_.host.arena().kv();
+    for (int page = 0; page < kv.num_pages; ++page) {
+        write_random(kv, page, kv.geometry.page_size, random_);
+        std::memcpy(shadow_.host.arena().kv().page(page), kv.page(page), kv.geometry.page_bytes());
+    }
+}
+
+void StressRun::run() {
+    for (int step = 0; step < config_.num_steps; ++step) {
+        if (step % 20 < 14) walk();
+        else pass();
+        if (one_in(config_.cancel_one_in)) cancel(int(random_() % lanes_.size()));
+        free_drained();
+        copies();
+    }
+    while (settle()) {
+    }
+    CHECK(stats().submitted_rows == num_taken + stats().cancelled_rows);
+}
+
+uint64_t StressRun::num_pieces() const {
+    uint64_t pieces = 0;
+    for (int i = 0; i < config_.num_threads; ++i) pieces += live_.host.header().workers[i].pieces;
+    return pieces;
+}
+
+void StressRun::begin(int slot) {
+    if (slot >= kLongLanes || config_.landing == 0) return open(slot, slot < kLongLanes ? config_.long_context : 0);
+    lanes_[slot] = {.state = Lane::landing, .sent = config_.long_context - config_.landing};
+}
+
+void StressRun::open(int slot, int position) {
+    lanes_[slot] = {.state = Lane::idle, .position = position};
+    live_.open_lane(slot, position);
+    shadow_.open_lane(slot, position);
+}
+
+/// Sends what frames allow of a long context, and opens the lane when everything has landed.
+void StressRun::land_context(int slot) {
+    Lane& lane = lanes_[slot];
+    const KvGeometry device = live_.geometry.device_kv(), host = live_.geometry.host_kv();
+    const std::vector<int32_t> table = live_.pages_of(slot);
+    while (lane.sent < config_.long_context && live_.port.free_frames() > 0) {
+        const int count = std::min(device.page_size, config_.long_context - lane.sent);
+        const std::vector<std::byte> page = random_device_page(count);
+        const int first = lane.sent / host.page_size, last = (lane.sent + count - 1) / host.page_size;
+        live_.port.land({kContextIds + slot, 0, count, lane.sent % host.page_size,
+                         {table.begin() + first, table.begin() + last + 1}}, page.data());
+        ++lane.arriving;
+        for (int t = 0; t < count; ++t, ++lane.sent)
+            repack(device, page.data(), t, host, shadow_.host.arena().kv().page(table[lane.sent / host.page_size]),
+                   lane.sent % host.page_size, 1);
+    }
+    if (lane.sent == config_.long_context && lane.arriving == 0) open(slot, config_.long_context);
+}
+
+std::vector<std::byte> StressRun::random_device_page(int num_tokens) {
+    const KvGeometry device = live_.geometry.device_kv();
+    std::vector<std::byte> page(device.page_bytes());
+    write_random({device, page.data(), 1}, 0, num_tokens, random_);
+    return page;
+}
+
+void StressRun::exit(int layer) {
+    std::vector<int32_t> slots;
+    for (int slot = 0; slot < int(lanes_.size()); ++slot)
+        if (lanes_[slot].state == Lane::idle && lanes_[slot].layer == layer) slots.push_back(slot);
+    std::shuffle(slots.begin(), slots.end(), random_);
+    const Rows rows = random_rows(live_.geometry, int(slots.size()), random_);
+    for (int32_t slot : slots) lanes_[slot].state = Lane::waiting;
+    live_.exit(layer, slots, rows);
+    shadow_.exit(layer, slots, rows);
+    shadow_.serve_all();
+    const Rig::Taken taken = shadow_.take(layer, int(lanes_.size()));
+    for (size_t i = 0; i < taken.slots.size(); ++i) {
+        const auto attn = taken.attn.begin() + i * live_.geometry.q_elements();
+        const auto x = taken.x.begin() + i * live_.geometry.hidden_size;
+        expected_[taken.slots[i]] = {{attn, attn + live_.geometry.q_elements()}, {x, x + live_.geometry.hidden_size}};
+    }
+}
+
+void StressRun::take(int layer, int cap, bool same_iteration) {
+    const Rig::Taken taken = live_.take(layer, cap, same_iteration);
+    for (size_t i = 0; i < taken.slots.size(); ++i) {
+        const int slot = taken.slots[i];
+        CHECK(lanes_[slot].state == Lane::waiting && lanes_[slot].layer == layer);
+        check_row(slot, &taken.attn[i * live_.geometry.q_elements()], &taken.x[i * live_.geometry.hidden_size]);
+        advance(slot);
+        ++num_taken;
+    }
+}
+
+void StressRun::check_row(int slot, const float* attn, const float* x) {
+    const Expected& expected = expected_.at(slot);
+    for (size_t d = 0; d < expected.attn.size(); ++d)
+        CHECK_NEAR(attn[d], expected.attn[d], tolerance(live_.geometry.act_dtype, expected.attn[d]));
+    CHECK(std::equal(expected.x.begin(), expected.x.end(), x));
+}
+
+void StressRun::advance(int slot) {
+    Lane& lane = lanes_[slot];
+    lane.state = Lane::idle;
+    lane.layer = (lane.layer + 1) % live_.geometry.num_layers;
+    if (lane.layer > 0) return;
+    if (++lane.position >= live_.geometry.max_pages_per_lane * live_.geometry.host_page_size ||
+        (slot >= kLongLanes && lane.position > kShortContext)) {
+        lane.state = Lane::free;
+        return;
+    }
+    live_.port.start_token(slot, lane.position);
+    shadow_.port.start_token(slot, lane.position);
+}
+
+void StressRun::walk() {
+    for (int slot = 0; slot < int(lanes_.size()); ++slot)
+        if (lanes_[slot].state == Lane::free && one_in(3)) begin(slot);
+    live_.port.begin_walk();
+    const bool same_iteration = random_() % 2;
+    for (int layer = 0; layer < live_.geometry.num_layers; ++layer) {
+        exit(layer);
+        if (one_in(4)) CHECK(live_.port.wait_all(layer, kPatienceS));
+        take(layer, int(random_() % (lanes_.size() + 1)), same_iteration);
+    }
+    live_.port.end_walk();
+}
+
+/// Sleeps for a ready lane as the engine does, then serves the layer with the most.
+void StressRun::pass() {
+    if (stats().waiting_lanes == 0) return;
+    std::vector<int32_t> ready(live_.geometry.num_layers), waiting(ready.size());
+    std::vector<uint64_t> oldest(ready.size());
+    while (true) {
+        live_.port.scan(ready.data(), waiting.data(), oldest.data());
+        if (*std::max_element(ready.begin(), ready.end()) > 0) break;
+        if (!live_.port.arm()) sleep();
+        free_drained();
+        copies();
+    }
+    const int layer = int(std::max_element(ready.begin(), ready.end()) - ready.begin());
+    take(layer, int(lanes_.size()), true);
+    exit((layer + 1) % live_.geometry.num_layers);
+}
+
+void StressRun::sleep() {
+    pollfd fd{eventfd_, POLLIN, 0};
+    CHECK(poll(&fd, 1, int(kPatienceS * 1000)) == 1);  // a lost wake-up would sleep for ever
+    uint64_t count;
+    CHECK(read(eventfd_, &count, sizeof(count)) == sizeof(count));
+    live_.port.disarm();
+}
+
+void StressRun::cancel(int slot) {
+    Lane& lane = lanes_[slot];
+    if (lane.state != Lane::idle && lane.state != Lane::waiting) return;
+    lane.state = live_.port.cancel(slot) ? Lane::free : Lane::draining;
+    CHECK(shadow_.port.cancel(slot));
+    expected_.erase(slot);
+}
+
+void StressRun::free_drained() {
+    for (int32_t slot : live_.port.drained()) lanes_[slot].state = Lane::free;
+}
+
+/// Sends pages off and checks those that came back. Frames that trips leave are for contexts.
+void StressRun::copies() {
+    for (uint64_t id : live_.port.collect_copies()) end_of(id);
+    for (size_t i = 0; i < trips_.size(); ++i)
+        if (!trips_[i].is_under_way) start(trips_[i], 2 * (next_trip_++ * trips_.size() + i));
+    for (int slot = 0; slot < std::min(kLongLanes, int(lanes_.size())); ++slot)
+        if (lanes_[slot].state == Lane::landing) land_context(slot);
+}
+
+/// Of a trip's two copies the first, with an even id, lands, and the one after it fetches.
+void StressRun::end_of(uint64_t id) {
+    ++num_copies;
+    if (id >= kContextIds) {
+        --lanes_[id - kContextIds].arriving;
+        num_landed_beside_rows += stats().waiting_lanes > 0;
+        return;
+    }
+    Trip& trip = trips_[id / 2 % trips_.size()];
+    if (id % 2 == 0) {
+        std::fill(trip.page.begin(), trip.page.end(), std::byte{0});
+        live_.port.fetch(copy(trip, id + 1), trip.page.data());
+        trip.is_wanted = !one_in(4);
+        if (!trip.is_wanted) live_.port.cancel_fetch(id + 1);
+        return;
+    }
+    if (trip.is_wanted) CHECK(trip.page == trip.sent);
+    else CHECK(std::all_of(trip.page.begin(), trip.page.end(), [](std::byte b) { return b == std::byte{0}; }));
+    trip.is_under_way = false;
+}
+
+void StressRun::start(Trip& trip, uint64_t id) {
+    trip.sent.resize(live_.geometry.device_kv().page_bytes());
+    trip.page.resize(trip.sent.size());
+    for (std::byte& value : trip.sent) value = std::byte(random_());
+    trip.host_offset = int(random_() % live_.geometry.host_page_size);
+    trip.is_under_way = true;
+    live_.port.land(copy(trip, id), trip.sent.data());
+}
+
+PageCopy StressRun::copy(const Trip& trip, uint64_t id) const {
+    const int tokens = live_.geometry.device_page_size, host_page = live_.geometry.host_page_size;
+    const int num_pages = (trip.host_offset + tokens + host_page - 1) / host_page;
+    return {id, 0, tokens, trip.host_offset, {trip.host_pages.begin(), trip.host_pages.begin() + num_pages}};
+}
+
+/// Serves out what is in flight; false when nothing is.
+bool StressRun::settle() {
+    for (int layer = 0; layer < live_.geometry.num_layers; ++layer) {
+        CHECK(live_.port.wait_all(layer, kPatienceS));
+        take(layer, int(lanes_.size()), true);
+    }
+    free_drained();
+    const LaneStats now = stats();
+    return now.waiting_lanes > 0 || now.draining_lanes > 0;
+}
+
+}  // namespace omniserve::testing

@@ -1,0 +1,108 @@
+// A device thread that submits, takes, cancels and copies at random against running workers. Every result is compared
+// with a shadow: a second segment that gets the same rows and is served by hand.
+#pragma once
+
+#include <map>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "rig.h"
+
+namespace omniserve::testing {
+
+/// One run of the stress test. Everything in it follows from the seed, so that a seed says how to do it again; only
+/// the timing of threads is the machine's.
+struct StressConfig {
+    unsigned seed = 1;
+    int num_steps = 250;       // walks and passes of the device
+    int num_threads = 3;       // of the host
+    const char* simd = "auto";
+    int long_context = 700;    // tokens that the first two lanes start from; with 2 x 64 float32 a split task
+    int landing = 100;         // the last of them, which land while others are served; at most long_context
+    int cancel_one_in = 8;     // steps per cancelled lane; 0: none
+    int num_trips = 1;         // pages that travel to the host and back all the time
+    LaneGeometry geometry = {};  // lay_out fills in what follows from the rest
+
+    /// The shape that `make test` runs.
+    static StressConfig standard(unsigned seed);
+    /// Any shape, drawn from the seed.
+    static StressConfig draw(unsigned seed);
+    /// One line: every field.
+    std::string text() const;
+
+    void lay_out();
+    LaneGeometry shadow_geometry() const;  // the same lanes without partitions
+    int pages_of_lanes() const { return geometry.max_lanes * geometry.max_pages_per_lane; }
+};
+
+class StressRun {
+public:
+    explicit StressRun(const StressConfig& config);
+    ~StressRun();
+    StressRun(const StressRun&) = delete;
+    StressRun& operator=(const StressRun&) = delete;
+
+    /// All steps, then serves out what is in flight. Throws what CHECK throws at the first wrong result.
+    void run();
+
+    uint64_t num_taken = 0, num_copies = 0, num_landed_beside_rows = 0;
+    LaneStats stats() const { return live_.port.stats(); }
+    uint64_t num_pieces() const;
+
+private:
+    struct Lane {
+        enum State { free, landing, idle, waiting, draining } state = free;
+        int layer = 0;
+        int position = 0;
+        int sent = 0;      // tokens of the context
+        int arriving = 0;  // copies
+    };
+    struct Expected {
+        std::vector<float> attn, x;
+    };
+    /// A page of bytes on its way to the host and back.
+    struct Trip {
+        std::vector<int32_t> host_pages;
+        int host_offset = 0;
+        std::vector<std::byte> sent, page;
+        bool is_under_way = false, is_wanted = false;
+    };
+
+    void fill_pages();
+    void begin(int slot);
+    void open(int slot, int position);
+    void land_context(int slot);
+    std::vector<std::byte> random_device_page(int num_tokens);
+    void exit(int layer);
+    void take(int layer, int cap, bool same_iteration);
+    void check_row(int slot, const float* attn, const float* x);
+    void advance(int slot);
+    void walk();
+    void pass();
+    void sleep();
+    void cancel(int slot);
+    void free_drained();
+    void copies();
+    void end_of(uint64_t id);
+    void start(Trip& trip, uint64_t id);
+    PageCopy copy(const Trip& trip, uint64_t id) const;
+    bool settle();
+    bool one_in(int count) { return count > 0 && random_() % count == 0; }
+
+    StressConfig config_;
+    std::mt19937 random_;
+    int eventfd_;
+    Rig live_, shadow_;
+    std::vector<Lane> lanes_;
+    std::map<int, Expected> expected_;  // by slot
+    std::vector<Trip> trips_;
+    uint64_t next_trip_ = 0;
+};
+
+/// Runs drawn configurations, seeds from `seed` on, for `seconds` (one at least), and stops at the first wrong result.
+/// Prints what it ran; returns the exit status.
+int soak(double seconds, unsigned seed);
+
+}  // namespace omniserve::testing
