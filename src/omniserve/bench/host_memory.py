@@ -26,8 +26,9 @@ TORCH_DTYPES: dict[str, torch.dtype | None] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
+    "int8": None,
 }
-SHORT_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+SHORT_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int8": "int8"}
 
 
 def short_name(dtype: str) -> str:
