@@ -8,10 +8,11 @@
 
 #include "attend_loop.h"
 #include "kernels.h"
-#include "unrolled.h"
 
 namespace omniserve {
 namespace {
+
+#define OMNI_INLINE __attribute__((always_inline)) inline
 
 constexpr int kMaxSubgroup = 8;  // queries whose sums stay in registers: 8 x 2 sums, at most 24 in all, of 32
 constexpr int kLanes = 16;
@@ -31,10 +32,10 @@ struct Storage<DType::f32> {
     using T = float;
     template <int kVecs, bool kMasked>
     OMNI_INLINE static void load(const T* p, int count, __m512 (&x)[kVecs]) {
-        unrolled<kVecs>([&](auto i) OMNI_INLINE {
-            x[i()] = kMasked ? _mm512_maskz_loadu_ps(first_lanes(count - i() * kLanes), p + i() * kLanes)
-                             : _mm512_loadu_ps(p + i() * kLanes);
-        });
+#pragma GCC unroll 4
+        for (int i = 0; i < kVecs; ++i)
+            x[i] = kMasked ? _mm512_maskz_loadu_ps(first_lanes(count - i * kLanes), p + i * kLanes)
+                           : _mm512_loadu_ps(p + i * kLanes);
     }
     template <int kVecs>
     OMNI_INLINE static void natural(__m512 (&)[kVecs]) {}
@@ -55,8 +56,8 @@ struct Storage<DType::bf16> {
         if constexpr (kVecs == 1) {
             x[0] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_halves<kMasked>(p, count)), 16));
         } else {  // of every 32 elements first 0 2 4 .. 30, then 1 3 5 .. 31
-            unrolled<kVecs / 2>([&](auto pair) OMNI_INLINE {
-                constexpr int i = 2 * pair();
+#pragma GCC unroll 2
+            for (int i = 0; i < kVecs; i += 2) {
                 const int left = count - i * kLanes;
                 const __mmask32 mask = first_lanes(left) | __mmask32(first_lanes(left - kLanes)) << kLanes;
                 const __m512i bits = kMasked ? _mm512_maskz_loadu_epi16(mask, p + i * kLanes)
@@ -64,19 +65,19 @@ struct Storage<DType::bf16> {
                 x[i] = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
                 x[i + 1] = _mm512_castsi512_ps(
                     _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
-            });
+            }
         }
     }
     template <int kVecs>
     OMNI_INLINE static void natural(__m512 (&x)[kVecs]) {
         const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
         const __m512i high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-        unrolled<kVecs / 2>([&](auto pair) OMNI_INLINE {
-            constexpr int i = 2 * pair();
+#pragma GCC unroll 2
+        for (int i = 0; i + 1 < kVecs; i += 2) {
             const __m512 even = x[i], odd = x[i + 1];
             x[i] = _mm512_permutex2var_ps(even, low, odd);
             x[i + 1] = _mm512_permutex2var_ps(even, high, odd);
-        });
+        }
     }
 };
 
@@ -85,9 +86,9 @@ struct Storage<DType::f16> {
     using T = uint16_t;
     template <int kVecs, bool kMasked>
     OMNI_INLINE static void load(const T* p, int count, __m512 (&x)[kVecs]) {
-        unrolled<kVecs>([&](auto i) OMNI_INLINE {
-            x[i()] = _mm512_cvtph_ps(load_halves<kMasked>(p + i() * kLanes, count - i() * kLanes));
-        });
+#pragma GCC unroll 4
+        for (int i = 0; i < kVecs; ++i)
+            x[i] = _mm512_cvtph_ps(load_halves<kMasked>(p + i * kLanes, count - i * kLanes));
     }
     template <int kVecs>
     OMNI_INLINE static void natural(__m512 (&)[kVecs]) {}
@@ -98,12 +99,13 @@ struct Storage<DType::i8> {  // the integers: attend_loop multiplies by their sc
     using T = int8_t;
     template <int kVecs, bool kMasked>
     OMNI_INLINE static void load(const T* p, int count, __m512 (&x)[kVecs]) {
-        unrolled<kVecs>([&](auto i) OMNI_INLINE {
-            const T* from = p + i() * kLanes;
-            const __m128i bits = kMasked ? _mm_maskz_loadu_epi8(first_lanes(count - i() * kLanes), from)
+#pragma GCC unroll 4
+        for (int i = 0; i < kVecs; ++i) {
+            const T* from = p + i * kLanes;
+            const __m128i bits = kMasked ? _mm_maskz_loadu_epi8(first_lanes(count - i * kLanes), from)
                                          : _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-            x[i()] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bits));
-        });
+            x[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bits));
+        }
     }
     template <int kVecs>
     OMNI_INLINE static void natural(__m512 (&)[kVecs]) {}
@@ -135,6 +137,12 @@ int next_part(int total, int limit) {
     return (total + parts - 1) / parts;
 }
 
+/// A constant that a generic lambda can take: `i()` is kValue.
+template <int kValue>
+struct Index {
+    constexpr int operator()() const { return kValue; }
+};
+
 /// body(Index<count>) for a count from 1 to kMaxSubgroup.
 template <class Body>
 void with_count(int count, Body&& body) {
@@ -158,16 +166,17 @@ struct Avx512Ops : PlainQueries {
     /// Asks for `kCount` elements from p on to be in the second-level cache soon.
     template <int kCount>
     OMNI_INLINE static void fetch(const T* p) {
-        unrolled<(kCount * int(sizeof(T)) + 63) / 64>(
-            [&](auto i) OMNI_INLINE { _mm_prefetch(reinterpret_cast<const char*>(p) + i() * 64, _MM_HINT_T1); });
+#pragma GCC unroll 4
+        for (int i = 0; i < kCount * int(sizeof(T)); i += 64)
+            _mm_prefetch(reinterpret_cast<const char*>(p) + i, _MM_HINT_T1);
     }
 
     template <int kVecs>
     OMNI_INLINE static void store_scores(const __m512 (&sum)[kVecs], int count, float scale, float* to) {
-        unrolled<kVecs>([&](auto i) OMNI_INLINE {
-            _mm512_mask_storeu_ps(to + i() * kLanes, first_lanes(count - i() * kLanes),
-                                  _mm512_mul_ps(sum[i()], _mm512_set1_ps(scale)));
-        });
+#pragma GCC unroll 4
+        for (int i = 0; i < kVecs; ++i)
+            _mm512_mask_storeu_ps(to + i * kLanes, first_lanes(count - i * kLanes),
+                                  _mm512_mul_ps(sum[i], _mm512_set1_ps(scale)));
     }
 
     /// Scores of `count` tokens, at most kVecs * 16 and exactly that unless kMasked, for kGroup queries; what
@@ -178,31 +187,37 @@ struct Avx512Ops : PlainQueries {
         constexpr int kUnroll = kGroup * kVecs >= 12 ? 1 : kGroup * kVecs >= 4 ? 2 : 4;  // hides the latency of FMA
         constexpr int kStep = kUnroll < 2 ? 2 : kUnroll;
         __m512 sum[kUnroll][kGroup][kVecs];
-        each<kUnroll, kGroup, kVecs>([&](auto u, auto g, auto i) OMNI_INLINE { sum[u()][g()][i()] = _mm512_setzero_ps(); });
+        for (auto& part : sum)
+            for (auto& row : part)
+                for (__m512& x : row) x = _mm512_setzero_ps();
         for (int d = 0; d < head_dim; d += kStep) {
-            unrolled<kStep>([&](auto u) OMNI_INLINE {
+#pragma GCC unroll 4
+            for (int u = 0; u < kStep; ++u) {
                 __m512 x[kVecs];
-                const T* row = k + size_t(d + u()) * page_size;
+                const T* row = k + size_t(d + u) * page_size;
                 S::template load<kVecs, kMasked>(row, count, x);
                 fetch<kVecs * kLanes>(row + ahead);
-                unrolled<kGroup>([&](auto g) OMNI_INLINE {
-                    const __m512 weight = _mm512_set1_ps(q[g() * head_dim + d + u()]);
-                    unrolled<kVecs>([&](auto i) OMNI_INLINE {
-                        __m512& to = sum[u() % kUnroll][g()][i()];
-                        to = _mm512_fmadd_ps(weight, x[i()], to);
-                    });
-                });
-            });
+#pragma GCC unroll 8
+                for (int g = 0; g < kGroup; ++g) {
+                    const __m512 weight = _mm512_set1_ps(q[g * head_dim + d + u]);
+#pragma GCC unroll 4
+                    for (int i = 0; i < kVecs; ++i)
+                        sum[u % kUnroll][g][i] = _mm512_fmadd_ps(weight, x[i], sum[u % kUnroll][g][i]);
+                }
+            }
         }
-        unrolled<kGroup>([&](auto g) OMNI_INLINE {
-            unrolled<kUnroll - 1>([&](auto u) OMNI_INLINE {
-                unrolled<kVecs>([&](auto i) OMNI_INLINE {
-                    sum[0][g()][i()] = _mm512_add_ps(sum[0][g()][i()], sum[u() + 1][g()][i()]);
-                });
-            });
-            S::template natural<kVecs>(sum[0][g()]);
-            store_scores<kVecs>(sum[0][g()], count, scale, scores + g() * kScoreStride);
-        });
+#pragma GCC unroll 8
+        for (int g = 0; g < kGroup; ++g) {
+            __m512 row[kVecs];  // a copy: sums whose address is taken would live in memory
+#pragma GCC unroll 4
+            for (int i = 0; i < kVecs; ++i) {
+                row[i] = sum[0][g][i];
+#pragma GCC unroll 4
+                for (int u = 1; u < kUnroll; ++u) row[i] = _mm512_add_ps(row[i], sum[u][g][i]);
+            }
+            S::template natural<kVecs>(row);
+            store_scores<kVecs>(row, count, scale, scores + g * kScoreStride);
+        }
     }
 
     /// Scores of one run for kGroup queries, in the widest chunks that its length and the registers allow.
@@ -271,7 +286,8 @@ struct Avx512Ops : PlainQueries {
     static void sum_values(const Tile<T>& tile, bool is_ahead, int dim, int num_dims, int head_dim,
                            const float* weights, const float* rescale, float* acc) {
         __m512 sum[kGroup][kVecs];
-        each<1, kGroup, kVecs>([&](auto, auto g, auto i) OMNI_INLINE { sum[g()][i()] = _mm512_setzero_ps(); });
+        for (auto& row : sum)
+            for (__m512& x : row) x = _mm512_setzero_ps();
         const float* weight = weights;
         for (int r = 0; r < tile.num_runs; ++r) {
             const ptrdiff_t ahead = is_ahead ? tile.runs[r].ahead : 0;
@@ -280,21 +296,28 @@ struct Avx512Ops : PlainQueries {
                 __m512 x[kVecs];
                 S::template load<kVecs, kMasked>(v, num_dims, x);
                 fetch<kVecs * kLanes>(v + ahead);
-                unrolled<kGroup>([&](auto g) OMNI_INLINE {
-                    const __m512 w = _mm512_set1_ps(weight[g() * kScoreStride]);
-                    unrolled<kVecs>([&](auto i) OMNI_INLINE { sum[g()][i()] = _mm512_fmadd_ps(w, x[i()], sum[g()][i()]); });
-                });
+#pragma GCC unroll 8
+                for (int g = 0; g < kGroup; ++g) {
+                    const __m512 w = _mm512_set1_ps(weight[g * kScoreStride]);
+#pragma GCC unroll 4
+                    for (int i = 0; i < kVecs; ++i) sum[g][i] = _mm512_fmadd_ps(w, x[i], sum[g][i]);
+                }
             }
         }
-        unrolled<kGroup>([&](auto g) OMNI_INLINE {
-            const __m512 factor = _mm512_set1_ps(rescale[g()]);
-            S::template natural<kVecs>(sum[g()]);
-            unrolled<kVecs>([&](auto i) OMNI_INLINE {
-                float* to = acc + g() * head_dim + dim + i() * kLanes;
-                const __mmask16 mask = first_lanes(num_dims - i() * kLanes);
-                _mm512_mask_storeu_ps(to, mask, _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, to), factor, sum[g()][i()]));
-            });
-        });
+#pragma GCC unroll 8
+        for (int g = 0; g < kGroup; ++g) {
+            __m512 row[kVecs];  // a copy, as above
+#pragma GCC unroll 4
+            for (int i = 0; i < kVecs; ++i) row[i] = sum[g][i];
+            S::template natural<kVecs>(row);
+#pragma GCC unroll 4
+            for (int i = 0; i < kVecs; ++i) {
+                float* to = acc + g * head_dim + dim + i * kLanes;
+                const __mmask16 mask = first_lanes(num_dims - i * kLanes);
+                _mm512_mask_storeu_ps(to, mask,
+                                      _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, to), _mm512_set1_ps(rescale[g]), row[i]));
+            }
+        }
     }
 
     template <int kGroup>

@@ -52,38 +52,42 @@ struct DotOps : Avx512Ops<DType::bf16> {
         constexpr int kVecs = 2 * kHalves;
         constexpr int kUnroll = kGroup * kVecs >= 8 ? 1 : 8 / (kGroup * kVecs);  // hides the latency of the products
         __m512 sum[kUnroll][kGroup][kVecs];
-        each<kUnroll, kGroup, kVecs>(
-            [&](auto u, auto g, auto i) OMNI_INLINE { sum[u()][g()][i()] = _mm512_setzero_ps(); });
+        for (auto& part : sum)
+            for (auto& row : part)
+                for (__m512& x : row) x = _mm512_setzero_ps();
         const int pairs = head_dim / 2;  // a multiple of 4, as kUnroll divides
-        for (int d = 0; d < pairs; d += kUnroll)
-            unrolled<kUnroll>([&](auto u) OMNI_INLINE {
+        for (int d = 0; d < pairs; d += kUnroll) {
+#pragma GCC unroll 4
+            for (int u = 0; u < kUnroll; ++u) {
                 __m512i x[kVecs];
-                const T* row = k + size_t(d + u()) * 2 * page_size;
-                unrolled<kHalves>([&](auto half) OMNI_INLINE {
-                    load_pairs<kMasked>(row + half() * 32, page_size, count - half() * 32, x[2 * half()],
-                                        x[2 * half() + 1]);
-                });
+                const T* row = k + size_t(d + u) * 2 * page_size;
+#pragma GCC unroll 2
+                for (int half = 0; half < kHalves; ++half)
+                    load_pairs<kMasked>(row + half * 32, page_size, count - half * 32, x[2 * half], x[2 * half + 1]);
                 fetch<kVecs * kLanes>(row + ahead);
                 fetch<kVecs * kLanes>(row + page_size + ahead);
-                unrolled<kGroup>([&](auto g) OMNI_INLINE {
-                    const __m512i pair = _mm512_set1_epi32(static_cast<int>(q[g() * pairs + d + u()]));
-                    unrolled<kVecs>([&](auto i) OMNI_INLINE {
-                        __m512& to = sum[u()][g()][i()];
-                        to = _mm512_dpbf16_ps(to, __m512bh(x[i()]), __m512bh(pair));
-                    });
-                });
-            });
-        unrolled<kGroup>([&](auto g) OMNI_INLINE {
-            unrolled<kUnroll - 1>([&](auto u) OMNI_INLINE {
-                unrolled<kVecs>([&](auto i) OMNI_INLINE {
-                    sum[0][g()][i()] = _mm512_add_ps(sum[0][g()][i()], sum[u() + 1][g()][i()]);
-                });
-            });
-            unrolled<kHalves>([&](auto half) OMNI_INLINE {
-                natural_pairs(sum[0][g()][2 * half()], sum[0][g()][2 * half() + 1]);
-            });
-            store_scores<kVecs>(sum[0][g()], count, scale, scores + g() * kScoreStride);
-        });
+#pragma GCC unroll 8
+                for (int g = 0; g < kGroup; ++g) {
+                    const __m512i pair = _mm512_set1_epi32(static_cast<int>(q[g * pairs + d + u]));
+#pragma GCC unroll 4
+                    for (int i = 0; i < kVecs; ++i)
+                        sum[u][g][i] = _mm512_dpbf16_ps(sum[u][g][i], __m512bh(x[i]), __m512bh(pair));
+                }
+            }
+        }
+#pragma GCC unroll 8
+        for (int g = 0; g < kGroup; ++g) {
+            __m512 row[kVecs];  // a copy: sums whose address is taken would live in memory
+#pragma GCC unroll 4
+            for (int i = 0; i < kVecs; ++i) {
+                row[i] = sum[0][g][i];
+#pragma GCC unroll 4
+                for (int u = 1; u < kUnroll; ++u) row[i] = _mm512_add_ps(row[i], sum[u][g][i]);
+            }
+#pragma GCC unroll 2
+            for (int half = 0; half < kHalves; ++half) natural_pairs(row[2 * half], row[2 * half + 1]);
+            store_scores<kVecs>(row, count, scale, scores + g * kScoreStride);
+        }
     }
 
     template <int kGroup>
