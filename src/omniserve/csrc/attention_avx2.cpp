@@ -113,17 +113,27 @@ struct Avx2Ops : PlainQueries {
     using S = Storage<kType>;
     using T = typename S::T;
 
-    /// Asks for `kCount` elements from p on to be in the second-level cache soon.
-    template <int kCount>
-    static void fetch(const T* p) {
-        for (int i = 0; i < kCount * int(sizeof(T)); i += 64)
-            _mm_prefetch(reinterpret_cast<const char*>(p) + i, _MM_HINT_T1);
-    }
+    /// What a pass over K or V fetches into the second-level cache meanwhile: its share of the next tile's K or V, a
+    /// little at every step. With 8 registers of sums a tile takes many passes; if the first one fetched all of it, the
+    /// core's miss buffers would overflow, and prefetches be dropped.
+    struct Ahead {
+        const char* at;
+        size_t step;  // bytes; what lies within a cache line of it is asked for twice
 
-    /// Scores of kChunk tokens for kGroup queries; what lies `ahead` elements further on is fetched meanwhile.
+        /// The share [first, last) of `total` equal ones of so many elements, over so many steps.
+        Ahead(const T* next, size_t elements, int first, int last, int total, int num_steps)
+            : at(reinterpret_cast<const char*>(next) + elements * sizeof(T) / total * first),
+              step(elements * sizeof(T) / total * (last - first) / num_steps) {}
+        void fetch() {
+            for (size_t i = 0; i < step; i += 64) _mm_prefetch(at + i, _MM_HINT_T1);
+            at += step;
+        }
+    };
+
+    /// Scores of kChunk tokens for kGroup queries.
     template <int kGroup>
     static void chunk_scores(const T* k, int page_size, int head_dim, const float* q, float scale, float* scores,
-                             ptrdiff_t ahead) {
+                             Ahead ahead) {
         constexpr int kUnroll = kGroup == 1 ? 4 : kGroup <= 3 ? 2 : 1;  // enough sums to hide the latency of FMA
         constexpr int kStep = kUnroll < 2 ? 2 : kUnroll;
         Pair sum[kUnroll][kGroup];
@@ -132,9 +142,8 @@ struct Avx2Ops : PlainQueries {
         for (int d = 0; d < head_dim; d += kStep) {
 #pragma GCC unroll 4
             for (int u = 0; u < kStep; ++u) {
-                const T* row = k + size_t(d + u) * page_size;
-                const Pair x = S::load16(row);
-                fetch<kChunk>(row + ahead);
+                const Pair x = S::load16(k + size_t(d + u) * page_size);
+                ahead.fetch();
 #pragma GCC unroll 6
                 for (int g = 0; g < kGroup; ++g) {
                     const __m256 weight = _mm256_broadcast_ss(q + g * head_dim + d + u);
@@ -160,12 +169,15 @@ struct Avx2Ops : PlainQueries {
         int at = 0;
         for (int r = 0; r < tile.num_runs; ++r) {
             const Run<T>& run = tile.runs[r];
-            for (int t = 0; t < run.count; t += kChunk) {
-                for (int g = 0, size; g < group; g += size) {
+            const int passes = (run.count + kChunk - 1) / kChunk * ((group + kMaxSubgroup - 1) / kMaxSubgroup);
+            for (int t = 0, pass = 0; t < run.count; t += kChunk) {
+                for (int g = 0, size; g < group; g += size, ++pass) {
                     size = next_part(group - g, kMaxSubgroup);
                     const float* from = q + g * head_dim;
                     float* to = scores + g * kScoreStride + at + t;
-                    const ptrdiff_t ahead = g == 0 && t * sizeof(T) % 64 == 0 ? run.ahead : 0;  // once a cache line
+                    // Rows of K are one stretch where the run is a whole page.
+                    const size_t elements = run.count == page_size ? size_t(page_size) * head_dim : 0;
+                    const Ahead ahead(run.k + run.ahead, elements, pass, pass + 1, passes, head_dim);
                     switch (size) {
                         case 1: chunk_scores<1>(run.k + t, page_size, head_dim, from, scale, to, ahead); break;
                         case 2: chunk_scores<2>(run.k + t, page_size, head_dim, from, scale, to, ahead); break;
@@ -197,19 +209,27 @@ struct Avx2Ops : PlainQueries {
         return rescale;
     }
 
+    /// One subgroup of the queries: which, of how many. The next tile's V is fetched by all of them together.
+    struct Subgroup {
+        int index, count;
+    };
+
     /// Values of 16 * kUnits dimensions from `dim` on, summed over the tile for kGroup queries.
     template <int kGroup, int kUnits>
-    static void sum_values(const Tile<T>& tile, bool is_ahead, int dim, int head_dim, const float* weights,
+    static void sum_values(const Tile<T>& tile, Subgroup part, int dim, int head_dim, const float* weights,
                            const float* rescale, float* acc) {
         Pair sum[kGroup][kUnits];
         for (auto& part : sum)
             for (Pair& pair : part) pair = {_mm256_setzero_ps(), _mm256_setzero_ps()};
         const float* weight = weights;
         for (int r = 0; r < tile.num_runs; ++r) {
-            const ptrdiff_t ahead = is_ahead ? tile.runs[r].ahead : 0;
-            const T* v = tile.runs[r].v + dim;
-            for (int t = 0; t < tile.runs[r].count; ++t, ++weight, v += head_dim) {
-                fetch<kUnits * 16>(v + ahead);
+            const Run<T>& run = tile.runs[r];
+            const int units = head_dim / 16, first = part.index * units + dim / 16;
+            Ahead ahead(run.v + run.ahead, size_t(run.count) * head_dim, first, first + kUnits, part.count * units,
+                        run.count);
+            const T* v = run.v + dim;
+            for (int t = 0; t < run.count; ++t, ++weight, v += head_dim) {
+                ahead.fetch();
 #pragma GCC unroll 4
                 for (int u = 0; u < kUnits; ++u) {
                     const Pair x = S::load16(v + u * 16);
@@ -245,7 +265,7 @@ struct Avx2Ops : PlainQueries {
     }
 
     template <int kGroup>
-    static void sum_group(const Tile<T>& tile, bool is_ahead, int head_dim, const float* weights, const float* rescale,
+    static void sum_group(const Tile<T>& tile, Subgroup part, int head_dim, const float* weights, const float* rescale,
                           float* acc) {
         constexpr int kMaxUnits = kGroup == 1 ? 4 : kGroup <= 3 ? 2 : 1;
         const int units = head_dim / 16;
@@ -253,13 +273,13 @@ struct Avx2Ops : PlainQueries {
             size = next_part(units - unit, kMaxUnits);
             const int dim = unit * 16;
             if constexpr (kMaxUnits >= 4) {
-                if (size == 4) sum_values<kGroup, 4>(tile, is_ahead, dim, head_dim, weights, rescale, acc);
-                if (size == 3) sum_values<kGroup, 3>(tile, is_ahead, dim, head_dim, weights, rescale, acc);
+                if (size == 4) sum_values<kGroup, 4>(tile, part, dim, head_dim, weights, rescale, acc);
+                if (size == 3) sum_values<kGroup, 3>(tile, part, dim, head_dim, weights, rescale, acc);
             }
             if constexpr (kMaxUnits >= 2) {
-                if (size == 2) sum_values<kGroup, 2>(tile, is_ahead, dim, head_dim, weights, rescale, acc);
+                if (size == 2) sum_values<kGroup, 2>(tile, part, dim, head_dim, weights, rescale, acc);
             }
-            if (size == 1) sum_values<kGroup, 1>(tile, is_ahead, dim, head_dim, weights, rescale, acc);
+            if (size == 1) sum_values<kGroup, 1>(tile, part, dim, head_dim, weights, rescale, acc);
         }
         if (head_dim % 16)
             for (int g = 0; g < kGroup; ++g)
@@ -268,18 +288,18 @@ struct Avx2Ops : PlainQueries {
 
     static void accumulate(const Tile<T>& tile, int head_dim, const float* weights, int group, const float* rescale,
                            float* acc) {
-        for (int g = 0, size; g < group; g += size) {
+        Subgroup part{0, (group + kMaxSubgroup - 1) / kMaxSubgroup};
+        for (int g = 0, size; g < group; g += size, ++part.index) {
             size = next_part(group - g, kMaxSubgroup);
-            const bool is_ahead = g == 0;  // fetches once for all queries
             const float* from = weights + g * kScoreStride;
             float* to = acc + g * head_dim;
             switch (size) {
-                case 1: sum_group<1>(tile, is_ahead, head_dim, from, rescale + g, to); break;
-                case 2: sum_group<2>(tile, is_ahead, head_dim, from, rescale + g, to); break;
-                case 3: sum_group<3>(tile, is_ahead, head_dim, from, rescale + g, to); break;
-                case 4: sum_group<4>(tile, is_ahead, head_dim, from, rescale + g, to); break;
-                case 5: sum_group<5>(tile, is_ahead, head_dim, from, rescale + g, to); break;
-                default: sum_group<6>(tile, is_ahead, head_dim, from, rescale + g, to);
+                case 1: sum_group<1>(tile, part, head_dim, from, rescale + g, to); break;
+                case 2: sum_group<2>(tile, part, head_dim, from, rescale + g, to); break;
+                case 3: sum_group<3>(tile, part, head_dim, from, rescale + g, to); break;
+                case 4: sum_group<4>(tile, part, head_dim, from, rescale + g, to); break;
+                case 5: sum_group<5>(tile, part, head_dim, from, rescale + g, to); break;
+                default: sum_group<6>(tile, part, head_dim, from, rescale + g, to);
             }
         }
     }
