@@ -98,7 +98,7 @@ StressConfig StressConfig::standard(unsigned seed) {
     g.max_lanes = 7;
     g.host_page_size = 16;
     g.device_page_size = 10;
-    config.num_steps = 100;
+    config.num_steps = 80;
     config.num_threads = 1 + int(seed % 4);
     g.num_partitions = 1 + int(seed / 3 % 3);
     config.lay_out();
