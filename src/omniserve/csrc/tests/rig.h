@@ -38,9 +38,10 @@ struct Rig {
           host(memory.get(), options) {}
 
     /// New owner with a page table of its own pages, slot, slot + max_lanes, ..., begun at another place by each slot.
-    void open_lane(int slot, int position = 0) {
+    void open_lane(int slot, int position = 0) { open_lane(slot, position, pages_of(slot)); }
+    void open_lane(int slot, int position, const std::vector<int32_t>& table) {
         port.reset(slot);
-        port.set_pages(slot, 0, pages_of(slot));
+        port.set_pages(slot, 0, table);
         port.start_token(slot, position);
     }
     std::vector<int32_t> pages_of(int slot) const {

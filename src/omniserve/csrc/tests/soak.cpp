@@ -1,5 +1,6 @@
 // What a stress run may look like, and how many of them follow each other.
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstdio>
 #include <exception>
@@ -62,18 +63,23 @@ bool has_simd(const char* name) {
 }
 
 struct Totals {
-    uint64_t configs = 0, rows = 0, cancels = 0, pieces = 0, copies = 0;
-    void add(const StressRun& run) {
-        ++configs;
-        rows += run.num_taken;
-        cancels += run.stats().cancelled_rows;
-        pieces += run.num_pieces();
-        copies += run.num_copies;
-    }
+    uint64_t configs = 0, int8_configs = 0;
+    StressCounts counts;
+
     void print(double seconds) const {
-        std::printf("%.0f s: %llu configurations, %llu rows served, %llu pieces, %llu cancels, %llu pages copied\n",
-                    seconds, (unsigned long long)configs, (unsigned long long)rows, (unsigned long long)pieces,
-                    (unsigned long long)cancels, (unsigned long long)copies);
+        const auto print_count = [](const char* what, uint64_t count) {
+            std::printf("%s%llu", what, static_cast<unsigned long long>(count));
+        };
+        std::printf("%.0f s: ", seconds);
+        print_count("configurations ", configs);
+        print_count(" (int8 ", int8_configs);
+        print_count("), rows ", counts.rows);
+        print_count(", shared rows ", counts.shared_rows);
+        print_count(", pieces ", counts.pieces);
+        print_count(", cancels ", counts.cancelled_rows);
+        print_count(" (of sharers ", counts.cancelled_sharers);
+        print_count("), pages copied ", counts.copies);
+        std::printf("\n");
         std::fflush(stdout);
     }
 };
@@ -82,12 +88,19 @@ struct Totals {
 
 StressConfig StressConfig::standard(unsigned seed) {
     StressConfig config{.seed = seed, .geometry = small_geometry()};
-    config.geometry.max_lanes = 6;
-    config.geometry.host_page_size = 16;
-    config.geometry.device_page_size = 10;
-    config.num_steps = 100;
+    LaneGeometry& g = config.geometry;
+    // Every four seeds another storage, so that each comes with every number of threads and of prefixes.
+    g.kv_dtype = std::array{DType::f32, DType::f32, DType::bf16}[seed / 4 % 3];
+    g.host_kv_dtype = seed / 4 % 3 == 1 ? DType::i8 : g.kv_dtype;
+    config.long_context *= g.host_kv_dtype == DType::i8 ? 3 : g.kv_dtype == DType::bf16 ? 2 : 1;  // still split
+    config.num_prefixes = int(seed % 3);
+    config.prefix_tokens = 300;
+    g.max_lanes = 7;
+    g.host_page_size = 16;
+    g.device_page_size = 10;
+    config.num_steps = 80;
     config.num_threads = 1 + int(seed % 4);
-    config.geometry.num_partitions = 1 + int(seed % 3);
+    g.num_partitions = 1 + int(seed / 3 % 3);
     config.lay_out();
     return config;
 }
@@ -110,15 +123,23 @@ StressConfig StressConfig::draw(unsigned seed) {
     g.hidden_size = draw.of({16, 40});
     g.act_dtype = draw.of({DType::f32, DType::bf16, DType::f16});
     g.kv_dtype = draw.of({DType::f32, DType::bf16, DType::f16});
-    g.max_lanes = draw.between(1, 12);
+    g.host_kv_dtype = draw.between(1, 3) == 1 ? DType::i8 : g.kv_dtype;
+    config.long_context *= g.host_kv_dtype == DType::i8 ? 3 : 1;
+    config.num_prefixes = draw.of({0, 1, 1, 2});
+    config.prefix_tokens = draw.of({60, 300, 900});
+    g.max_lanes = draw.between(1, 14);
     g.host_page_size = draw.of({4, 16, 64});
     g.device_page_size = draw.of({6, 10, 16, 64});
     g.num_partitions = draw.between(1, 3);
     if (!has_simd(config.simd)) config.simd = "auto";
     config.lay_out();
-    while (g.host_kv().page_bytes() * g.num_host_pages > kArenaBytes && (g.num_layers > 1 || config.long_context > 0)) {
+    const auto is_smallest = [&] { return g.num_layers == 1 && config.long_context + config.prefix_tokens == 0; };
+    while (g.host_kv().page_bytes() * g.num_host_pages > kArenaBytes && !is_smallest()) {
+        if (g.num_layers == 1) {
+            config.long_context /= 2;
+            config.prefix_tokens /= 2;
+        }
         g.num_layers = std::max(1, g.num_layers / 2);
-        config.long_context /= 2;
         config.lay_out();
     }
     return config;
@@ -126,10 +147,24 @@ StressConfig StressConfig::draw(unsigned seed) {
 
 void StressConfig::lay_out() {
     LaneGeometry& g = geometry;
-    g.max_pages_per_lane = (long_context + 60) / g.host_page_size + 1;
+    prefix_tokens = num_prefixes > 0 ? (prefix_tokens + g.host_page_size - 1) / g.host_page_size * g.host_page_size : 0;
+    if (prefix_tokens == 0) num_prefixes = 0;
+    g.max_pages_per_lane = (std::max(long_context, prefix_tokens + g.host_page_size) + 60) / g.host_page_size + 1;
     landing = std::min(landing, long_context);
     g.num_frames = num_trips + (landing > 0 ? kLandingFrames : 0);
-    g.num_host_pages = pages_of_lanes() + num_trips * g.max_pages_per_frame();
+    g.num_host_pages = first_page_of_copies() + num_trips * g.max_pages_per_frame();
+}
+
+/// Twice as many lanes with each prefix as with none, one beside the other.
+int StressConfig::prefix_of(int slot) const {
+    if (slot < kLongLanes || num_prefixes == 0) return -1;
+    const int place = (slot - kLongLanes) % (2 * num_prefixes + 1);
+    return place < 2 * num_prefixes ? place % num_prefixes : -1;
+}
+
+int StressConfig::context_of(int slot) const {
+    if (slot < kLongLanes) return long_context;
+    return prefix_of(slot) < 0 ? 0 : prefix_tokens + (slot - kLongLanes) * 5 % geometry.host_page_size;
 }
 
 LaneGeometry StressConfig::shadow_geometry() const {
@@ -144,9 +179,9 @@ std::string StressConfig::text() const {
     out << "seed " << seed << ": " << num_steps << " steps, " << num_threads << " threads, " << simd << ", "
         << g.max_lanes << " lanes, " << g.num_layers << " layers, " << g.num_heads << "/" << g.num_kv_heads
         << " heads of " << g.head_dim << ", hidden " << g.hidden_size << ", act " << dtype_name(g.act_dtype) << ", KV "
-        << dtype_name(g.kv_dtype) << ", context " << long_context << " (the last " << landing
-        << " land), " << g.num_partitions << " partitions, pages of " << g.host_page_size << " and "
-        << g.device_page_size << " tokens, " << num_trips << " copies in flight, "
+        << dtype_name(g.kv_dtype) << " (host " << dtype_name(g.host_kv_dtype) << "), context " << long_context
+        << " (the last " << landing << " land), " << num_prefixes << " prefixes of " << prefix_tokens << ", "
+        << g.num_partitions << " partitions, pages of " << g.host_page_size << " and " << g.device_page_size << " tokens, " << num_trips << " copies in flight, "
         << (cancel_one_in ? "a cancel every " + std::to_string(cancel_one_in) + " steps" : "no cancels");
     return out.str();
 }
@@ -167,7 +202,9 @@ int soak(double seconds, unsigned seed) {
         try {
             StressRun run(config);
             run.run();
-            totals.add(run);
+            ++totals.configs;
+            totals.int8_configs += config.geometry.host_kv_dtype == DType::i8;
+            totals.counts.add(run.counts());
         } catch (const std::exception& error) {
             std::printf("FAILED  %s\n        %s\n", error.what(), config.text().c_str());
             print_seed();

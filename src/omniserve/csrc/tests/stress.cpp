@@ -11,8 +11,7 @@ namespace omniserve::testing {
 namespace {
 
 constexpr double kPatienceS = 60.0;  // a result that takes longer than this is lost
-constexpr int kShortContext = 30;    // tokens that a lane without a long context decodes
-constexpr int kLongLanes = 2;        // the first ones
+constexpr int kShortAnswer = 30;     // tokens that a lane without a long context decodes
 constexpr uint64_t kContextIds = uint64_t{1} << 32;  // copy ids of their contexts: plus the slot
 
 /// Writes small random tokens [0, n) to one page, as any row is written, in every layer.
@@ -47,7 +46,7 @@ StressRun::StressRun(const StressConfig& config)
     const int pages_per_trip = config.geometry.max_pages_per_frame();
     for (int i = 0; i < config.num_trips; ++i)
         for (int page = pages_per_trip - 1; page >= 0; --page)
-            trips_[i].host_pages.push_back(config.pages_of_lanes() + i * pages_per_trip + page);
+            trips_[i].host_pages.push_back(config.first_page_of_copies() + i * pages_per_trip + page);
     live_.host.start(config.num_threads);
 }
 
@@ -76,24 +75,50 @@ void StressRun::run() {
     }
     while (settle()) {
     }
-    CHECK(stats().submitted_rows == num_taken + stats().cancelled_rows);
+    CHECK(stats().submitted_rows == counts_.rows + stats().cancelled_rows);
 }
 
-uint64_t StressRun::num_pieces() const {
-    uint64_t pieces = 0;
-    for (int i = 0; i < config_.num_threads; ++i) pieces += live_.host.header().workers[i].pieces;
-    return pieces;
+void StressCounts::add(const StressCounts& more) {
+    for (auto field : {&StressCounts::rows, &StressCounts::cancelled_rows, &StressCounts::cancelled_sharers,
+                       &StressCounts::pieces, &StressCounts::shared_rows, &StressCounts::copies,
+                       &StressCounts::landed_beside_rows})
+        this->*field += more.*field;
+}
+
+StressCounts StressRun::counts() const {
+    StressCounts counts = counts_;
+    counts.cancelled_rows = stats().cancelled_rows;
+    for (int i = 0; i < config_.num_threads; ++i) {
+        counts.pieces += live_.host.header().workers[i].pieces;
+        counts.shared_rows += live_.host.header().workers[i].shared_rows;
+    }
+    return counts;
 }
 
 void StressRun::begin(int slot) {
-    if (slot >= kLongLanes || config_.landing == 0) return open(slot, slot < kLongLanes ? config_.long_context : 0);
+    if (slot >= StressConfig::kLongLanes || config_.landing == 0) return open(slot);
     lanes_[slot] = {.state = Lane::landing, .sent = config_.long_context - config_.landing};
 }
 
-void StressRun::open(int slot, int position) {
-    lanes_[slot] = {.state = Lane::idle, .position = position};
-    live_.open_lane(slot, position);
-    shadow_.open_lane(slot, position);
+void StressRun::open(int slot) {
+    const LaneGeometry& g = live_.geometry;
+    const int position = config_.context_of(slot), most = g.max_pages_per_lane * g.host_page_size;
+    const int end = slot < StressConfig::kLongLanes ? most : std::min(most, position + kShortAnswer);
+    lanes_[slot] = {.state = Lane::idle, .position = position, .end = end};
+    const std::vector<int32_t> table = table_of(slot);
+    live_.open_lane(slot, position, table);
+    shadow_.open_lane(slot, position, table);
+}
+
+/// The lane's own pages, after all or some of those of its prefix. They are full: no lane writes to them.
+std::vector<int32_t> StressRun::table_of(int slot) {
+    std::vector<int32_t> table = live_.pages_of(slot);
+    const int prefix = config_.prefix_of(slot), count = config_.pages_per_prefix();
+    if (prefix < 0) return table;
+    const int common = one_in(3) ? 1 + int(random_() % count) : count;
+    const int end = config_.pages_of_lanes() + (prefix + 1) * count;
+    for (int i = 0; i < common; ++i) table[i] = end - 1 - i;
+    return table;
 }
 
 /// Sends what frames allow of a long context, and opens the lane when everything has landed.
@@ -105,14 +130,24 @@ void StressRun::land_context(int slot) {
         const int count = std::min(device.page_size, config_.long_context - lane.sent);
         const std::vector<std::byte> page = random_device_page(count);
         const int first = lane.sent / host.page_size, last = (lane.sent + count - 1) / host.page_size;
-        live_.port.land({kContextIds + slot, 0, count, lane.sent % host.page_size,
-                         {table.begin() + first, table.begin() + last + 1}}, page.data());
+        const PageCopy copy{kContextIds + slot, 0, count, lane.sent % host.page_size,
+                            {table.begin() + first, table.begin() + last + 1}};
+        live_.port.land(copy, page.data());
+        land_in_shadow(copy, page);
         ++lane.arriving;
-        for (int t = 0; t < count; ++t, ++lane.sent)
-            repack(device, page.data(), t, host, shadow_.host.arena().kv().page(table[lane.sent / host.page_size]),
-                   lane.sent % host.page_size, 1);
+        lane.sent += count;
     }
-    if (lane.sent == config_.long_context && lane.arriving == 0) open(slot, config_.long_context);
+    if (lane.sent == config_.long_context && lane.arriving == 0) open(slot);
+}
+
+/// Token by token, as no worker does it.
+void StressRun::land_in_shadow(const PageCopy& copy, const std::vector<std::byte>& page) {
+    const KvGeometry device = live_.geometry.device_kv(), host = live_.geometry.host_kv();
+    for (int t = 0; t < copy.num_tokens; ++t) {
+        const int at = copy.host_offset + t;
+        repack(device, page.data(), t, host, shadow_.host.arena().kv().page(copy.host_pages[at / host.page_size]),
+               at % host.page_size, 1);
+    }
 }
 
 std::vector<std::byte> StressRun::random_device_page(int num_tokens) {
@@ -147,7 +182,7 @@ void StressRun::take(int layer, int cap, bool same_iteration) {
         CHECK(lanes_[slot].state == Lane::waiting && lanes_[slot].layer == layer);
         check_row(slot, &taken.attn[i * live_.geometry.q_elements()], &taken.x[i * live_.geometry.hidden_size]);
         advance(slot);
-        ++num_taken;
+        ++counts_.rows;
     }
 }
 
@@ -163,8 +198,7 @@ void StressRun::advance(int slot) {
     lane.state = Lane::idle;
     lane.layer = (lane.layer + 1) % live_.geometry.num_layers;
     if (lane.layer > 0) return;
-    if (++lane.position >= live_.geometry.max_pages_per_lane * live_.geometry.host_page_size ||
-        (slot >= kLongLanes && lane.position > kShortContext)) {
+    if (++lane.position >= lane.end) {
         lane.state = Lane::free;
         return;
     }
@@ -213,6 +247,7 @@ void StressRun::sleep() {
 void StressRun::cancel(int slot) {
     Lane& lane = lanes_[slot];
     if (lane.state != Lane::idle && lane.state != Lane::waiting) return;
+    counts_.cancelled_sharers += lane.state == Lane::waiting && config_.prefix_of(slot) >= 0;
     lane.state = live_.port.cancel(slot) ? Lane::free : Lane::draining;
     CHECK(shadow_.port.cancel(slot));
     expected_.erase(slot);
@@ -227,19 +262,24 @@ void StressRun::copies() {
     for (uint64_t id : live_.port.collect_copies()) end_of(id);
     for (size_t i = 0; i < trips_.size(); ++i)
         if (!trips_[i].is_under_way) start(trips_[i], 2 * (next_trip_++ * trips_.size() + i));
-    for (int slot = 0; slot < std::min(kLongLanes, int(lanes_.size())); ++slot)
+    for (int slot = 0; slot < std::min(StressConfig::kLongLanes, int(lanes_.size())); ++slot)
         if (lanes_[slot].state == Lane::landing) land_context(slot);
 }
 
-/// Of a trip's two copies the first, with an even id, lands, and the one after it fetches.
+/// Of a trip's two copies the first, with an even id, lands, and the one after it fetches. From int8 none does.
 void StressRun::end_of(uint64_t id) {
-    ++num_copies;
+    ++counts_.copies;
     if (id >= kContextIds) {
         --lanes_[id - kContextIds].arriving;
-        num_landed_beside_rows += stats().waiting_lanes > 0;
+        counts_.landed_beside_rows += stats().waiting_lanes > 0;
         return;
     }
     Trip& trip = trips_[id / 2 % trips_.size()];
+    if (live_.geometry.is_host_kv_lossy()) {
+        check_landed(trip);
+        trip.is_under_way = false;
+        return;
+    }
     if (id % 2 == 0) {
         std::fill(trip.page.begin(), trip.page.end(), std::byte{0});
         live_.port.fetch(copy(trip, id + 1), trip.page.data());
@@ -253,9 +293,10 @@ void StressRun::end_of(uint64_t id) {
 }
 
 void StressRun::start(Trip& trip, uint64_t id) {
-    trip.sent.resize(live_.geometry.device_kv().page_bytes());
+    trip.sent = random_device_page(live_.geometry.device_page_size);
     trip.page.resize(trip.sent.size());
-    for (std::byte& value : trip.sent) value = std::byte(random_());
+    if (!live_.geometry.is_host_kv_lossy())  // then any bytes arrive as they were
+        for (std::byte& value : trip.sent) value = std::byte(random_());
     trip.host_offset = int(random_() % live_.geometry.host_page_size);
     trip.is_under_way = true;
     live_.port.land(copy(trip, id), trip.sent.data());
@@ -265,6 +306,15 @@ PageCopy StressRun::copy(const Trip& trip, uint64_t id) const {
     const int tokens = live_.geometry.device_page_size, host_page = live_.geometry.host_page_size;
     const int num_pages = (trip.host_offset + tokens + host_page - 1) / host_page;
     return {id, 0, tokens, trip.host_offset, {trip.host_pages.begin(), trip.host_pages.begin() + num_pages}};
+}
+
+/// The trip's pages hold what the shadow's do when the same page lands there by hand.
+void StressRun::check_landed(const Trip& trip) {
+    const PageCopy landed = copy(trip, 0);
+    land_in_shadow(landed, trip.sent);
+    const PagedKv &here = live_.host.arena().kv(), &there = shadow_.host.arena().kv();
+    for (int32_t page : landed.host_pages)
+        CHECK(std::memcmp(here.page(page), there.page(page), here.geometry.page_bytes()) == 0);
 }
 
 /// Serves out what is in flight; false when nothing is.

@@ -1,5 +1,6 @@
 // Races: random stress runs (stress.h), workers that come and go, and the two primitives below them.
 #include <atomic>
+#include <map>
 #include <random>
 #include <thread>
 #include <vector>
@@ -11,18 +12,21 @@
 using namespace omniserve;
 using namespace omniserve::testing;
 
-TEST(results_are_exact_while_pages_land_rows_are_cancelled_and_workers_help_other_partitions) {
-    uint64_t taken = 0, pieces = 0, copies = 0, landed = 0, cancelled = 0;
+TEST(results_are_right_while_pages_land_prefixes_are_shared_rows_cancelled_and_workers_help_other_partitions) {
+    std::map<DType, StressCounts> with_prefixes, without;
     for (unsigned seed = 1; seed <= 12; ++seed) {
-        StressRun run(StressConfig::standard(seed));
+        const StressConfig config = StressConfig::standard(seed);
+        StressRun run(config);
         run.run();
-        taken += run.num_taken;
-        pieces += run.num_pieces();
-        copies += run.num_copies;
-        landed += run.num_landed_beside_rows;
-        cancelled += run.stats().cancelled_rows;
+        (config.num_prefixes > 0 ? with_prefixes : without)[config.geometry.host_kv_dtype].add(run.counts());
     }
-    CHECK(taken > 500 && pieces > 100 && copies > 100 && landed > 50 && cancelled > 10);  // the test tested something
+    for (DType kept : {DType::f32, DType::i8, DType::bf16}) {  // the test tested something
+        const StressCounts &sharing = with_prefixes.at(kept), &alone = without.at(kept);
+        CHECK(sharing.shared_rows > 50 && sharing.cancelled_sharers > 0);
+        CHECK(alone.pieces > 20 && alone.shared_rows == 0);
+        CHECK(sharing.rows + alone.rows > 500 && sharing.cancelled_rows + alone.cancelled_rows > 10);
+        CHECK(sharing.copies + alone.copies > 100 && sharing.landed_beside_rows + alone.landed_beside_rows > 10);
+    }
 }
 
 TEST(a_seed_draws_the_same_valid_configuration_every_time) {
