@@ -118,7 +118,7 @@ void check_all_heads(const Store& store, int first, int last, int step) {
 const std::vector<const char*>& paths() {
     static const std::vector<const char*> available = [] {
         std::vector<const char*> names;
-        for (const char* name : {"scalar", "avx2", "avx512", "avx512_bf16", "neon"}) {
+        for (const char* name : {"scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon"}) {
             try {
                 set_simd(name);
                 names.push_back(name);
