@@ -398,5 +398,7 @@ def test_attention_refuses_heads_and_pages_that_do_not_fit(teams: list[native.Th
     store.table[0] = 77
     with pytest.raises(ValueError, match=r"page 77 is outside 0 \.\. 2"):
         store.attend([0, 1])
-    with pytest.raises(ValueError, match="simd must be auto, scalar, avx2, avx512, avx512_vnni, avx512_bf16 or neon, not sse"):
+    with pytest.raises(
+        ValueError, match="simd must be auto, scalar, avx2, avx512, avx512_vnni, avx512_bf16 or neon, not sse"
+    ):
         native.set_simd("sse")
