@@ -18,9 +18,12 @@
 namespace omniserve {
 namespace {
 
-constexpr int kColumns = 64;             // bytes of a register
-constexpr int kMaxDots = 6;              // queries whose sums stay in registers: at most 24 of 32
-constexpr float kQueryLevels = 32639.0f; // 127 * 256 + 127: 256 * high + low with both in -128 .. 127
+constexpr int kColumns = 64;  // bytes of a register
+// Queries whose sums stay in registers, with room for what the compiler needs beside them: 16 sums of 32 registers, for
+// 64 columns or half of them. Halves cost a second load and no second unpacking.
+constexpr int kMaxDots = 4;
+constexpr int kMaxWholeDots = 2;
+constexpr float kQueryLevels = 32639.0f;  // 127 * 256 + 127: 256 * high + low with both in -128 .. 127
 constexpr float kWeightLevels = 65535.0f;
 constexpr int32_t kInfinityBits = 0x7f800000;
 
@@ -83,7 +86,8 @@ struct DotSums {
     __m512i sum[kGroup][2][kVecs];
 
     OMNI_INLINE void clear() {
-        each<kGroup, 2, kVecs>([&](auto g, auto term, auto i) OMNI_INLINE { sum[g()][term()][i()] = _mm512_setzero_si512(); });
+        each<kGroup, 2, kVecs>(
+            [&](auto g, auto term, auto i) OMNI_INLINE { sum[g()][term()][i()] = _mm512_setzero_si512(); });
     }
 
     /// body(column, sums of 8 columns from there on, as float32) for all columns of one query.
@@ -114,7 +118,9 @@ struct Weights {
     float size;                                       // what kWeightLevels is worth
 };
 
-__mmask8 first_eight(int count) { return count >= 8 ? __mmask8(0xff) : count <= 0 ? __mmask8(0) : __mmask8((1 << count) - 1); }
+__mmask8 first_eight(int count) {
+    return count >= 8 ? __mmask8(0xff) : count <= 0 ? __mmask8(0) : __mmask8((1 << count) - 1);
+}
 
 struct IntegerOps : Avx512Ops<DType::i8> {
     // A query: terms of four dimensions each, high and low, then where its low sums start and what kQueryLevels is worth.
@@ -185,7 +191,7 @@ struct IntegerOps : Avx512Ops<DType::i8> {
     template <int kGroup, bool kMasked>
     static void run_dots(const Run<T>& run, ptrdiff_t ahead, int page_size, int head_dim, const uint32_t* q,
                          float scale, float* scores) {
-        if constexpr (kGroup <= kMaxDots / 2) {
+        if constexpr (kGroup <= kMaxWholeDots) {
             chunk_dots<kGroup, 0, 2, kMasked>(run.k, run.count, page_size, head_dim, q, scale, scores, ahead);
         } else {
             chunk_dots<kGroup, 0, 1, kMasked>(run.k, run.count, page_size, head_dim, q, scale, scores, ahead);
@@ -278,7 +284,7 @@ struct IntegerOps : Avx512Ops<DType::i8> {
         Weights weights[kGroup];
         for (int g = 0; g < kGroup; ++g) round_weights(tile, rows + g * kScoreStride, weights[g]);
         for (int dim = 0; dim < head_dim; dim += kColumns) {
-            if constexpr (kGroup <= kMaxDots / 2) {
+            if constexpr (kGroup <= kMaxWholeDots) {
                 sum_dots<kGroup, 0, 2>(tile, is_ahead, dim, head_dim, weights, rescale, acc);
             } else {
                 sum_dots<kGroup, 0, 1>(tile, is_ahead, dim, head_dim, weights, rescale, acc);
