@@ -165,7 +165,7 @@ def exp_nonpositive(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """The kernel's exp of x <= 0: relative error at most 1e-7, exactly 0 below -87."""
 
 def set_simd(name: str) -> None:
-    """Chooses scalar, avx2, avx512, avx512_bf16, neon or auto (the best) for the process, between calls.
+    """Chooses scalar, avx2, avx512, avx512_vnni, avx512_bf16, neon or auto (the best), for the process.
 
     ValueError when the name is unknown or this CPU lacks the instructions.
     """

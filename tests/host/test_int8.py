@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,59 @@ cases = st.builds(
 
 # Attention over what was kept
 
+# They multiply integers where pages and head sizes are multiples of 64 (csrc/attention_avx512_vnni.cpp).
+INTEGER_SIMD = ["avx512_vnni", "avx512_bf16"]
+QUERY_LEVELS, WEIGHT_LEVELS = 32639, 65535
+TILE = 64  # tokens
+
+
+def cost_of_integers(
+    store: Store, bounds: list[int], layer: int = 1
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """What integers of 16 bits may cost attention over the pieces of `bounds`: [heads, dim], lse [heads].
+
+    A query's element is off by up to half of largest / 32639, a weight times V's scale by up to half of the
+    tile's largest / 65535. Scores that are off by up to s change the softmax by up to a factor exp(2 s).
+    """
+    case = store.case
+    out, lse = np.zeros(store.q.shape), np.zeros(len(store.q))
+    if native.simd() not in INTEGER_SIMD or case.page_size % 64 or case.head_dim % 64:
+        return out, lse
+    first, last = bounds[0], bounds[-1]
+    (keys, values), (integers, scales) = kept(store, layer), stored(store, layer)
+    for head, query in enumerate(store.q.astype(np.float64)):
+        k, v = (x[first:last, head // case.group] for x in (keys, values))
+        q_error = np.abs(query).max() / QUERY_LEVELS / 2
+        lse[head] = case.scale * q_error * np.abs(k).sum(axis=1).max()
+        scores = case.scale * k @ query
+        weights = np.exp(scores - scores.max())
+        weights /= weights.sum()
+        factor = np.exp(2 * lse[head])
+        out[head] = (factor - 1) * (weights @ np.abs(v - weights @ v))
+        weights *= factor * scales[1, first:last, head // case.group]
+        for piece, end in pairwise(bounds):
+            for t in range(piece, end, TILE):
+                tile = slice(t, min(t + TILE, end))
+                size = weights[t - first : tile.stop - first].max() / WEIGHT_LEVELS
+                out[head] += size / 2 * np.abs(integers[1, tile, head // case.group].astype(int)).sum(axis=0)
+    return out, lse
+
+
+def assert_attends_to_what_was_kept(store: Store, bounds: list[int]) -> None:
+    """On every path, as exactly as that path promises."""
+    case = store.case
+    keys, values = (x[bounds[0] : bounds[-1]] for x in kept(store))
+    out, lse = reference(store.q, keys, values, case.scale)
+    tolerance = TOLERANCE * max(1.0, case.score_size)
+
+    def check() -> None:
+        got, got_lse = store.attend(bounds)
+        out_cost, lse_cost = cost_of_integers(store, bounds)
+        assert (np.abs(got - out) <= out_cost + tolerance).all()
+        assert (np.abs(got_lse - lse) <= lse_cost + tolerance + 1e-6 * np.abs(lse)).all()
+
+    across_simd(check)
+
 
 @given(case=cases)
 @example(Case(num_tokens=1, page_size=1, dtype="int8"))
@@ -81,15 +135,7 @@ cases = st.builds(
 @example(Case(num_tokens=65, page_size=1, head_dim=72, dtype="int8"))
 @settings(max_examples=150, deadline=None)
 def test_attention_over_int8_is_the_reference_over_what_was_kept(case: Case) -> None:
-    store = case.build()
-    out, lse = reference(store.q, *kept(store), case.scale)
-
-    def check() -> None:
-        got, got_lse = store.attend([0, case.num_tokens])
-        np.testing.assert_allclose(got, out, atol=TOLERANCE)
-        np.testing.assert_allclose(got_lse, lse, atol=TOLERANCE, rtol=1e-6)
-
-    across_simd(check)
+    assert_attends_to_what_was_kept(case.build(), [0, case.num_tokens])
 
 
 @given(case=cases, data=st.data())
@@ -98,10 +144,79 @@ def test_ranges_of_int8_tokens_attend_to_their_own_and_merge(case: Case, data: s
     first = data.draw(st.integers(0, case.num_tokens - 1))
     last = data.draw(st.integers(first + 1, case.num_tokens))
     cut = data.draw(st.integers(first, last))
-    store = case.build()
-    keys, values = kept(store)
-    out, _ = reference(store.q, keys[first:last], values[first:last], case.scale)
-    across_simd(lambda: np.testing.assert_allclose(store.attend([first, cut, last])[0], out, atol=TOLERANCE))
+    assert_attends_to_what_was_kept(case.build(), [first, cut, last])
+
+
+wide_cases = st.builds(
+    Case,
+    num_tokens=st.integers(1, 300),
+    page_size=st.sampled_from([64, 128]),
+    num_kv_heads=st.integers(1, 2),
+    group=st.integers(1, 9) | st.sampled_from([12, 13]),
+    head_dim=st.sampled_from([64, 128, 192, 256]),
+    dtype=st.just("int8"),
+    seed=st.integers(0, 2**32 - 1),
+    score_size=st.sampled_from([0.01, 1.0, 30.0]),
+)
+
+
+@given(case=wide_cases, data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_integers_cost_no_more_than_their_bound_for_every_group_and_range(
+    case: Case, data: st.DataObject
+) -> None:
+    first = data.draw(st.integers(0, min(70, case.num_tokens - 1)))
+    cut = data.draw(st.integers(first, case.num_tokens))
+    assert_attends_to_what_was_kept(case.build(), [first, cut, case.num_tokens])
+
+
+def test_integers_cost_a_hundredth_of_what_int8_costs() -> None:
+    """The bound above is for the worst case; this is the ordinary one (root of mean squares)."""
+    for group, head_dim in [(1, 128), (3, 64), (4, 128), (8, 128)]:
+        store = Case(num_tokens=1000, page_size=64, group=group, head_dim=head_dim, dtype="int8").build()
+        exact, _ = reference(store.q, store.keys, store.values, store.case.scale)
+        over_kept, _ = reference(store.q, *kept(store), store.case.scale)
+        of_int8 = np.sqrt(np.square(over_kept - exact).mean())
+
+        def check(over_kept: Any = over_kept, of_int8: Any = of_int8, store: Store = store) -> None:
+            got, _ = store.attend([0, 1000])
+            assert np.sqrt(np.square(got - over_kept).mean()) <= of_int8 / 100
+
+        across_simd(check)
+
+
+@pytest.mark.parametrize("size", [2.0**-118, 2.0**-60, 2.0**100])
+@pytest.mark.parametrize("q_size", [2.0**-40, 1.0])
+def test_values_of_any_size_keep_their_precision(size: float, q_size: float) -> None:
+    store = Case(num_tokens=100, page_size=64, head_dim=128, group=3, dtype="int8", score_size=q_size).build()
+    store.write(1, store.keys / np.float32(q_size), store.values * np.float32(size))
+    out, _ = reference(store.q, *kept(store), store.case.scale)
+    across_simd(lambda: np.testing.assert_allclose(store.attend([0, 100])[0] / size, out / size, atol=1e-4))
+
+
+def test_a_value_that_is_no_number_makes_its_queries_none_and_no_others() -> None:
+    store = Case(num_tokens=150, page_size=64, group=4, head_dim=128, dtype="int8").build()
+    values = store.values.copy()
+    values[70, 1, 5] = np.nan
+    before = store.attend([0, 150])[0]
+    store.write(1, store.keys, values)
+
+    def check() -> None:
+        got, _ = store.attend([0, 150])
+        assert np.isnan(got[4:]).all()
+        np.testing.assert_allclose(got[:4], before[:4], atol=1e-4)
+
+    across_simd(check)
+
+
+def test_a_query_that_is_no_number_spoils_itself_alone() -> None:
+    store = Case(num_tokens=150, page_size=64, group=4, head_dim=128, dtype="int8").build()
+    before = store.attend([0, 150])[0]
+    others = [0, 1, 3, 4, 5, 6, 7]
+    store.q[2, 9] = np.nan
+    across_simd(
+        lambda: np.testing.assert_allclose(store.attend([0, 150])[0][others], before[others], atol=1e-4)
+    )
 
 
 def test_a_team_attends_over_int8() -> None:

@@ -17,7 +17,7 @@ HEAD_DIMS = [64, 72, 80, 96, 112, 128, 256]
 TOLERANCE = 3e-6  # float32 accumulation over a few hundred tokens of values near 1
 
 
-ALL_SIMD = ["scalar", "avx2", "avx512", "avx512_bf16", "neon"]
+ALL_SIMD = ["scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon"]
 
 
 def is_available(name: str) -> bool:

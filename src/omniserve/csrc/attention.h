@@ -67,7 +67,7 @@ struct Kernels {
 /// The kernels in use: the best the CPU offers unless set_simd chose.
 const Kernels& kernels();
 
-/// Chooses "scalar", "avx2", "avx512", "avx512_bf16", "neon" or "auto" for the whole process, between calls. Throws
+/// Chooses "scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon" or "auto" for the whole process, between calls. Throws
 /// std::invalid_argument when the name is unknown or the CPU lacks the instructions.
 void set_simd(std::string_view name);
 

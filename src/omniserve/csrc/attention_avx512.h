@@ -8,11 +8,10 @@
 
 #include "attend_loop.h"
 #include "kernels.h"
+#include "unrolled.h"
 
 namespace omniserve {
 namespace {
-
-#define OMNI_INLINE __attribute__((always_inline)) inline
 
 constexpr int kMaxSubgroup = 8;  // queries whose sums stay in registers: 8 x 2 sums, at most 24 in all, of 32
 constexpr int kLanes = 16;
@@ -136,12 +135,6 @@ int next_part(int total, int limit) {
     const int parts = (total + limit - 1) / limit;
     return (total + parts - 1) / parts;
 }
-
-/// A constant that a generic lambda can take: `i()` is kValue.
-template <int kValue>
-struct Index {
-    constexpr int operator()() const { return kValue; }
-};
 
 /// body(Index<count>) for a count from 1 to kMaxSubgroup.
 template <class Body>
