@@ -153,9 +153,9 @@ Segment Segment::create(const LaneGeometry& geometry, void* address) {
     geometry.check();
     check_alignment(address);
     Segment segment(geometry, address);
-    // Everything up to the commands is words and tables, for which zero is the right start; rows and frames are
-    // written before they are read.
-    std::memset(address, 0, segment.offsets_.qkv);
+    // Everything up to the rows is words and tables, for which zero is the right start. Rows are touched here so that
+    // the first walk need not fault their pages in, one by one; frames, which may be large, are not.
+    std::memset(address, 0, segment.offsets_.frames);
     SegmentHeader& header = *new (address) SegmentHeader{};
     header.version = kSegmentVersion;
     header.geometry = geometry;
