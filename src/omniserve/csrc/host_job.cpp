@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "slot_rows.h"
+
 namespace omniserve {
 namespace {
 
@@ -113,10 +115,11 @@ void Job::gather_queries(const Segment& segment) {
     float* to = queries_.data();
     for (int head = 0; head < g.num_kv_heads; ++head)
         for (int row = 0; row < num_sharers_; ++row, to += floats)
-            std::memcpy(to, segment.q(rows_[row].task.slot) + head * floats, floats * sizeof(float));
+            kernels().to_f32(segment.q(rows_[row].task.slot) + head * floats * item_size(g.act_dtype), g.act_dtype, to,
+                             floats);
 }
 
-size_t Job::scratch_floats() const { return scratch_; }
+size_t Job::scratch_floats(const LaneGeometry& g) const { return g.q_elements() + scratch_; }
 
 int64_t Job::attend_piece(const Segment& segment, const PagedKv& arena, int index, float* scratch) {
     const LaneGeometry& g = segment.geometry();
@@ -124,7 +127,7 @@ int64_t Job::attend_piece(const Segment& segment, const PagedKv& arena, int inde
     const bool is_shared = piece.row == Piece::kShared;
     const Task& task = rows_[is_shared ? 0 : piece.row].task;
     const int queries = queries_of(g, piece);
-    const float* q = is_shared ? queries_.data() : segment.q(task.slot);
+    const float* q = is_shared ? queries_.data() : queries_of_slot(segment, task.slot, scratch);
     attend({.kv = &arena,
             .page_table = segment.page_table(task.slot),
             .layer = task.layer,
@@ -136,7 +139,7 @@ int64_t Job::attend_piece(const Segment& segment, const PagedKv& arena, int inde
             .group = queries,
             .scale = g.score_scale(),
             .state = states_.data() + piece.states,
-            .scratch = scratch});
+            .scratch = scratch + g.q_elements()});
     return (piece.last - piece.first) * int64_t(arena.geometry.token_bytes()) * piece.num_heads / g.num_kv_heads;
 }
 
@@ -156,7 +159,7 @@ void Job::add_shared(const LaneGeometry& g, int row, float* states) {
     }
 }
 
-void Job::finish(const Segment& segment) {
+void Job::finish(const Segment& segment, float* scratch) {
     const LaneGeometry& g = segment.geometry();
     const StateShape shape{g.num_kv_heads, g.group(), g.head_dim};
     size_t at = 0;
@@ -166,7 +169,7 @@ void Job::finish(const Segment& segment) {
         for (++at; at < pieces_.size() && pieces_[at].row == row; ++at)
             merge_states(states, states_.data() + pieces_[at].states, shape);
         if (row < num_sharers_) add_shared(g, row, states);
-        finish_states(states, shape, segment.result(rows_[row].task.slot));
+        store_result(segment, rows_[row].task.slot, states, scratch);
     }
 }
 

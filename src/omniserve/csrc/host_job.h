@@ -48,12 +48,12 @@ public:
     /// Tokens whose KV is read, each once.
     int64_t distinct_tokens() const;
 
-    /// Floats of scratch that any piece needs.
-    size_t scratch_floats() const;
+    /// Floats of scratch that any piece, or `finish`, needs.
+    size_t scratch_floats(const LaneGeometry& g) const;
     /// Attends over one piece. Returns the KV bytes read.
     int64_t attend_piece(const Segment& segment, const PagedKv& arena, int piece, float* scratch);
     /// Merges the states of every row and writes the results. After the last piece.
-    void finish(const Segment& segment);
+    void finish(const Segment& segment, float* scratch);
 
     Gate gate;
     uint64_t began_ns = 0;

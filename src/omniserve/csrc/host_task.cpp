@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "park.h"
+#include "slot_rows.h"
 
 namespace omniserve {
 namespace {
@@ -93,7 +94,9 @@ void TaskRunner::serve_alone(const Row& row, uint64_t began_ns, WorkerContext& w
     const LaneGeometry& g = segment_.geometry();
     const StateShape shape{g.num_kv_heads, g.group(), g.head_dim};
     const size_t states = shape.floats();
-    float* scratch = scratch_of(worker, states + scratch_floats(shape.num_heads, shape.group, shape.head_dim));
+    float* scratch = scratch_of(
+        worker, states + g.q_elements() + scratch_floats(shape.num_heads, shape.group, shape.head_dim));
+    float* row_f32 = scratch + states;
     attend({.kv = &arena_,
             .page_table = segment_.page_table(row.task.slot),
             .layer = row.task.layer,
@@ -101,12 +104,12 @@ void TaskRunner::serve_alone(const Row& row, uint64_t began_ns, WorkerContext& w
             .num_heads = g.num_kv_heads,
             .first = 0,
             .last = row.tokens,
-            .q = segment_.q(row.task.slot),
+            .q = queries_of_slot(segment_, row.task.slot, row_f32),
             .group = shape.group,
             .scale = g.score_scale(),
             .state = scratch,
-            .scratch = scratch + states});
-    finish_states(scratch, shape, segment_.result(row.task.slot));
+            .scratch = row_f32 + g.q_elements()});
+    store_result(segment_, row.task.slot, scratch, row_f32);
     add(worker.stats->kv_bytes_read, uint64_t(row.tokens * int64_t(arena_.geometry.token_bytes())));
     queue_.observe_service(now_ns() - began_ns, row.tokens);
     add(worker.stats->tasks, 1);
@@ -124,7 +127,7 @@ bool TaskRunner::help(WorkerContext& worker) {
 }
 
 void TaskRunner::work_on(Job& job, WorkerContext& worker) {
-    float* scratch = scratch_of(worker, job.scratch_floats());
+    float* scratch = scratch_of(worker, job.scratch_floats(segment_.geometry()));
     while (true) {
         const int piece = job.next.fetch_add(1, std::memory_order_relaxed);
         if (piece >= job.num_pieces()) break;
@@ -134,13 +137,13 @@ void TaskRunner::work_on(Job& job, WorkerContext& worker) {
         }
         add(worker.stats->kv_bytes_read, uint64_t(job.attend_piece(segment_, arena_, piece, scratch)));
         add(worker.stats->pieces, 1);
-        if (job.left.fetch_sub(1, std::memory_order_acq_rel) == 1) finish(job, worker);
+        if (job.left.fetch_sub(1, std::memory_order_acq_rel) == 1) finish(job, worker, scratch);
     }
     job.gate.leave();
 }
 
-void TaskRunner::finish(Job& job, WorkerContext& worker) {
-    job.finish(segment_);
+void TaskRunner::finish(Job& job, WorkerContext& worker, float* scratch) {
+    job.finish(segment_, scratch);
     queue_.observe_service(now_ns() - job.began_ns, job.distinct_tokens());
     add(worker.stats->tasks, job.rows().size());
     for (const Row& row : job.rows()) publish(row.task);

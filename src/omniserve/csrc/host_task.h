@@ -52,7 +52,7 @@ private:
     void open(Job& job, WorkerContext& worker);
     void serve_alone(const Row& row, uint64_t began_ns, WorkerContext& worker);
     void work_on(Job& job, WorkerContext& worker);
-    void finish(Job& job, WorkerContext& worker);
+    void finish(Job& job, WorkerContext& worker, float* scratch);
     void publish(const Task& task);
     void wake_engine();
 

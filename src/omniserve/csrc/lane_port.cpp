@@ -57,26 +57,26 @@ void LanePort::exit(int layer, int n, const int32_t* slots, ActRows q, ActRows k
     check_layer(layer);
     claim_lanes(layer, n, slots);
     publish_exit(layer);
-    const DType dtype = geometry().act_dtype;
-    const size_t item = item_size(dtype), residual_bytes = geometry().hidden_size * item;
+    const size_t item = item_size(geometry().act_dtype), residual_bytes = geometry().hidden_size * item;
     const auto row = [item](ActRows rows, int i) {
         return static_cast<const std::byte*>(rows.data) + i * rows.stride * ptrdiff_t(item);
     };
+    const size_t q_bytes = geometry().q_elements() * item, kv_bytes = geometry().kv_elements() * item;
     int counts[kMaxPartitions] = {};
     for (int i = 0; i < n; ++i) {
         const int slot = slots[i];
-        kernels().to_f32(row(q, i), dtype, segment_.q(slot), geometry().q_elements());
-        std::memcpy(segment_.k(slot), row(k, i), geometry().kv_elements() * item);
-        std::memcpy(segment_.v(slot), row(v, i), geometry().kv_elements() * item);
+        const std::byte *from_q = row(q, i), *from_k = row(k, i), *from_v = row(v, i);
+        if (from_k == from_q + q_bytes && from_v == from_k + kv_bytes) {
+            std::memcpy(segment_.q(slot), from_q, q_bytes + 2 * kv_bytes);
+        } else {
+            std::memcpy(segment_.q(slot), from_q, q_bytes);
+            std::memcpy(segment_.k(slot), from_k, kv_bytes);
+            std::memcpy(segment_.v(slot), from_v, kv_bytes);
+        }
         std::memcpy(residual_.data() + slot * residual_bytes, row(x, i), residual_bytes);
-        ++counts[submit(layer, slot)];
     }
-    const uint64_t bit = uint64_t{1} << (layer % 64);
-    for (int partition = 0; partition < geometry().num_partitions; ++partition) {
-        if (counts[partition] == 0) continue;
-        segment_.nonempty_word(partition, layer / 64).fetch_or(bit, std::memory_order_acq_rel);
-        segment_.notify_workers(partition, counts[partition]);
-    }
+    for (int i = 0; i < n; ++i) write_submission(layer, slots[i], counts);
+    publish_submissions(layer, counts);
 }
 
 void LanePort::claim_lanes(int layer, int n, const int32_t* slots) {
@@ -97,23 +97,33 @@ void LanePort::claim_lanes(int layer, int n, const int32_t* slots) {
     }
 }
 
-int LanePort::submit(int layer, int slot) {
+void LanePort::write_submission(int layer, int slot, int* counts) {
     Lane& here = lanes_[slot];
     const int32_t first_page = segment_.page_table(slot)[0];
     const int partition = geometry().partition_of_page(first_page);
     here.ticket = make_ticket(segment_.order(slot).epoch.load(std::memory_order_relaxed), ++here.sequence);
-    segment_.layer_ring(partition, layer).push({uint32_t(slot), here.ticket, next_number_, uint32_t(first_page)});
+    segment_.layer_ring(partition, layer)
+        .write(counts[partition]++, {uint32_t(slot), here.ticket, next_number_, uint32_t(first_page)});
     waiting_[layer].push_back({slot, iteration_, next_number_});
     ++next_number_;
     ++stats_.submitted_rows;
-    return partition;
+}
+
+void LanePort::publish_submissions(int layer, const int* counts) {
+    const uint64_t bit = uint64_t{1} << (layer % 64);
+    for (int partition = 0; partition < geometry().num_partitions; ++partition) {
+        if (counts[partition] == 0) continue;
+        segment_.layer_ring(partition, layer).publish(counts[partition]);
+        segment_.nonempty_word(partition, layer / 64).fetch_or(bit, std::memory_order_acq_rel);
+        segment_.notify_workers(partition, counts[partition]);
+    }
 }
 
 int LanePort::take(int layer, int cap, bool same_iteration, int32_t* slots_out, MutableActRows attn, MutableActRows x) {
     check_layer(layer);
     publish_take(layer);
-    const DType dtype = geometry().act_dtype;
-    const size_t item = item_size(dtype), residual_bytes = geometry().hidden_size * item;
+    const size_t item = item_size(geometry().act_dtype);
+    const size_t q_bytes = geometry().q_elements() * item, residual_bytes = geometry().hidden_size * item;
     const auto row = [item](MutableActRows rows, int i) {
         return static_cast<std::byte*>(rows.data) + i * rows.stride * ptrdiff_t(item);
     };
@@ -126,7 +136,7 @@ int LanePort::take(int layer, int cap, bool same_iteration, int32_t* slots_out, 
             queue[kept++] = entry;
             continue;
         }
-        kernels().from_f32(segment_.result(entry.slot), row(attn, taken), dtype, geometry().q_elements());
+        std::memcpy(row(attn, taken), segment_.result(entry.slot), q_bytes);
         std::memcpy(row(x, taken), residual_.data() + entry.slot * residual_bytes, residual_bytes);
         lanes_[entry.slot].state = LaneState::idle;
         slots_out[taken++] = entry.slot;

@@ -129,8 +129,9 @@ private:
     bool any_complete() const;
     /// All of the slots are marked waiting at `layer`, or none and an exception.
     void claim_lanes(int layer, int n, const int32_t* slots);
-    /// Returns the partition whose ring the row went to.
-    int submit(int layer, int slot);
+    /// Writes the row behind the counts[p] already written to the ring of its partition p, and counts it.
+    void write_submission(int layer, int slot, int* counts);
+    void publish_submissions(int layer, const int* counts);
     void publish_exit(int layer);
     void publish_take(int layer);
     void check_copy(const PageCopy& copy) const;

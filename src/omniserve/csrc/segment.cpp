@@ -47,8 +47,8 @@ void LaneGeometry::check() const {
 
 float LaneGeometry::score_scale() const { return scale > 0.0f ? scale : 1.0f / std::sqrt(float(head_dim)); }
 
-void Ring::push(Item item) {
-    const uint64_t tail = ends_->tail.load(std::memory_order_relaxed);
+void Ring::write(uint64_t ahead, Item item) {
+    const uint64_t tail = ends_->tail.load(std::memory_order_relaxed) + ahead;
     if (tail - ends_->head.load(std::memory_order_acquire) > mask_)
         throw std::logic_error("ring full: more than one row in flight per lane");
     RingEntry& entry = entries_[tail & mask_];
@@ -56,7 +56,10 @@ void Ring::push(Item item) {
     entry.ticket.store(item.ticket, std::memory_order_relaxed);
     entry.number.store(item.number, std::memory_order_relaxed);
     entry.prefix.store(item.prefix, std::memory_order_relaxed);
-    ends_->tail.store(tail + 1, std::memory_order_release);
+}
+
+void Ring::publish(uint64_t count) {
+    ends_->tail.store(ends_->tail.load(std::memory_order_relaxed) + count, std::memory_order_release);
 }
 
 bool Ring::read(uint64_t head, Item& item) const {
@@ -92,8 +95,10 @@ bool Ring::pop(Item& item) {
 
 Segment::Offsets Segment::lay_out(const LaneGeometry& g) {
     Offsets o{};
-    o.q_row = align_up(g.q_elements() * sizeof(float), kLine);
-    o.kv_row = align_up(g.kv_elements() * item_size(g.act_dtype), kLine);
+    o.q_bytes = g.q_elements() * item_size(g.act_dtype);
+    o.kv_bytes = g.kv_elements() * item_size(g.act_dtype);
+    o.qkv_row = align_up(o.q_bytes + 2 * o.kv_bytes, kLine);
+    o.result_row = align_up(o.q_bytes, kLine);
     o.table_row = align_up(size_t(g.max_pages_per_lane) * sizeof(int32_t), kLine);
     o.bitmap_row = align_up((g.num_layers + 63) / 64 * sizeof(uint64_t), kLine);
     o.command_row = align_up(sizeof(FrameCommand) + g.max_pages_per_frame() * sizeof(int32_t), kLine);
@@ -114,10 +119,8 @@ Segment::Offsets Segment::lay_out(const LaneGeometry& g) {
     place(o.ring_entries, partitions * (g.num_layers * o.lane_capacity + o.frame_capacity) * sizeof(RingEntry));
     place(o.tables, lanes * o.table_row);
     place(o.commands, g.num_frames * o.command_row);
-    place(o.q, lanes * o.q_row);
-    place(o.k, lanes * o.kv_row);
-    place(o.v, lanes * o.kv_row);
-    place(o.result, lanes * o.q_row);
+    place(o.qkv, lanes * o.qkv_row);
+    place(o.result, lanes * o.result_row);
     place(o.frames, g.num_frames * o.frame_bytes);
     o.total = at;
     return o;
@@ -150,9 +153,9 @@ Segment Segment::create(const LaneGeometry& geometry, void* address) {
     geometry.check();
     check_alignment(address);
     Segment segment(geometry, address);
-    // Everything up to the commands is words and tables, for which zero is the right start; rows and frames are
-    // written before they are read.
-    std::memset(address, 0, segment.offsets_.q);
+    // Everything up to the rows is words and tables, for which zero is the right start. Rows are touched here so that
+    // the first walk need not fault their pages in, one by one; frames, which may be large, are not.
+    std::memset(address, 0, segment.offsets_.frames);
     SegmentHeader& header = *new (address) SegmentHeader{};
     header.version = kSegmentVersion;
     header.geometry = geometry;

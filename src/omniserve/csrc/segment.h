@@ -22,7 +22,7 @@
 namespace omniserve {
 
 inline constexpr uint64_t kSegmentMagic = 0x4f4d4e4953455256;  // "OMNISERV"
-inline constexpr uint32_t kSegmentVersion = 2;
+inline constexpr uint32_t kSegmentVersion = 3;
 inline constexpr size_t kLine = 64;  // bytes of a cache line
 inline constexpr int kMaxWorkers = 1024;
 inline constexpr int kMaxPartitions = 32;  // a futex tells as many sleepers apart
@@ -33,7 +33,7 @@ struct LaneGeometry {
     int32_t num_kv_heads = 0;
     int32_t head_dim = 0;
     int32_t hidden_size = 0;
-    DType act_dtype = DType::f32;  // of q, k, v, attention result and residual rows in the model
+    DType act_dtype = DType::f32;  // of q, k, v, attention result and residual rows, in the model and in slots
     DType kv_dtype = DType::f32;   // of KV on the device
     DType host_kv_dtype = DType::f32;  // of KV on the host: kv_dtype, or int8, from which nothing returns
     int32_t max_lanes = 0;
@@ -109,8 +109,16 @@ public:
     bool is_empty() const {
         return ends_->head.load(std::memory_order_acquire) == ends_->tail.load(std::memory_order_acquire);
     }
-    /// Throws std::logic_error when full, which one row in flight per lane rules out.
-    void push(Item item);
+    /// Writes the item `ahead` places behind the last one published; no consumer sees it before `publish`. Throws
+    /// std::logic_error when full, which one row in flight per lane rules out.
+    void write(uint64_t ahead, Item item);
+    /// Publishes the next `count` items, all written, with one release store: it orders them, and whatever the producer
+    /// wrote before, ahead of the tail that consumers acquire.
+    void publish(uint64_t count);
+    void push(Item item) {
+        write(0, item);
+        publish(1);
+    }
     /// Reads the oldest item without taking it; another consumer may take it at any time.
     bool peek(Item& item) const;
     bool pop(Item& item);
@@ -201,10 +209,12 @@ public:
     const LaneGeometry& geometry() const { return geometry_; }
     SegmentHeader& header() const { return *reinterpret_cast<SegmentHeader*>(base_); }
 
-    float* q(int slot) const { return row<float>(offsets_.q, slot, offsets_.q_row); }
-    std::byte* k(int slot) const { return row<std::byte>(offsets_.k, slot, offsets_.kv_row); }
-    std::byte* v(int slot) const { return row<std::byte>(offsets_.v, slot, offsets_.kv_row); }
-    float* result(int slot) const { return row<float>(offsets_.result, slot, offsets_.q_row); }
+    // Act dtype, as the model has them. q, k and v of a slot follow each other: where they do so in the model's rows
+    // too, one copy moves all three.
+    std::byte* q(int slot) const { return row<std::byte>(offsets_.qkv, slot, offsets_.qkv_row); }
+    std::byte* k(int slot) const { return q(slot) + offsets_.q_bytes; }
+    std::byte* v(int slot) const { return k(slot) + offsets_.kv_bytes; }
+    std::byte* result(int slot) const { return row<std::byte>(offsets_.result, slot, offsets_.result_row); }
     int32_t* page_table(int slot) const { return row<int32_t>(offsets_.tables, slot, offsets_.table_row); }
     SlotOrder& order(int slot) const { return *row<SlotOrder>(offsets_.orders, slot, sizeof(SlotOrder)); }
     SlotAnswer& answer(int slot) const { return *row<SlotAnswer>(offsets_.answers, slot, sizeof(SlotAnswer)); }
@@ -229,8 +239,9 @@ public:
 
 private:
     struct Offsets {
-        size_t orders, answers, q, k, v, result, tables, bitmap, ring_ends, ring_entries, commands, frames, total;
-        size_t q_row, kv_row, table_row, bitmap_row, command_row, frame_bytes;  // bytes
+        size_t orders, answers, qkv, result, tables, bitmap, ring_ends, ring_entries, commands, frames, total;
+        size_t q_bytes, kv_bytes;  // of one row
+        size_t qkv_row, result_row, table_row, bitmap_row, command_row, frame_bytes;  // bytes from one to the next
         uint64_t lane_capacity, frame_capacity;                     // entries, powers of two
     };
     friend size_t segment_bytes(const LaneGeometry& geometry);

@@ -25,6 +25,54 @@ TEST(the_first_token_attends_to_itself) {
     for (size_t i = 0; i < rows.x.size(); ++i) CHECK(taken.x[i] == rows.x[i]);
 }
 
+namespace {
+
+/// One token served alone: its result is its own value, whatever the queries; rows as the model has them.
+std::vector<std::byte> first_results(Rig& rig, int n, ActRows q, ActRows k, ActRows v) {
+    const LaneGeometry& g = rig.geometry;
+    std::vector<std::byte> x(n * g.hidden_size * item_size(g.act_dtype)), x_out(x.size());
+    std::vector<std::byte> attn(n * g.q_elements() * item_size(g.act_dtype));
+    std::vector<int32_t> slots;
+    for (int slot = 0; slot < n; ++slot) rig.open_lane(slot), slots.push_back(slot);
+    rig.port.exit(1, n, slots.data(), q, k, v, {x.data(), g.hidden_size});
+    rig.serve_all();
+    CHECK(rig.port.take(1, n, true, slots.data(), {attn.data(), ptrdiff_t(g.q_elements())},
+                        {x_out.data(), g.hidden_size}) == n);
+    return attn;
+}
+
+}  // namespace
+
+TEST(rows_in_one_buffer_and_rows_apart_are_served_alike) {
+    for (DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+        LaneGeometry g = small_geometry();
+        g.act_dtype = g.kv_dtype = g.host_kv_dtype = dtype;
+        Rig rig(g);
+        std::mt19937 random;
+        const int n = 3;
+        const Rows rows = random_rows(g, n, random);
+        const auto q = narrowed(rows.q, dtype), k = narrowed(rows.k, dtype), v = narrowed(rows.v, dtype);
+        const size_t q_bytes = q.size() / n, kv_bytes = k.size() / n, row_bytes = q_bytes + 2 * kv_bytes;
+        std::vector<std::byte> merged(n * row_bytes);
+        for (int i = 0; i < n; ++i) {
+            std::memcpy(&merged[i * row_bytes], &q[i * q_bytes], q_bytes);
+            std::memcpy(&merged[i * row_bytes + q_bytes], &k[i * kv_bytes], kv_bytes);
+            std::memcpy(&merged[i * row_bytes + q_bytes + kv_bytes], &v[i * kv_bytes], kv_bytes);
+        }
+        const ptrdiff_t q_row = g.q_elements(), kv_row = g.kv_elements(), stride = q_row + 2 * kv_row;
+        const auto apart = first_results(rig, n, {q.data(), q_row}, {k.data(), kv_row}, {v.data(), kv_row});
+        const auto together = first_results(rig, n, {merged.data(), stride}, {&merged[q_bytes], stride},
+                                            {&merged[q_bytes + kv_bytes], stride});
+        CHECK(apart == together);
+        for (int i = 0; i < n; ++i)
+            for (int head = 0; head < g.num_heads; ++head) {
+                const size_t bytes = g.head_dim * item_size(dtype);
+                CHECK(std::memcmp(&apart[i * q_bytes + head * bytes], &v[i * kv_bytes + head / g.group() * bytes],
+                                  bytes) == 0);
+            }
+    }
+}
+
 TEST(a_cancelled_row_is_acknowledged_and_its_result_never_seen) {
     Rig rig(small_geometry());
     std::mt19937 random;
