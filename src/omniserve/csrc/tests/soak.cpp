@@ -181,7 +181,8 @@ std::string StressConfig::text() const {
         << " heads of " << g.head_dim << ", hidden " << g.hidden_size << ", act " << dtype_name(g.act_dtype) << ", KV "
         << dtype_name(g.kv_dtype) << " (host " << dtype_name(g.host_kv_dtype) << "), context " << long_context
         << " (the last " << landing << " land), " << num_prefixes << " prefixes of " << prefix_tokens << ", "
-        << g.num_partitions << " partitions, pages of " << g.host_page_size << " and " << g.device_page_size << " tokens, " << num_trips << " copies in flight, "
+        << g.num_partitions << " partitions, pages of " << g.host_page_size << " and " << g.device_page_size
+        << " tokens, " << num_trips << " copies in flight, "
         << (cancel_one_in ? "a cancel every " + std::to_string(cancel_one_in) + " steps" : "no cancels");
     return out.str();
 }

@@ -1,5 +1,6 @@
 // A device thread that submits, takes, cancels and copies at random against running workers. Every result is compared
-// with a shadow: a second segment that gets the same rows and is served by hand.
+// with a shadow: a second segment that gets the same rows and is served by hand, one by one, with the same kernels.
+// What is wrong in a kernel wherever it is called is wrong in both: test_kernel.cpp is for that.
 #pragma once
 
 #include <map>
