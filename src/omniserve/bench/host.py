@@ -138,6 +138,12 @@ def rate_of(call: Callable[[], object], num_bytes: int, at_least_s: float) -> fl
     return repeats * num_bytes / (time.perf_counter() - began) / 1e9
 
 
+def model_numbers(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> npt.NDArray[np.float32]:
+    """Standard normal numbers as a model in this type has them (int8 KV: a bfloat16 model)."""
+    numbers = torch.from_numpy(rng.standard_normal(shape, np.float32))
+    return numbers.to(TORCH_DTYPES[dtype] or torch.bfloat16).float().numpy()
+
+
 class OurReader:
     """`paged_attention` of one case; each call goes on where the last one stopped."""
 
@@ -146,7 +152,7 @@ class OurReader:
         self.team = team
         self.num_heads = NUM_KV_HEADS * case.group
         rng = np.random.default_rng(0)
-        self.q = rng.standard_normal((case.lanes, self.num_heads * case.head_dim), np.float32)
+        self.q = model_numbers(rng, (case.lanes, self.num_heads * case.head_dim), case.dtype)
         self.out = np.empty_like(self.q)
         self.context_lens = np.full(case.lanes, case.context, np.int32)
         self.tables = page_tables(case, self.kv.num_pages, rng)

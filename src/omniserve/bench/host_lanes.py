@@ -21,10 +21,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 import omniserve._native as _native
 from omniserve.bench.host import SETTLE_S, Case, HostBench, page_tables, rate_of
-from omniserve.bench.host_memory import NUM_KV_HEADS, PAGE_SIZE, fill_pages
+from omniserve.bench.host_memory import NUM_KV_HEADS, PAGE_SIZE, TORCH_DTYPES, fill_pages
 from omniserve.bench.measure import Rounds, cpus_to_pin
 from omniserve.host.segment import address_of
 
@@ -89,7 +90,7 @@ class LaneRig:
             num_kv_heads=NUM_KV_HEADS,
             head_dim=case.head_dim,
             hidden_size=64,  # residuals are the engine's and cost the host nothing
-            act_dtype="float32",
+            act_dtype=case.dtype,
             kv_dtype=case.dtype,
             max_lanes=case.lanes,
             host_page_size=PAGE_SIZE,
@@ -115,29 +116,29 @@ class LaneRig:
         self.host.start(case.threads)
 
     def _make_rows(self) -> None:
-        rng, lanes, g = np.random.default_rng(1), self.case.lanes, self.geometry
+        lanes, g = self.case.lanes, self.geometry
         self.slots = np.arange(lanes, dtype=np.int32)
         self.taken = np.empty(lanes, dtype=np.int32)
-        self.q = rng.standard_normal((lanes, g.num_heads * g.head_dim), np.float32)
-        self.kv = rng.standard_normal((2, lanes, g.num_kv_heads * g.head_dim), np.float32)
-        self.x = np.zeros((lanes, g.hidden_size), np.float32)
-        self.attn = np.empty_like(self.q)
+        dtype = TORCH_DTYPES[self.case.dtype]
+        self.q = torch.randn(lanes, g.num_heads * g.head_dim).to(dtype)
+        self.kv = torch.randn(2, lanes, g.num_kv_heads * g.head_dim).to(dtype)
+        self.x = torch.zeros(lanes, g.hidden_size, dtype=dtype)
+        self.attn = torch.empty_like(self.q)
         self.ready = np.zeros(g.num_layers, np.int32)
         self.waiting = np.zeros(g.num_layers, np.int32)
         self.oldest = np.zeros(g.num_layers, np.uint64)
 
     def exit(self, layer: int, slots: npt.NDArray[np.int32]) -> None:
         self.port.exit(
-            layer, len(slots), slots.ctypes.data, self.q.ctypes.data, self.q.shape[1], self.kv[0].ctypes.data,
-            self.kv.shape[2], self.kv[1].ctypes.data, self.kv.shape[2], self.x.ctypes.data, self.x.shape[1],
+            layer, len(slots), slots.ctypes.data, self.q.data_ptr(), self.q.shape[1], self.kv[0].data_ptr(),
+            self.kv.shape[2], self.kv[1].data_ptr(), self.kv.shape[2], self.x.data_ptr(), self.x.shape[1],
         )  # fmt: skip
 
     def take(self, layer: int, first: int = 0) -> npt.NDArray[np.int32]:
         """Slots whose result of `layer` is there; results are in rows `first` and on of `attn`."""
         slots, attn, x = self.taken[first:], self.attn[first:], self.x[first:]
         n = self.port.take(
-            layer, len(slots), True, slots.ctypes.data, attn.ctypes.data, attn.shape[1], x.ctypes.data,
-            x.shape[1],
+            layer, len(slots), True, slots.ctypes.data, attn.data_ptr(), attn.shape[1], x.data_ptr(), x.shape[1],
         )  # fmt: skip
         return slots[:n]
 

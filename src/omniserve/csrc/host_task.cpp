@@ -64,6 +64,7 @@ void TaskRunner::begin(const Task& task, WorkerContext& worker) {
 void TaskRunner::append(const Task& task, int position) {
     const int32_t page = segment_.page_table(task.slot)[position / arena_.geometry.page_size];
     const int32_t offset = position % arena_.geometry.page_size;
+    prefetch_token(arena_, task.layer, page, offset);
     write_rows(arena_, task.layer, 1,
                {segment_.k(task.slot), 0, segment_.v(task.slot), 0, segment_.geometry().act_dtype}, &page, &offset);
 }

@@ -92,6 +92,10 @@ struct KvRows {
     DType dtype = DType::f32;
 };
 
+/// Asks for the cache lines that a row written to token `offset` of the page will touch: one for each dimension of K.
+/// Writing them without is a miss after another.
+void prefetch_token(const PagedKv& kv, int layer, int64_t page, int offset);
+
 /// Writes row i to token `offsets[i]` of page `page_ids[i]` in `layer`, converted to the KV dtype (rounded to int8
 /// where that is int8).
 /// Throws std::invalid_argument when a page or an offset is outside the store; nothing is written then.
