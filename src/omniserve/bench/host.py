@@ -320,7 +320,7 @@ class HostBench:
         values = self.arena.bytes.view(torch.float32)
         torch.set_num_threads(threads)
         rounds = Rounds()
-        for _ in range(max(9, self.sweep.rounds)):
+        for _ in range(max(15, self.sweep.rounds)):
             rounds.add("torch_sum", self.arena.num_bytes / seconds_of(values.sum) / 1e9)
             time.sleep(SETTLE_S)
             with pinned(self.cpus):

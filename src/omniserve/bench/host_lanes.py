@@ -138,7 +138,8 @@ class LaneRig:
         """Slots whose result of `layer` is there; results are in rows `first` and on of `attn`."""
         slots, attn, x = self.taken[first:], self.attn[first:], self.x[first:]
         n = self.port.take(
-            layer, len(slots), True, slots.ctypes.data, attn.data_ptr(), attn.shape[1], x.data_ptr(), x.shape[1],
+            layer, len(slots), True, slots.ctypes.data, attn.data_ptr(), attn.shape[1], x.data_ptr(),
+            x.shape[1],
         )  # fmt: skip
         return slots[:n]
 

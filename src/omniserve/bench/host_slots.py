@@ -95,7 +95,7 @@ class SlotRig:
         self.taken = np.empty(rows, dtype=np.int32)
         # q, k and v are views of one buffer, as Decoder.pre_attention returns them.
         self.qkv = torch.randn(rows, width + 2 * kv_width).to(dtype)
-        q, k, v = torch.split(self.qkv, (width, kv_width, kv_width), dim=1)
+        q, k, v = torch.split(self.qkv, [width, kv_width, kv_width], dim=1)
         self.attn = torch.empty(rows, width, dtype=dtype)
         self.x = torch.randn(rows, shape.hidden_size).to(dtype)
         self.x_out = torch.empty_like(self.x)
