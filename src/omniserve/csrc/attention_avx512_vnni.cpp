@@ -79,6 +79,12 @@ OMNI_INLINE inline void interleave(const __m512i (&row)[4], __m512i (&x)[2 * kHa
     });
 }
 
+/// Adds four products a lane. The empty statement keeps gcc from copying a sum to another register in every round.
+OMNI_INLINE inline void add_dots(__m512i& sum, __m512i of_unsigned, __m512i of_signed) {
+    sum = _mm512_dpbusd_epi32(sum, of_unsigned, of_signed);
+    asm("" : "+v"(sum));
+}
+
 /// Sums of such vectors by both terms, for kGroup queries.
 template <int kGroup, int kFirst, int kHalves>
 struct DotSums {
@@ -122,6 +128,9 @@ __mmask8 first_eight(int count) {
     return count >= 8 ? __mmask8(0xff) : count <= 0 ? __mmask8(0) : __mmask8((1 << count) - 1);
 }
 
+// The inner loops are functions of their own: among others' variables gcc spills their sums.
+#define OMNI_ALONE __attribute__((noinline))
+
 struct IntegerOps : Avx512Ops<DType::i8> {
     // A query: terms of four dimensions each, high and low, then where its low sums start and what kQueryLevels is worth.
     static int query_stride(int head_dim) { return head_dim / 2 + 2; }
@@ -150,10 +159,10 @@ struct IntegerOps : Avx512Ops<DType::i8> {
 
     /// Scores of `count` tokens, at most 64 and exactly that unless kMasked, those of the chosen halves.
     template <int kGroup, int kFirst, int kHalves, bool kMasked>
-    static void chunk_dots(const T* k, int count, int page_size, int head_dim, const uint32_t* q, float scale,
+    OMNI_ALONE static void chunk_dots(const T* k, int count, int page_size, int head_dim, const uint32_t* q, float scale,
                            float* scores, ptrdiff_t ahead) {
         constexpr int kVecs = 2 * kHalves;
-        const int stride = query_stride(head_dim);
+        const ptrdiff_t stride = query_stride(head_dim);
         const __mmask64 mask = kMasked ? (uint64_t{1} << count) - 1 : ~uint64_t{0};
         DotSums<kGroup, kFirst, kHalves> sums;
         sums.clear();
@@ -161,29 +170,29 @@ struct IntegerOps : Avx512Ops<DType::i8> {
             const __m512i start = _mm512_set1_epi32(int(q[g() * stride + head_dim / 2]));
             unrolled<kVecs>([&](auto i) OMNI_INLINE { sums.sum[g()][1][i()] = start; });
         });
-        for (int d = 0; d < head_dim; d += 4, k += 4 * size_t(page_size)) {
+        const uint32_t* terms = q;
+        for (int d = 0; d < head_dim; d += 4, terms += 2, k += 4 * ptrdiff_t(page_size)) {
             __m512i row[4], x[kVecs];
             unrolled<4>([&](auto i) OMNI_INLINE {
-                const T* from = k + i() * size_t(page_size);
+                const T* from = k + i() * ptrdiff_t(page_size);
                 row[i()] = kMasked ? _mm512_maskz_loadu_epi8(mask, from) : _mm512_loadu_si512(from);
                 if constexpr (kFirst == 0) fetch<kColumns>(from + ahead);
             });
             interleave<kFirst, kHalves>(row, x);
             unrolled<kVecs>([&](auto i) OMNI_INLINE { x[i()] = _mm512_xor_si512(x[i()], _mm512_set1_epi8(-128)); });
             each<kGroup, 2, 1>([&](auto g, auto term, auto) OMNI_INLINE {
-                const __m512i weight = _mm512_set1_epi32(int(q[g() * stride + d / 2 + term()]));
-                unrolled<kVecs>([&](auto i) OMNI_INLINE {
-                    __m512i& to = sums.sum[g()][term()][i()];
-                    to = _mm512_dpbusd_epi32(to, x[i()], weight);
-                });
+                const __m512i weight = _mm512_set1_epi32(int(terms[g() * stride + term()]));
+                unrolled<kVecs>([&](auto i) OMNI_INLINE { add_dots(sums.sum[g()][term()][i()], x[i()], weight); });
             });
         }
         unrolled<kGroup>([&](auto g) OMNI_INLINE {
             const float size = __builtin_bit_cast(float, q[g() * stride + head_dim / 2 + 1]);
             const __m256 factor = _mm256_set1_ps(size * scale), part = _mm256_set1_ps(1 / kQueryLevels);
             sums.each_eight(g(), [&](int column, __m256 x) OMNI_INLINE {
-                _mm256_mask_storeu_ps(scores + g() * kScoreStride + column, first_eight(count - column),
-                                      _mm256_mul_ps(_mm256_mul_ps(x, part), factor));
+                float* to = scores + g() * kScoreStride + column;
+                x = _mm256_mul_ps(_mm256_mul_ps(x, part), factor);
+                if constexpr (kMasked) _mm256_mask_storeu_ps(to, first_eight(count - column), x);
+                else _mm256_storeu_ps(to, x);
             });
         });
     }
@@ -237,7 +246,7 @@ struct IntegerOps : Avx512Ops<DType::i8> {
 
     /// Values of 64 dimensions from `dim` on, those of the chosen halves, summed over the tile for kGroup queries.
     template <int kGroup, int kFirst, int kHalves>
-    static void sum_dots(const Tile<T>& tile, bool is_ahead, int dim, int head_dim, const Weights* weights,
+    OMNI_ALONE static void sum_dots(const Tile<T>& tile, bool is_ahead, int dim, int head_dim, const Weights* weights,
                          const float* rescale, float* acc) {
         constexpr int kVecs = 2 * kHalves;
         DotSums<kGroup, kFirst, kHalves> sums;
@@ -255,10 +264,7 @@ struct IntegerOps : Avx512Ops<DType::i8> {
                 interleave<kFirst, kHalves>(row, x);
                 each<kGroup, 2, 1>([&](auto g, auto term, auto) OMNI_INLINE {
                     const __m512i weight = _mm512_set1_epi32(int(weights[g()].terms[at + term()]));
-                    unrolled<kVecs>([&](auto i) OMNI_INLINE {
-                        __m512i& to = sums.sum[g()][term()][i()];
-                        to = _mm512_dpbusd_epi32(to, weight, x[i()]);
-                    });
+                    unrolled<kVecs>([&](auto i) OMNI_INLINE { add_dots(sums.sum[g()][term()][i()], weight, x[i()]); });
                 });
                 at += 2;
             };
