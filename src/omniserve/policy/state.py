@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from omniserve.policy.pages import PagePool
 from omniserve.policy.plan import (
@@ -29,6 +30,7 @@ from omniserve.policy.plan import (
     PageCopy,
     Plan,
     Reserve,
+    ShareHost,
     Step,
     StepResult,
     StopLane,
@@ -36,6 +38,14 @@ from omniserve.policy.plan import (
     Unmirror,
 )
 from omniserve.policy.request import HostHold, Limits, Phase, Request
+
+
+@dataclass(slots=True)
+class CacheCount:
+    """Tokens asked of a prefix cache, and those that were there."""
+
+    queried_tokens: int = 0
+    hit_tokens: int = 0
 
 
 class State:
@@ -57,6 +67,10 @@ class State:
         self.num_displaced = 0
         self.num_swapped_in = 0
         self.num_broken_promises = 0
+        self.latency_sensitive_hits = CacheCount()
+        self.best_effort_hits = CacheCount()
+        self.host_hits = CacheCount()
+        self._lost_evictions = 0
         self._copies: dict[int, HostHold] = {}
         self._next_copy = 0
         self._cancel_slots: list[int] = []
@@ -95,6 +109,7 @@ class State:
         self.retiring.clear()
         self._copies.clear()
         self._cancel_slots, self._cancel_fetches = [], []
+        self._lost_evictions += self.host.num_evicted
         self.host = self._host_pool()
         self.free_slots = list(range(self.limits.max_lanes - 1, -1, -1))
         for request in list(self.active.values()):
@@ -125,6 +140,11 @@ class State:
         return sorted((r for r in self.active.values() if r.phase in phases), key=lambda r: r.order)
 
     @property
+    def num_host_evicted(self) -> int:
+        """Cached pages evicted on this host and those before it."""
+        return self._lost_evictions + self.host.num_evicted
+
+    @property
     def num_free_frames(self) -> int:
         return self.limits.num_frames - len(self._copies)
 
@@ -141,6 +161,8 @@ class State:
         """Carry out the plan's moves on the books and fill in ids."""
         copies_out: list[PageCopy] = []
         copies_in: list[PageCopy] = []
+        for move in plan.moves:
+            self._hold_cached(move)
         for move in plan.moves:
             self._commit_move(move, copies_out, copies_in)
         rows = [self._device_rows(self.active[i], 1, False) for i in plan.decodes]
@@ -159,6 +181,14 @@ class State:
             copies_in=tuple(copies_in),
         )
 
+    def _hold_cached(self, move: Move) -> None:
+        """Before anything is allocated: what the plan refers to is not evicted by it."""
+        match move:
+            case Reserve(cached=pages) | SwapIn(cached=pages):
+                self.device.share(pages)
+            case ShareHost(pages=pages):
+                self.host.share(pages)
+
     def _commit_move(self, move: Move, out: list[PageCopy], back: list[PageCopy]) -> None:
         request = self.requests[move.request_id]
         match move:
@@ -166,16 +196,19 @@ class State:
                 self._drop(request)
             case Displace():
                 self._displace(request)
-            case Reserve(num_pages=count):
-                self._reserve(request, count)
+            case Reserve():
+                self._reserve(request, move)
             case GrowHost(num_pages=count):
                 self._grow_hold(request.hold, count)
+            case ShareHost(pages=pages):
+                self._share_host(request, pages)
             case CopyOut(start=start, num_tokens=count):
                 out.append(self._copy_out(request, start, count))
             case Unmirror():
                 self._retire(request)
-            case SwapIn(num_pages=count):
-                request.incoming_pages += self.device.allocate(count)
+            case SwapIn(num_pages=count, cached=cached, keep=keep):
+                request.fetched_tokens += len(cached) * self.device.page_size
+                request.incoming_pages += (*cached, *self.device.allocate(count, keep=keep))
             case CopyIn(start=start, num_tokens=count):
                 back.append(self._copy_in(request, start, count))
             case CancelSwapIn():
@@ -183,12 +216,21 @@ class State:
             case StopLane():
                 request.phase = Phase.MOVING_IN
 
-    def _reserve(self, request: Request, count: int) -> None:
-        request.device_pages += self.device.allocate(count)
+    def _reserve(self, request: Request, move: Reserve) -> None:
+        request.device_pages += (*move.cached, *self.device.allocate(move.num_pages, keep=move.keep))
         if request.phase is Phase.WAITING:
+            request.kv_tokens = len(move.cached) * self.device.page_size
+            self._count_start(request)
             self.waiting.remove(request.order)
             self.active[request.id] = request
             request.phase = Phase.PREFILL
+
+    def _count_start(self, request: Request) -> None:
+        hits = self.best_effort_hits if request.best_effort else self.latency_sensitive_hits
+        hits.queried_tokens += request.num_tokens
+        hits.hit_tokens += request.kv_tokens
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = request.kv_tokens
 
     def _displace(self, request: Request) -> None:
         if request.host is None:
@@ -215,14 +257,37 @@ class State:
         if done:
             count = len(request.device_pages)
         if count > 0:
-            self.device.release(request.device_pages[:count])
+            self._release_device(request, request.device_pages[:count])
             del request.device_pages[:count]
             request.num_released += count
+
+    def _release_device(self, request: Request, pages: list[int]) -> None:
+        self.device.release(pages, protect=not request.best_effort)
+
+    def _touch_device(self, request: Request) -> None:
+        """Pages given up from the first to the last shall be evicted the other way round, like any other's."""
+        self.device.touch(self.device.match(request.device_hashes))
+
+    def _share_host(self, request: Request, pages: tuple[int, ...]) -> None:
+        """Pages already referenced take the place of those that would have been copied to."""
+        if request.host is None:
+            request.host = HostHold()
+        hold = request.host
+        assert hold.copied_tokens % self.host.page_size == 0, "only full pages are shared"
+        first = hold.copied_tokens // self.host.page_size
+        replaced = hold.pages[first : first + len(pages)]
+        hold.pages[first : first + len(pages)] = pages
+        self.host.release(replaced)
+        num_tokens = len(pages) * self.host.page_size
+        hold.copied_tokens += num_tokens
+        self.host_hits.queried_tokens += num_tokens
+        self.host_hits.hit_tokens += num_tokens
 
     def _copy_out(self, request: Request, start: int, count: int) -> PageCopy:
         if request.host is None:
             request.host = HostHold()
         hold = request.host
+        self.host_hits.queried_tokens += count
         assert start == hold.copied_tokens, "copies to the host go in order"
         missing = self.host.pages_for(start + count) - len(hold.pages)
         self._grow_hold(hold, max(0, missing))
@@ -247,11 +312,16 @@ class State:
         self._copies[copy_id] = hold
         first, last = start // self.host.page_size, (start + count - 1) // self.host.page_size
         return PageCopy(
-            copy_id, page, count, start % self.host.page_size, tuple(hold.pages[first : last + 1])
+            copy_id,
+            page,
+            start % self.device.page_size,
+            count,
+            start % self.host.page_size,
+            tuple(hold.pages[first : last + 1]),
         )
 
     def _cancel_swap_in(self, request: Request) -> None:
-        self.device.release(request.incoming_pages)
+        self._release_device(request, request.incoming_pages)
         request.incoming_pages = []
         request.fetched_tokens = 0
         if request.host is not None:
@@ -282,6 +352,7 @@ class State:
         for rows in step.rows:
             request = self.active[rows.request_id]
             request.kv_tokens += rows.num_tokens
+            self._register_device(request, rows.start // self.device.page_size)
             if rows.samples:
                 request.phase = Phase.DEVICE
         self.apply_acknowledgements(result)
@@ -293,10 +364,43 @@ class State:
             if token.by_lane:
                 request.kv_tokens += 1
                 request.hold.in_flight = False
+                self._register_host(request)
             if token.finish_reason is not None:
                 self._finish(request)
                 finished.append(request)
         return finished
+
+    # ------------------------------------------------------------ pages become known by their hash
+
+    def _register_device(self, request: Request, first: int) -> None:
+        """Full pages from index `first` on, their KV written. Where the same page was known before, the request
+        goes on with that one and gives up its own.
+        """
+        last = min(request.kv_tokens // self.device.page_size, len(request.device_hashes))
+        for i in range(first, last):
+            own = request.device_pages[i]
+            known = self.device.register(own, request.device_hashes[i])
+            if known != own:
+                self.device.share([known])
+                self.device.release([own])
+                request.device_pages[i] = known
+
+    def _register_host(self, request: Request) -> None:
+        """Full pages that have landed or that a lane has filled; as on the device, unless the executor has been
+        told of the page.
+        """
+        hold = request.hold
+        is_lane = request.phase in (Phase.LANE, Phase.MOVING_IN)
+        complete = request.kv_tokens if is_lane else hold.landed_tokens
+        last = min(complete // self.host.page_size, len(request.host_hashes))
+        for i in range(hold.num_registered, last):
+            own = hold.pages[i]
+            known = self.host.register(own, request.host_hashes[i])
+            if known != own and i >= hold.known_pages:
+                self.host.share([known])
+                self.host.release([own])
+                hold.pages[i] = known
+        hold.num_registered = max(hold.num_registered, last)
 
     def apply_acknowledgements(self, result: StepResult) -> None:
         """Copies that left, landed or came back, and cancelled slots whose task has ended."""
@@ -321,14 +425,17 @@ class State:
         hold = request.host
         if hold is None:
             return
+        self._register_host(request)
         if request.phase is Phase.MOVING_OUT:
             self._release_staged(request)
             if hold.copied_tokens == request.kv_tokens and not hold.unlanded:
                 request.phase = Phase.LANE
                 request.num_released = 0
+                self._touch_device(request)
         elif request.phase is Phase.MOVING_IN and self._has_come_back(request):
             request.device_pages, request.incoming_pages = request.incoming_pages, []
             request.phase = Phase.DEVICE
+            self._register_device(request, 0)
             self.num_swapped_in += 1
             self._keep_as_mirror(request)
 
@@ -336,7 +443,7 @@ class State:
         return request.fetched_tokens == request.kv_tokens and not request.hold.unfetched
 
     def _keep_as_mirror(self, request: Request) -> None:
-        """Back on the device: the slot is free; full pages on the host stay valid copies."""
+        """Back on the device: the slot is free; what is on the host stays a valid copy."""
         hold = request.hold
         request.fetched_tokens = 0
         assert hold.slot is not None, "a lane owns a slot"
@@ -344,7 +451,7 @@ class State:
         self.free_slots.append(hold.slot)
         hold.slot = None
         hold.known_pages = 0
-        hold.copied_tokens = request.kv_tokens - request.kv_tokens % self.device.page_size
+        hold.copied_tokens = request.kv_tokens
         kept = self.host.pages_for(hold.copied_tokens)
         self.host.release(hold.pages[kept:])
         del hold.pages[kept:]
@@ -370,8 +477,10 @@ class State:
     def _leave(self, request: Request) -> None:
         """Give up all KV. Device pages are free now; host pages when their last task or copy ends."""
         self._cancel_swap_in(request)
-        self.device.release(request.device_pages)
+        self._release_device(request, request.device_pages)
         request.device_pages = []
+        if request.num_released:
+            self._touch_device(request)
         request.num_released = 0
         request.kv_tokens = 0
         if request.host is not None:
@@ -424,3 +533,24 @@ class State:
         if phase in (Phase.LANE, Phase.MOVING_IN):
             assert not request.device_pages
             assert len(request.hold.pages) >= self.host.pages_for(request.kv_tokens)
+        self._check_hashes(request)
+
+    def _check_hashes(self, request: Request) -> None:
+        """A page is known by its own hash or by none; by none while its KV is not complete."""
+        size = self.device.page_size
+        full = request.kv_tokens // size
+        for i, page in enumerate(request.device_pages, request.num_released):
+            expected = request.device_hashes[i] if i < min(full, len(request.device_hashes)) else None
+            assert self.device.hash_of(page) in (None, expected), "a device page has a wrong hash"
+        for i, page in enumerate(request.incoming_pages):
+            known = self.device.hash_of(page)
+            assert known is None or (
+                known == request.device_hashes[i] and (i + 1) * size <= request.fetched_tokens
+            )
+        if request.host is None:
+            return
+        is_lane = request.phase in (Phase.LANE, Phase.MOVING_IN)
+        full = (request.kv_tokens if is_lane else request.host.landed_tokens) // self.host.page_size
+        for i, page in enumerate(request.host.pages):
+            expected = request.host_hashes[i] if i < min(full, len(request.host_hashes)) else None
+            assert self.host.hash_of(page) in (None, expected), "a host page has a wrong hash"
