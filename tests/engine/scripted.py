@@ -93,8 +93,8 @@ class ScriptedEngine:
     def _watch(self, pool: PagePool) -> None:
         allocate = pool.allocate
 
-        def watched(count: int, near: int | None = None) -> list[int]:
-            ids = allocate(count, near)
+        def watched(count: int, near: int | None = None, keep: int = 0) -> list[int]:
+            ids = allocate(count, near, keep)
             assert not self.pages_under_way().intersection(ids), "a page is handed out under a task or a copy"
             return ids
 

@@ -23,8 +23,8 @@ def check_cache_salt(salt: object) -> None:
     ):
         raise RequestError(
             "cache_salt",
-            f"must be text of 1 to {MAX_CACHE_SALT} bytes of UTF-8, or None to share prefixes with all others that "
-            "have none",
+            f"must be text of 1 to {MAX_CACHE_SALT} bytes of UTF-8; None shares prefixes with all others "
+            "that have none",
         )
 
 

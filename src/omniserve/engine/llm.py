@@ -62,10 +62,10 @@ class LLM:
     ) -> list[RequestOutput]:
         """Generate for every prompt (text or token ids) and return the outputs in their order.
 
-        sampling_params, service_class and cache_salt: one for all or one per prompt; cached prefixes are shared
-        only among requests of the same salt (None: those without one). on_progress(i, output) is called
-        after each token. Raises RequestError naming the first prompt that can not be served, before any
-        of them runs.
+        sampling_params, service_class and cache_salt: one for all or one per prompt; cached prefixes are
+        shared only among requests of the same salt (None: those without one). on_progress(i, output) is
+        called after each token. Raises RequestError naming the first prompt that can not be served, before
+        any of them runs.
         """
         arrived_s = time.monotonic()
         batch = [self._llm.encode(p) for p in _as_list(prompts)]

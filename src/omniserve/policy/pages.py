@@ -1,4 +1,4 @@
-"""PagePool: which KV pages are free, cached or referenced, and by which hash. Integers and bytes; no memory here."""
+"""PagePool: which KV pages are free, cached or referenced, and by which hash. No memory here."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from itertools import islice
 class PagePool:
     """Ids 0..num_pages-1 of pages of `page_size` tokens.
 
-    One class, two instances: the device's pages and the host's. `allocate` gives the first reference to a page,
-    `share` adds one, `release` takes one back.
+    One class, two instances: the device's pages and the host's. `allocate` gives the first reference to a
+    page, `share` adds one, `release` takes one back.
 
     A full page whose KV is written may be registered under the hash of its tokens and all before them. It is
-    read-only from then on. Without references it is *cached*: still found by its hash, yet counted as free; it
-    is evicted, least recently used first, when `allocate` has no page left that holds nothing. The pages of one
-    holder are released from the last to the first, so that of a chain the end goes before its beginning.
-    Cached pages once marked as protected can be kept from an allocation (`keep`).
+    read-only from then on. Without references it is *cached*: still found by its hash, yet counted as free;
+    it is evicted, least recently used first, when `allocate` has no page left that holds nothing. The pages
+    of one holder are released from the last to the first, so that of a chain the end goes before its
+    beginning. Cached pages once marked as protected can be kept from an allocation (`keep`).
 
     Pages are divided into `num_partitions` contiguous runs, one for each NUMA node of the host; page p
-    belongs to partition p * num_partitions // num_pages, as in the native part (csrc/segment.h). New pages of one
-    holder come from one partition while that has any; a cached page may be shared from wherever it is.
+    belongs to partition p * num_partitions // num_pages, as in the native part (csrc/segment.h). New pages of
+    one holder come from one partition while that has any; a cached page is shared from wherever it is.
     """
 
     def __init__(self, num_pages: int, page_size: int, num_partitions: int = 1) -> None:
@@ -175,7 +175,7 @@ class PagePool:
         return known
 
     def match(self, hashes: Sequence[bytes], first: int = 0, last: int | None = None) -> list[int]:
-        """The pages known by hashes[first], hashes[first + 1], ... before `last`, up to the first unknown one."""
+        """The pages known by hashes[first], hashes[first + 1], ... before `last`, up to one that is not."""
         pages = []
         for page_hash in islice(hashes, first, last):
             page = self._page_of.get(page_hash)

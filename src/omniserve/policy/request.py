@@ -26,7 +26,7 @@ class Limits:
 
     num_host_partitions: contiguous runs of host pages with workers of their own.
     host_kv_is_lossy: KV on the host is rounded, so that it never returns to the device.
-    prefix_reserve_pages: cached device pages of latency-sensitive requests that best-effort work does not evict.
+    prefix_reserve_pages: cached device pages of LS requests that BE work does not evict.
     """
 
     num_layers: int
@@ -50,10 +50,10 @@ class Limits:
 class HostHold:
     """What one request holds on the host.
 
-    copied_tokens: prefix handed to copying, or found on the host. unstaged, unlanded, unfetched: copy id -> first token of copies
-    that have not left the device page, not arrived on the host, not come back. in_flight: a row of the slot
-    is between exit and the end of its token. known_pages: pages the executor has been told. num_registered:
-    leading pages whose hashes the pool knows.
+    copied_tokens: prefix handed to copying, or found on the host. unstaged, unlanded, unfetched: copy id ->
+    first token of copies that have not left the device page, not arrived on the host, not come back.
+    in_flight: a row of the slot is between exit and the end of its token. known_pages: pages the executor has
+    been told. num_registered: leading pages that the pool knows by their hash.
     """
 
     pages: list[int] = field(default_factory=list)

@@ -30,8 +30,8 @@ from omniserve.policy.state import State
 class Room:
     """Pages, slots and frames left to the plan, and the moves decided so far.
 
-    leaving: requests displaced or dropped by this plan; scheduled: those that have rows in it; started: tokens
-    that those which start in it find cached.
+    leaving: requests displaced or dropped by this plan; scheduled: those that have rows in it; started: of
+    those that start in it, the tokens found cached.
     """
 
     def __init__(self, state: State) -> None:

@@ -109,8 +109,9 @@ class _Planner:
             self._chunk(request)
 
     def _start(self, request: Request) -> bool:
-        """Give a waiting request what the device has of its tokens (the last one is always computed), and pages
-        for the rest and the next token.
+        """Give a waiting request what the device has of its tokens, and pages for the rest and the next one.
+
+        The last token is always computed: the next one follows from it.
         """
         cached = self.room.find_cached(request, request.num_tokens - 1)
         if self._next_chunk(request, len(cached) * self.limits.page_size) == 0:

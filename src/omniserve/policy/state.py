@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from omniserve.policy.books import check_books
 from omniserve.policy.pages import PagePool
 from omniserve.policy.plan import (
     CancelSwapIn,
@@ -37,15 +37,8 @@ from omniserve.policy.plan import (
     SwapIn,
     Unmirror,
 )
+from omniserve.policy.prefix import HitCount, register_device_pages, register_host_pages
 from omniserve.policy.request import HostHold, Limits, Phase, Request
-
-
-@dataclass(slots=True)
-class CacheCount:
-    """Tokens asked of a prefix cache, and those that were there."""
-
-    queried_tokens: int = 0
-    hit_tokens: int = 0
 
 
 class State:
@@ -67,9 +60,9 @@ class State:
         self.num_displaced = 0
         self.num_swapped_in = 0
         self.num_broken_promises = 0
-        self.latency_sensitive_hits = CacheCount()
-        self.best_effort_hits = CacheCount()
-        self.host_hits = CacheCount()
+        self.latency_sensitive_hits = HitCount()
+        self.best_effort_hits = HitCount()
+        self.host_hits = HitCount()
         self._lost_evictions = 0
         self._copies: dict[int, HostHold] = {}
         self._next_copy = 0
@@ -227,8 +220,7 @@ class State:
 
     def _count_start(self, request: Request) -> None:
         hits = self.best_effort_hits if request.best_effort else self.latency_sensitive_hits
-        hits.queried_tokens += request.num_tokens
-        hits.hit_tokens += request.kv_tokens
+        hits.add(request.num_tokens, request.kv_tokens)
         if request.num_cached_tokens is None:
             request.num_cached_tokens = request.kv_tokens
 
@@ -265,7 +257,7 @@ class State:
         self.device.release(pages, protect=not request.best_effort)
 
     def _touch_device(self, request: Request) -> None:
-        """Pages given up from the first to the last shall be evicted the other way round, like any other's."""
+        """Pages given up from the first to the last are to be evicted from the last to the first."""
         self.device.touch(self.device.match(request.device_hashes))
 
     def _share_host(self, request: Request, pages: tuple[int, ...]) -> None:
@@ -280,14 +272,13 @@ class State:
         self.host.release(replaced)
         num_tokens = len(pages) * self.host.page_size
         hold.copied_tokens += num_tokens
-        self.host_hits.queried_tokens += num_tokens
-        self.host_hits.hit_tokens += num_tokens
+        self.host_hits.add(num_tokens, num_tokens)
 
     def _copy_out(self, request: Request, start: int, count: int) -> PageCopy:
         if request.host is None:
             request.host = HostHold()
         hold = request.host
-        self.host_hits.queried_tokens += count
+        self.host_hits.add(count, 0)
         assert start == hold.copied_tokens, "copies to the host go in order"
         missing = self.host.pages_for(start + count) - len(hold.pages)
         self._grow_hold(hold, max(0, missing))
@@ -352,7 +343,7 @@ class State:
         for rows in step.rows:
             request = self.active[rows.request_id]
             request.kv_tokens += rows.num_tokens
-            self._register_device(request, rows.start // self.device.page_size)
+            register_device_pages(self.device, request, rows.start // self.device.page_size)
             if rows.samples:
                 request.phase = Phase.DEVICE
         self.apply_acknowledgements(result)
@@ -364,43 +355,11 @@ class State:
             if token.by_lane:
                 request.kv_tokens += 1
                 request.hold.in_flight = False
-                self._register_host(request)
+                register_host_pages(self.host, request)
             if token.finish_reason is not None:
                 self._finish(request)
                 finished.append(request)
         return finished
-
-    # ------------------------------------------------------------ pages become known by their hash
-
-    def _register_device(self, request: Request, first: int) -> None:
-        """Full pages from index `first` on, their KV written. Where the same page was known before, the request
-        goes on with that one and gives up its own.
-        """
-        last = min(request.kv_tokens // self.device.page_size, len(request.device_hashes))
-        for i in range(first, last):
-            own = request.device_pages[i]
-            known = self.device.register(own, request.device_hashes[i])
-            if known != own:
-                self.device.share([known])
-                self.device.release([own])
-                request.device_pages[i] = known
-
-    def _register_host(self, request: Request) -> None:
-        """Full pages that have landed or that a lane has filled; as on the device, unless the executor has been
-        told of the page.
-        """
-        hold = request.hold
-        is_lane = request.phase in (Phase.LANE, Phase.MOVING_IN)
-        complete = request.kv_tokens if is_lane else hold.landed_tokens
-        last = min(complete // self.host.page_size, len(request.host_hashes))
-        for i in range(hold.num_registered, last):
-            own = hold.pages[i]
-            known = self.host.register(own, request.host_hashes[i])
-            if known != own and i >= hold.known_pages:
-                self.host.share([known])
-                self.host.release([own])
-                hold.pages[i] = known
-        hold.num_registered = max(hold.num_registered, last)
 
     def apply_acknowledgements(self, result: StepResult) -> None:
         """Copies that left, landed or came back, and cancelled slots whose task has ended."""
@@ -425,7 +384,7 @@ class State:
         hold = request.host
         if hold is None:
             return
-        self._register_host(request)
+        register_host_pages(self.host, request)
         if request.phase is Phase.MOVING_OUT:
             self._release_staged(request)
             if hold.copied_tokens == request.kv_tokens and not hold.unlanded:
@@ -435,7 +394,7 @@ class State:
         elif request.phase is Phase.MOVING_IN and self._has_come_back(request):
             request.device_pages, request.incoming_pages = request.incoming_pages, []
             request.phase = Phase.DEVICE
-            self._register_device(request, 0)
+            register_device_pages(self.device, request, 0)
             self.num_swapped_in += 1
             self._keep_as_mirror(request)
 
@@ -502,55 +461,6 @@ class State:
             if hold.slot is not None:
                 self.free_slots.append(hold.slot)
 
-    # ------------------------------------------------------------ accounting
-
     def check(self) -> None:
-        """Assert the books: no page leaked or owned twice, every request in exactly one state."""
-        everyone = list(self.requests.values())
-        holds = [r.host for r in everyone if r.host is not None] + self.retiring
-        self.device.check([p for r in everyone for p in (r.device_pages, r.incoming_pages)])
-        self.host.check([s.pages for s in holds])
-        slots = [s.slot for s in holds if s.slot is not None]
-        assert sorted(slots + self.free_slots) == list(range(self.limits.max_lanes)), "slots leaked"
-        assert sorted(r.order for r in everyone if r.phase is Phase.WAITING) == self.waiting
-        assert {r.id for r in everyone if r.phase is not Phase.WAITING} == set(self.active)
-        for request in everyone:
-            self._check_request(request)
-
-    def _check_request(self, request: Request) -> None:
-        phase, hold = request.phase, request.host
-        has_slot = hold is not None and hold.slot is not None
-        assert has_slot == (phase in (Phase.MOVING_OUT, Phase.LANE, Phase.MOVING_IN)), (phase, hold)
-        assert not request.incoming_pages or phase in (Phase.LANE, Phase.MOVING_IN)
-        is_returning = phase is Phase.MOVING_IN or bool(request.incoming_pages)
-        assert not (is_returning and self.limits.host_kv_is_lossy), "nothing returns from lossy KV"
-        if phase is Phase.WAITING:
-            assert (request.kv_tokens, hold, request.device_pages) == (0, None, [])
-        if phase in (Phase.DEVICE, Phase.LANE, Phase.MOVING_OUT, Phase.MOVING_IN):
-            assert request.kv_tokens == request.num_tokens - 1, (phase, request)
-        if phase is Phase.DEVICE:
-            assert len(request.device_pages) >= self.device.pages_for(request.kv_tokens)
-        if phase in (Phase.LANE, Phase.MOVING_IN):
-            assert not request.device_pages
-            assert len(request.hold.pages) >= self.host.pages_for(request.kv_tokens)
-        self._check_hashes(request)
-
-    def _check_hashes(self, request: Request) -> None:
-        """A page is known by its own hash or by none; by none while its KV is not complete."""
-        size = self.device.page_size
-        full = request.kv_tokens // size
-        for i, page in enumerate(request.device_pages, request.num_released):
-            expected = request.device_hashes[i] if i < min(full, len(request.device_hashes)) else None
-            assert self.device.hash_of(page) in (None, expected), "a device page has a wrong hash"
-        for i, page in enumerate(request.incoming_pages):
-            known = self.device.hash_of(page)
-            assert known is None or (
-                known == request.device_hashes[i] and (i + 1) * size <= request.fetched_tokens
-            )
-        if request.host is None:
-            return
-        is_lane = request.phase in (Phase.LANE, Phase.MOVING_IN)
-        full = (request.kv_tokens if is_lane else request.host.landed_tokens) // self.host.page_size
-        for i, page in enumerate(request.host.pages):
-            expected = request.host_hashes[i] if i < min(full, len(request.host_hashes)) else None
-            assert self.host.hash_of(page) in (None, expected), "a host page has a wrong hash"
+        """Assert the books (see books.py)."""
+        check_books(self)
