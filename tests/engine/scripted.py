@@ -105,10 +105,17 @@ class ScriptedEngine:
 
     # ------------------------------------------------------------ what a script can do
 
-    def add(self, prompt: Sequence[int], max_tokens: int, service_class: str, **sampling: Any) -> int:
+    def add(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        service_class: str,
+        cache_salt: str | None = None,
+        **sampling: Any,
+    ) -> int:
         """Raises RequestError like the engine."""
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **sampling)
-        request_id = self.engine.add(prompt, params, service_class)
+        request_id = self.engine.add(prompt, params, service_class, cache_salt)
         self.asked[request_id] = Asked(tuple(prompt), max_tokens, service_class == BE, [])
         return request_id
 
