@@ -195,7 +195,23 @@ def test_a_page_that_a_plan_refers_to_is_not_evicted_by_the_same_plan() -> None:
     assert world.state.best_effort_hits.hit_tokens == 12
 
 
-def test_nobody_is_found_who_has_to_make_room_in_the_same_plan() -> None:
+def test_a_page_that_the_plan_has_counted_as_free_is_not_found_later_in_it() -> None:
+    """The first chat takes all that is free, cached pages too; the second one, for which a batch request is
+    dropped, would find those.
+    """
+    world = World(make_limits(num_device_pages=8, host_offload="never", num_host_pages=0), chunk_tokens=64)
+    finish(world, world.add(SYSTEM[:8], 1, best_effort=False))
+    batch = world.add(12, 4, best_effort=True)
+    world.step()
+    assert (world.state.device.num_free, world.state.device.num_cached) == (4, 2)
+    first = world.add(15, 1, best_effort=False)
+    second = world.add([*SYSTEM[:8], 50, 51, 52], 1, best_effort=False)
+    assert chunks_of(world) == [(first, 0, 15), (second, 0, 11)]
+    world.run()
+    assert world.produced[batch] == 4
+
+
+def test_a_prefix_stays_when_its_holder_makes_room_for_whom_it_serves() -> None:
     """A chat whose prefix a batch request holds pushes that one out, and keeps the prefix."""
     world = World(make_limits(num_device_pages=8, host_offload="never", num_host_pages=0), chunk_tokens=64)
     batch = world.add([*SYSTEM, *range(60, 72)], 8, best_effort=True)
