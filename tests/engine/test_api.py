@@ -152,6 +152,8 @@ def test_bad_sampling_params_are_refused_by_name(bad: dict[str, Any]) -> None:
         ({"device": "cuda"}, "not supported yet"),
         ({"watermark": 1.5}, "watermark"),
         ({"watermark": "a"}, "watermark"),
+        ({"prefix_cache_reserve": 1.0}, "prefix_cache_reserve"),
+        ({"enable_prefix_caching": 1}, "enable_prefix_caching"),
         ({"seed": None}, "seed"),
         ({"max_lanes": 1 << 30}, "max_lanes"),
         ({"host_threads": 5000}, "host_threads"),
