@@ -112,6 +112,11 @@ class EngineConfig:
                       slots, and lane rows that may enter at one layer.
     page_size         tokens per device page; host_page_size: tokens per host page.
     watermark         share of device pages that BE leaves free or clean for LS.
+    enable_prefix_caching
+                      keep full pages of finished requests, on either side, while nothing else needs them, and
+                      compute no token again whose page is still there.
+    prefix_cache_reserve
+                      share of device pages with cached LS prefixes that BE work does not evict.
     max_copies_per_step
                       pages that start to move between device and host in one step.
     pass_budget_s     seconds of lane passes before the engine looks up again.
@@ -137,6 +142,8 @@ class EngineConfig:
     page_size: int = 16
     host_page_size: int = 64
     watermark: float = 0.1
+    enable_prefix_caching: bool = True
+    prefix_cache_reserve: float = 0.25
     max_copies_per_step: int = 8
     pass_budget_s: float = 0.05
     seed: int = 0
@@ -146,8 +153,9 @@ class EngineConfig:
         self._check_choice("host_kv_dtype", HostKvDTypeName)
         self._check_choice("host_offload", HostOffload)
         self._check_choice("reentry", Reentry)
-        if type(self.host_mlock) is not bool:
-            raise ConfigError(f"host_mlock: must be True or False, got {self.host_mlock!r}")
+        for name in ("host_mlock", "enable_prefix_caching"):
+            if type(getattr(self, name)) is not bool:
+                raise ConfigError(f"{name}: must be True or False, got {getattr(self, name)!r}")
         if self.device not in ("auto", "cpu"):
             raise ConfigError(f"device: {self.device!r} is not supported yet; use 'cpu' or 'auto'")
         for name in ("max_num_batched_tokens", "max_num_seqs", "max_lanes", "max_lane_rows",
@@ -157,8 +165,10 @@ class EngineConfig:
                      "max_model_len"):  # fmt: skip
             if getattr(self, name) is not None:
                 self._check_positive(name)
-        if not _is_number(self.watermark) or not 0.0 <= self.watermark < 1.0:
-            raise ConfigError(f"watermark: must be a number in [0, 1), got {self.watermark!r}")
+        for name in ("watermark", "prefix_cache_reserve"):
+            share = getattr(self, name)
+            if not _is_number(share) or not 0.0 <= share < 1.0:
+                raise ConfigError(f"{name}: must be a number in [0, 1), got {share!r}")
         if not _is_number(self.pass_budget_s) or not self.pass_budget_s > 0:
             raise ConfigError(f"pass_budget_s: must be a number above 0, got {self.pass_budget_s!r}")
         if type(self.seed) is not int or not 0 <= self.seed < 2**62:

@@ -108,6 +108,7 @@ class RequestMetrics:
 
     tpot_s leaves the first token out; None when fewer than two tokens came.
     num_lane_tokens: tokens decoded with host attention (the rest were decoded on the device).
+    num_cached_tokens: prompt tokens whose KV was found in the prefix cache, not computed.
     is_exact: False once a token was decoded from lossy KV (host_kv_dtype="int8"): the text is then outside
     the exactness promise.
     """
@@ -116,6 +117,7 @@ class RequestMetrics:
     tpot_s: float | None = None
     num_lane_tokens: int = 0
     is_exact: bool = True
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -210,9 +210,66 @@ def host_lost(pool: Pool, settings: Settings, lengths: Sequence[int], rng: rando
     return Scenario(arrivals, _counted("host_deaths", "num_dropped"), "always", after_step=kill)
 
 
+def _hits(*names: str) -> Callable[[Outcome], None]:
+    """Tokens were found in the prefix cache by each of these."""
+
+    def proves(outcome: Outcome) -> None:
+        for name in names:
+            assert outcome.stats["prefix_cache"][name]["hit_tokens"] > 0, name
+
+    return proves
+
+
+def _with_one_beginning(pool: Pool, lengths: Sequence[int], gap: int) -> list[Arrival]:
+    """One long beginning for all, `gap` steps apart; every second one is best-effort, and one comes twice."""
+    beginning = pool[127].ids
+    arrivals = [
+        Arrival(gap * i, beginning + pool[n].ids[:40], pool[n].max_tokens, LS if i % 2 else BE)
+        for i, n in enumerate(lengths)
+    ]
+    last = arrivals[-1]
+    return [*arrivals, Arrival(last.step + 2 * gap, last.prompt, last.max_tokens, last.service_class)]
+
+
+def shared(pool: Pool, settings: Settings, lengths: Sequence[int], rng: random.Random) -> Scenario:
+    """Prompts begin alike: later ones are prefilled from where they differ, lanes share pages."""
+    found = _hits("device_latency_sensitive", "device_best_effort", "host")
+
+    def proves(outcome: Outcome) -> None:
+        best_effort_decodes_in_lanes(outcome)
+        found(outcome)
+
+    gap = -(-170 // settings.chunk) + 4
+    return Scenario(_with_one_beginning(pool, lengths, gap), proves, "always")
+
+
+def shared_crowded(pool: Pool, settings: Settings, lengths: Sequence[int], rng: random.Random) -> Scenario:
+    """As above with little room on either side: pages are evicted and computed again."""
+    arrivals = _with_one_beginning(pool, lengths, rng.randrange(1, 6))
+    longest = max(len(a.prompt) + a.max_tokens for a in arrivals)
+    return Scenario(
+        arrivals,
+        _hits("device_latency_sensitive"),
+        device_tokens=longest + 4 * settings.page_size,
+        host_tokens=longest + 4 * settings.host_page_size,
+    )
+
+
 SCENARIOS: dict[str, Build] = {
     build.__name__: build
-    for build in (ls_alone, be_always, mixed, crowded, displaced, dropped, returned, parked, host_lost)
+    for build in (
+        ls_alone,
+        be_always,
+        mixed,
+        crowded,
+        displaced,
+        dropped,
+        returned,
+        parked,
+        host_lost,
+        shared,
+        shared_crowded,
+    )
 }
 
 

@@ -93,8 +93,8 @@ class ScriptedEngine:
     def _watch(self, pool: PagePool) -> None:
         allocate = pool.allocate
 
-        def watched(count: int, near: int | None = None) -> list[int]:
-            ids = allocate(count, near)
+        def watched(count: int, near: int | None = None, keep: int = 0) -> list[int]:
+            ids = allocate(count, near, keep)
             assert not self.pages_under_way().intersection(ids), "a page is handed out under a task or a copy"
             return ids
 
@@ -105,10 +105,17 @@ class ScriptedEngine:
 
     # ------------------------------------------------------------ what a script can do
 
-    def add(self, prompt: Sequence[int], max_tokens: int, service_class: str, **sampling: Any) -> int:
+    def add(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        service_class: str,
+        cache_salt: str | None = None,
+        **sampling: Any,
+    ) -> int:
         """Raises RequestError like the engine."""
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **sampling)
-        request_id = self.engine.add(prompt, params, service_class)
+        request_id = self.engine.add(prompt, params, service_class, cache_salt)
         self.asked[request_id] = Asked(tuple(prompt), max_tokens, service_class == BE, [])
         return request_id
 

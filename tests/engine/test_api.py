@@ -67,6 +67,18 @@ def test_an_output_carries_text_reason_and_metrics(llm: LLM) -> None:
     assert output.metrics.tpot_s is not None
 
 
+def test_a_prompt_seen_before_is_not_computed_again_unless_its_salt_differs(llm: LLM) -> None:
+    prompt = list(range(100, 150))
+    (first,) = llm.generate([prompt], GREEDY)
+    again = llm.generate([prompt] * 2, GREEDY, cache_salt=["somebody", "somebody else"])
+    (same,) = llm.generate([prompt], GREEDY)
+    assert [o.metrics.num_cached_tokens for o in (first, *again, same)] == [0, 0, 0, 48]
+    assert all(o.token_ids == first.token_ids for o in (*again, same))
+    assert llm.stats()["prefix_cache"]["device_latency_sensitive"]["hit_tokens"] >= 48
+    with pytest.raises(RequestError, match="cache_salt"):
+        llm.generate([prompt], GREEDY, cache_salt="")
+
+
 def test_chat_uses_the_template_and_stops_at_the_end_of_turn(llm: LLM) -> None:
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     (output,) = llm.chat(messages, SamplingParams(max_tokens=40))
@@ -140,6 +152,8 @@ def test_bad_sampling_params_are_refused_by_name(bad: dict[str, Any]) -> None:
         ({"device": "cuda"}, "not supported yet"),
         ({"watermark": 1.5}, "watermark"),
         ({"watermark": "a"}, "watermark"),
+        ({"prefix_cache_reserve": 1.0}, "prefix_cache_reserve"),
+        ({"enable_prefix_caching": 1}, "enable_prefix_caching"),
         ({"seed": None}, "seed"),
         ({"max_lanes": 1 << 30}, "max_lanes"),
         ({"host_threads": 5000}, "host_threads"),

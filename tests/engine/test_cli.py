@@ -28,7 +28,11 @@ def test_every_setting_is_a_flag() -> None:
 
 @pytest.mark.parametrize(
     ("flags", "values"),
-    [(["--host-mlock"], {"host_mlock": True}), (["--no-host-mlock"], {"host_mlock": False})],
+    [
+        (["--host-mlock"], {"host_mlock": True}),
+        (["--no-host-mlock"], {"host_mlock": False}),
+        (["--no-enable-prefix-caching"], {"enable_prefix_caching": False}),
+    ],
 )
 def test_a_yes_or_no_setting_is_a_flag_without_a_value(flags: list[str], values: dict[str, bool]) -> None:
     assert cli._settings(cli._parser().parse_args(["generate", "hello", *flags])) == values

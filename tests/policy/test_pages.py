@@ -93,3 +93,111 @@ def test_no_page_is_ever_owned_twice(partitions: int, script: list[tuple[bool, i
             pool.release(owners.pop(count % len(owners)))
         pool.check(owners)
     assert pool.num_used == sum(len(ids) for ids in owners)
+
+
+# ---------------------------------------------------------------- pages known by a hash
+
+
+def hash_of(number: int) -> bytes:
+    return bytes([number])
+
+
+def known(pool: PagePool, numbers: list[int]) -> list[int]:
+    """Pages just allocated, registered and released."""
+    ids = pool.allocate(len(numbers))
+    assert [pool.register(page, hash_of(n)) for page, n in zip(ids, numbers, strict=True)] == ids
+    pool.release(ids)
+    return ids
+
+
+def test_a_released_page_is_free_and_still_found_by_its_hash() -> None:
+    pool = PagePool(4, page_size=4)
+    ids = known(pool, [1, 2])
+    assert (pool.num_free, pool.num_cached) == (4, 2)
+    assert pool.match([hash_of(1), hash_of(2), hash_of(3)]) == ids
+    assert pool.match([hash_of(3), hash_of(1)]) == [], "a run ends at the first unknown page"
+    pool.share(ids)
+    assert (pool.num_free, pool.num_cached) == (2, 0)
+    pool.check([ids])
+
+
+def test_pages_without_content_go_first_then_the_least_recently_used_its_end_before_its_beginning() -> None:
+    pool = PagePool(5, page_size=4)
+    first, second = known(pool, [1, 2]), known(pool, [3, 4])
+    pool.share(first)
+    pool.release(first)
+    assert pool.allocate(4)[1:] == [second[1], second[0], first[1]]
+    assert pool.match([hash_of(1)]) == [first[0]]
+    assert pool.num_evicted == 3
+
+
+def test_a_referenced_page_is_never_evicted() -> None:
+    pool = PagePool(3, page_size=4)
+    ids = known(pool, [1, 2])
+    pool.share(ids[:1])
+    pool.allocate(2)
+    assert pool.match([hash_of(1), hash_of(2)]) == ids[:1]
+    with pytest.raises(AssertionError, match="0 pages free"):
+        pool.allocate(1)
+
+
+def test_a_second_page_of_the_same_content_stays_unknown() -> None:
+    pool = PagePool(3, page_size=4)
+    (one,) = known(pool, [1])
+    (other,) = pool.allocate(1)
+    assert pool.register(other, hash_of(1)) == one
+    pool.release([other])
+    assert (pool.num_free, pool.num_cached) == (3, 1)
+
+
+def test_protected_pages_are_kept_down_to_the_number_asked_for() -> None:
+    pool = PagePool(6, page_size=4)
+    chat = pool.allocate(4)
+    for page, number in zip(chat, range(4), strict=True):
+        pool.register(page, hash_of(number))
+    pool.release(chat, protect=True)
+    pool.share(chat)
+    pool.release(chat)
+    assert pool.num_protected == 4, "protected until evicted"
+    assert len(pool.allocate(3, keep=3)) == 3
+    with pytest.raises(AssertionError, match="0 pages free"):
+        pool.allocate(1, keep=3)
+    assert len(pool.allocate(3)) == 3
+
+
+def test_the_check_notices_a_wrong_hash() -> None:
+    pool = PagePool(3, page_size=4)
+    known(pool, [1])
+    pool._page_of[hash_of(2)] = 2
+    with pytest.raises(AssertionError, match="not its own"):
+        pool.check([])
+
+
+@given(
+    st.integers(1, 3),
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.booleans()), max_size=80),
+)
+def test_whatever_is_found_is_what_was_registered(
+    partitions: int, script: list[tuple[int, int, bool]]
+) -> None:
+    """A model of contents: who allocates a page overwrites it; a page found holds what its hash says."""
+    pool = PagePool(9, page_size=2, num_partitions=partitions)
+    content: dict[int, int] = {}
+    owners: list[list[int]] = []
+    for action, number, protect in script:
+        chain = [hash_of(10 * number + i) for i in range(3)]
+        if action == 0 and pool.num_free - min(2, pool.num_protected) >= 3:
+            ids = pool.allocate(3, keep=2)
+            content |= {page: 10 * number + i for i, page in enumerate(ids)}
+            owners.append(
+                [pool.register(page, page_hash) for page, page_hash in zip(ids, chain, strict=True)]
+            )
+            pool.share(owners[-1])
+            pool.release(ids)
+        elif action == 1:
+            owners.append(pool.match(chain))
+            pool.share(owners[-1])
+            assert [content[page] for page in owners[-1]] == [10 * number + i for i in range(len(owners[-1]))]
+        elif owners:
+            pool.release(owners.pop(number % len(owners)), protect)
+        pool.check(owners)

@@ -17,6 +17,14 @@ from omniserve.policy.scheduler import schedule
 from omniserve.policy.state import State
 from policy.scripted import World, make_limits
 
+# Prompts are the beginnings of few texts, of which some begin alike.
+TREE = [
+    [0] * 60,
+    [0, 0, 0, 0, 0, 0, 1] + [0, 1] * 30,
+    [0, 0, 0, 1] + [1] * 60,
+    [0, 0, 0, 1, 1, 1, 1, 1, 1, 0] + [1, 1, 0] * 20,
+]
+
 
 def test_policy_imports_no_torch() -> None:
     code = (
@@ -280,6 +288,7 @@ def test_every_request_finishes_with_its_tokens_in_any_memory(
         host_offload=mode,
         num_host_partitions=data.draw(st.integers(1, max(1, min(3, host_pages))), label="partitions"),
         host_kv_is_lossy=is_lossy,
+        prefix_reserve_pages=data.draw(st.integers(0, device_pages), label="reserve"),
     )
     world = World(limits, chunk_tokens=data.draw(st.integers(1, 9), label="budget"))
     longest = device_pages * page_size
@@ -289,7 +298,8 @@ def test_every_request_finishes_with_its_tokens_in_any_memory(
     for _ in range(data.draw(st.integers(1, 8), label="requests")):
         total = data.draw(st.integers(2, longest), label="total tokens")
         prompt = data.draw(st.integers(1, total - 1), label="prompt")
-        request_id = world.add(prompt, total - prompt, data.draw(st.booleans(), label="best effort"))
+        text = data.draw(st.sampled_from(TREE), label="text")[:prompt]
+        request_id = world.add(text, total - prompt, data.draw(st.booleans(), label="best effort"))
         wanted[request_id] = total - prompt
         for _ in range(data.draw(st.integers(0, 4), label="steps between")):
             world.step(lambda kind, key: data.draw(st.booleans(), label="served"))
@@ -309,25 +319,57 @@ class PolicyMachine(RuleBasedStateMachine):
         host_pages=st.integers(4, 12),
         partitions=st.integers(1, 4),
         is_lossy=st.booleans(),
+        reserve=st.integers(0, 12),
+        page_size=st.sampled_from([1, 2, 4]),
+        host_page_size=st.sampled_from([2, 3, 4]),
+        caches_prefixes=st.sampled_from([True, True, True, False]),
     )
-    def build(self, mode: str, device_pages: int, host_pages: int, partitions: int, is_lossy: bool) -> None:
+    def build(
+        self,
+        mode: str,
+        device_pages: int,
+        host_pages: int,
+        partitions: int,
+        is_lossy: bool,
+        reserve: int,
+        page_size: int,
+        host_page_size: int,
+        caches_prefixes: bool,
+    ) -> None:
         limits = make_limits(
             num_device_pages=device_pages,
             num_host_pages=host_pages,
-            page_size=2,
-            host_page_size=3,
+            page_size=page_size,
+            host_page_size=host_page_size,
             host_offload=mode,
             num_host_partitions=partitions,
             host_kv_is_lossy=is_lossy,
+            prefix_reserve_pages=reserve,
         )
-        self.world = World(limits)
-        self.longest = min(device_pages * 2, host_pages * 3)
+        self.world = World(limits, caches_prefixes=caches_prefixes)
+        self.longest = min(device_pages * page_size, host_pages * host_page_size)
         self.wanted: dict[int, int] = {}
 
-    @rule(prompt=st.integers(1, 20), output=st.integers(1, 12), best_effort=st.booleans())
-    def arrive(self, prompt: int, output: int, best_effort: bool) -> None:
+    @rule(
+        text=st.sampled_from(TREE),
+        prompt=st.integers(1, 20),
+        output=st.integers(1, 12),
+        best_effort=st.booleans(),
+        salt=st.sampled_from([None, None, None, "another tenant"]),
+    )
+    def arrive(self, text: list[int], prompt: int, output: int, best_effort: bool, salt: str | None) -> None:
         if prompt + output <= self.longest:
-            self.wanted[self.world.add(prompt, output, best_effort)] = output
+            self.wanted[self.world.add(text[:prompt], output, best_effort, salt)] = output
+
+    @rule(data=st.data(), turn=st.integers(1, 4), output=st.integers(1, 6), best_effort=st.booleans())
+    def go_on(self, data: st.DataObject, turn: int, output: int, best_effort: bool) -> None:
+        """The next turn of a chat: what was said so far, and a little more."""
+        if not self.world.finished:
+            return
+        earlier = data.draw(st.sampled_from(self.world.finished))
+        text = self.world.texts[earlier] + [1] * turn
+        if len(text) + output <= self.longest:
+            self.wanted[self.world.add(text, output, best_effort, self.world.salts[earlier])] = output
 
     @rule(data=st.data())
     def step(self, data: st.DataObject) -> None:

@@ -8,6 +8,25 @@ from dataclasses import dataclass
 from omniserve.errors import RequestError
 from omniserve.types import SamplingParams
 
+MAX_CACHE_SALT = 4096
+
+
+def check_cache_salt(salt: object) -> None:
+    """Raise RequestError unless `salt` is None or text of 1 to MAX_CACHE_SALT bytes."""
+    if salt is None:
+        return
+    size = len(salt.encode(errors="replace")) if isinstance(salt, str) else 0
+    if (
+        not isinstance(salt, str)
+        or not 1 <= size <= MAX_CACHE_SALT
+        or any("\ud800" <= c <= "\udfff" for c in salt)
+    ):
+        raise RequestError(
+            "cache_salt",
+            f"must be text of 1 to {MAX_CACHE_SALT} bytes of UTF-8; None shares prefixes with all others "
+            "that have none",
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:

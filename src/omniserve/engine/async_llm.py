@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from omniserve.config import EngineConfig
+from omniserve.engine.acceptance import check_cache_salt
 from omniserve.engine.client import EngineClient
 from omniserve.engine.messages import Token
 from omniserve.engine.progress import Progress
@@ -70,9 +71,16 @@ class AsyncLLM:
         text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def check(self, prompt: Sequence[int], params: SamplingParams, service_class: str) -> None:
+    def check(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        service_class: str,
+        cache_salt: str | None = None,
+    ) -> None:
         """Raise RequestError when the engine would refuse this request."""
         service_class_named(service_class)
+        check_cache_salt(cache_salt)
         self._client.info.acceptance.check(prompt, params)
 
     async def submit(
@@ -81,16 +89,17 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         service_class: str = "latency_sensitive",
         request_id: str | None = None,
+        cache_salt: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Yield the request's output after each token (cumulative); the last one has a finish reason.
 
+        cache_salt: cached prefixes are shared only among requests of the same salt (None: those without one).
         Leaving the iterator early aborts the request. Raises RequestError for a request that can not be
         served and EngineDeadError when the engine ends.
         """
         arrived_s = time.monotonic()
-        async for output in self.stream(
-            self.encode(prompt), sampling_params or SamplingParams(), service_class, request_id, arrived_s
-        ):
+        ids, params = self.encode(prompt), sampling_params or SamplingParams()
+        async for output in self.stream(ids, params, service_class, request_id, arrived_s, cache_salt):
             yield output
 
     async def stream(
@@ -100,9 +109,10 @@ class AsyncLLM:
         service_class: str,
         request_id: str | None,
         arrived_s: float,
+        cache_salt: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """`submit` for a tokenised prompt whose time counts from `arrived_s` (time.monotonic())."""
-        self.check(ids, params, service_class)
+        self.check(ids, params, service_class, cache_salt)
         name = request_id if request_id is not None else f"request-{next(self._names)}"
         if name in self._running:
             raise RequestError("request_id", f"{name!r} is running already")
@@ -111,7 +121,7 @@ class AsyncLLM:
         def listen(item: Token | Exception | None) -> None:
             loop.call_soon_threadsafe(news.put_nowait, (time.monotonic(), item))
 
-        engine_id = self._client.add(ids, params, service_class, listen)
+        engine_id = self._client.add(ids, params, service_class, listen, cache_salt)
 
         def stop() -> None:
             self._client.abort(engine_id)

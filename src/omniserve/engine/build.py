@@ -115,6 +115,7 @@ def make_limits(
         host_offload=config.host_offload,
         num_host_partitions=max(1, min(host_partitions, host_pages)),
         host_kv_is_lossy=config.host_kv_dtype == "int8",
+        prefix_reserve_pages=round(config.prefix_cache_reserve * device_pages),
     )
 
 
@@ -162,7 +163,15 @@ def make_engine(
     cost = cost or FixedBudget(config.max_num_batched_tokens, config.max_lane_rows, config.pass_budget_s)
     acceptance = make_acceptance(limits, decoder.config, max_model_len)
     return Engine(
-        executor, the_host, limits, cost, acceptance, config.seed, split.host_threads, kv_dtype_there
+        executor,
+        the_host,
+        limits,
+        cost,
+        acceptance,
+        config.seed,
+        split.host_threads,
+        kv_dtype_there,
+        caches_prefixes=config.enable_prefix_caching,
     )
 
 

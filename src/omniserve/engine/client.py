@@ -87,11 +87,16 @@ class EngineClient:
     # ------------------------------------------------------------ calls
 
     def add(
-        self, prompt: Sequence[int], params: SamplingParams, service_class: str, listener: Listener
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        service_class: str,
+        listener: Listener,
+        cache_salt: str | None = None,
     ) -> int:
         """Submit a request; `listener` hears its tokens until one carries a finish reason."""
         request_id = next(self._ids)
-        message = pack(Add(request_id, list(prompt), params, service_class))
+        message = pack(Add(request_id, list(prompt), params, service_class, cache_salt))
         with self._lock:
             self._raise_if_dead()
             self._listeners[request_id] = listener

@@ -149,7 +149,7 @@ class CpuExecutor:
             port.land(
                 copy.copy_id,
                 address(copy.device_page),
-                0,
+                copy.device_offset,
                 copy.num_tokens,
                 copy.host_offset,
                 list(copy.host_pages),
@@ -157,7 +157,7 @@ class CpuExecutor:
         for copy in step.copies_in:
             port.fetch(
                 copy.copy_id,
-                0,
+                copy.device_offset,
                 copy.num_tokens,
                 copy.host_offset,
                 list(copy.host_pages),

@@ -58,16 +58,18 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         service_class: str | Sequence[str] = "latency_sensitive",
         on_progress: OnProgress | None = None,
+        cache_salt: str | Sequence[str] | None = None,
     ) -> list[RequestOutput]:
         """Generate for every prompt (text or token ids) and return the outputs in their order.
 
-        sampling_params and service_class: one for all or one per prompt. on_progress(i, output) is called
-        after each token. Raises RequestError naming the first prompt that can not be served, before any
-        of them runs.
+        sampling_params, service_class and cache_salt: one for all or one per prompt; cached prefixes are
+        shared only among requests of the same salt (None: those without one). on_progress(i, output) is
+        called after each token. Raises RequestError naming the first prompt that can not be served, before
+        any of them runs.
         """
         arrived_s = time.monotonic()
         batch = [self._llm.encode(p) for p in _as_list(prompts)]
-        return self._run_batch(batch, sampling_params, service_class, on_progress, arrived_s)
+        return self._run_batch(batch, sampling_params, service_class, on_progress, arrived_s, cache_salt)
 
     def chat(
         self,
@@ -75,6 +77,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         service_class: str | Sequence[str] = "latency_sensitive",
         on_progress: OnProgress | None = None,
+        cache_salt: str | Sequence[str] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of a list of them, rendered by the model's chat template."""
         arrived_s = time.monotonic()
@@ -82,7 +85,7 @@ class LLM:
             messages = cast("Sequence[Sequence[Message]]", [messages])
         conversations = cast("Sequence[Sequence[Message]]", messages)
         batch = [self._llm.encode_chat(c) for c in conversations]
-        return self._run_batch(batch, sampling_params, service_class, on_progress, arrived_s)
+        return self._run_batch(batch, sampling_params, service_class, on_progress, arrived_s, cache_salt)
 
     def stats(self) -> dict[str, Any]:
         """Counters and gauges of the engine; see docs/design.md."""
@@ -126,18 +129,22 @@ class LLM:
         service_class: str | Sequence[str],
         on_progress: OnProgress | None,
         arrived_s: float,
+        cache_salt: str | Sequence[str] | None,
     ) -> list[RequestOutput]:
         params = _one_each(sampling_params or SamplingParams(), len(batch), "sampling_params", SamplingParams)
         classes: list[str] = _one_each(service_class, len(batch), "service_class", str)
-        for i, (prompt, own, kind) in enumerate(zip(batch, params, classes, strict=True)):
+        salts: list[str | None] = [None] * len(batch)
+        if cache_salt is not None:
+            salts = [*_one_each(cache_salt, len(batch), "cache_salt", str)]
+        for i, (prompt, own, kind, salt) in enumerate(zip(batch, params, classes, salts, strict=True)):
             try:
-                self._llm.check(prompt, own, kind)
+                self._llm.check(prompt, own, kind, salt)
             except RequestError as error:
                 raise RequestError(error.field, f"{error.reason} (prompt number {i})") from None
 
         async def run_one(i: int) -> RequestOutput:
             last: RequestOutput | None = None
-            async for last in self._llm.stream(batch[i], params[i], classes[i], None, arrived_s):
+            async for last in self._llm.stream(batch[i], params[i], classes[i], None, arrived_s, salts[i]):
                 if on_progress is not None:
                     on_progress(i, last)
             assert last is not None

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from omniserve.engine.acceptance import Acceptance
+from omniserve.engine.acceptance import Acceptance, check_cache_salt
 from omniserve.engine.executor import Executor
+from omniserve.engine.page_hashes import PageHashes
 from omniserve.engine.records import Record
 from omniserve.host.supervisor import Host
 from omniserve.policy.latency import CostModel
@@ -35,9 +36,13 @@ LANE_STATS = (
 
 @dataclass(slots=True)
 class StepOutput:
-    """New tokens of one step. was_idle: nothing could be done; the engine may sleep."""
+    """New tokens of one step. was_idle: nothing could be done; the engine may sleep.
+
+    num_cached: prompt tokens found in the prefix cache, by request, for those with a token.
+    """
 
     tokens: list[NewToken] = field(default_factory=list)
+    num_cached: dict[int, int] = field(default_factory=dict)
     was_idle: bool = False
 
 
@@ -55,6 +60,7 @@ class Engine:
         host_threads: int = 1,
         host_kv_dtype: str | None = None,
         clock: Callable[[], float] = time.monotonic,
+        caches_prefixes: bool = True,
     ) -> None:
         self.executor = executor
         self.host = host
@@ -65,6 +71,8 @@ class Engine:
         self._host_kv_dtype = host_kv_dtype
         self.state = State(limits)
         self._clock = clock
+        self._caches_prefixes = caches_prefixes
+        self._hashes: dict[int, tuple[PageHashes, PageHashes]] = {}  # of device and host pages, by request
         self._next_id = 0
         self._started_s = clock()
         self._host_deaths = 0
@@ -72,10 +80,20 @@ class Engine:
 
     # ------------------------------------------------------------ requests
 
-    def add(self, prompt: Sequence[int], params: SamplingParams, service_class: str) -> int:
-        """Accept a request; returns its id. Raises RequestError naming the field and the limit."""
+    def add(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        service_class: str,
+        cache_salt: str | None = None,
+    ) -> int:
+        """Accept a request; returns its id. Raises RequestError naming the field and the limit.
+
+        cache_salt: requests share cached prefixes only with those of the same salt.
+        """
         kind = service_class_named(service_class)
         self.acceptance.check(prompt, params)
+        check_cache_salt(cache_salt)
         stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             stop_ids |= frozenset(self.acceptance.eos_token_ids)
@@ -92,14 +110,28 @@ class Engine:
                 stop_ids,
             )
         )
-        self.state.add(
-            Request(request_id, kind.rank, kind.best_effort, len(prompt), params.max_tokens, len(prompt))
+        request = Request(
+            request_id, kind.rank, kind.best_effort, len(prompt), params.max_tokens, len(prompt)
         )
+        if self._caches_prefixes:
+            sizes = (self.state.limits.page_size, self.state.limits.host_page_size)
+            device, host = (PageHashes(size, cache_salt) for size in sizes)
+            self._hashes[request_id] = device, host
+            self._extend_hashes(request, prompt)
+        self.state.add(request)
         return request_id
+
+    def _extend_hashes(self, request: Request, tokens: Sequence[int]) -> None:
+        if request.id in self._hashes:
+            device, host = self._hashes[request.id]
+            request.device_hashes += device.extend(tokens)
+            if request.best_effort:  # others never move to the host
+                request.host_hashes += host.extend(tokens)
 
     def abort(self, request_id: int) -> bool:
         """Forget a request; its device pages are free now. False when it has already ended."""
         known = self.state.abort(request_id)
+        self._hashes.pop(request_id, None)
         self.executor.remove(request_id)
         self.executor.cancel(*self.state.take_cancels())
         return known
@@ -124,11 +156,18 @@ class Engine:
         return self._output(result, finished)
 
     def _output(self, result: StepResult, finished: list[Request]) -> StepOutput:
+        ended = {request.id: request for request in finished}
+        output = StepOutput(tokens=list(result.tokens))
+        for token in result.tokens:
+            request = ended.get(token.request_id) or self.state.requests[token.request_id]
+            self._extend_hashes(request, (token.token_id,))
+            output.num_cached[request.id] = min(request.num_cached_tokens or 0, request.num_prompt)
         for request in finished:
             self.executor.remove(request.id)
+            self._hashes.pop(request.id, None)
         if finished:
             self.executor.cancel(*self.state.take_cancels())
-        return StepOutput(tokens=list(result.tokens))
+        return output
 
     def sleep(self, extra_fds: Sequence[int] = (), timeout_s: float = MAX_SLEEP_S) -> None:
         """Wait for one event: a completion or copy of the host, news about the host, or `extra_fds`."""
@@ -189,6 +228,7 @@ class Engine:
             phase.value: len(state.in_phase(phase)) for phase in Phase if phase is not Phase.FINISHED
         } | {Phase.WAITING.value: len(state.waiting)}
         stats["pages"] = self._pages()
+        stats["prefix_cache"] = self._prefix_cache()
         stats["uptime_s"] = elapsed
         return stats
 
@@ -199,6 +239,17 @@ class Engine:
             return "failed"
         return "ready" if self.state.host_ready else "starting"
 
+    def _prefix_cache(self) -> dict[str, Any]:
+        """Tokens queried and found, by class on the device and by lanes' pages on the host; pages evicted."""
+        state = self.state
+        return {
+            "device_latency_sensitive": asdict(state.latency_sensitive_hits),
+            "device_best_effort": asdict(state.best_effort_hits),
+            "host": asdict(state.host_hits),
+            "device_evicted_pages": state.device.num_evicted,
+            "host_evicted_pages": state.num_host_evicted,
+        }
+
     def _pages(self) -> dict[str, int]:
         """Pages by owner."""
         state = self.state
@@ -206,11 +257,13 @@ class Engine:
         return {
             "device_total": state.device.num_pages,
             "device_free": state.device.num_free,
+            "device_cached": state.device.num_cached,
             "device_latency_sensitive": sum(len(r.device_pages) for r in active if not r.best_effort),
             "device_best_effort": sum(len(r.device_pages) for r in active if r.best_effort),
             "device_incoming": sum(len(r.incoming_pages) for r in active),
             "host_total": state.host.num_pages,
             "host_free": state.host.num_free,
+            "host_cached": state.host.num_cached,
             "host_lanes": sum(len(r.host.pages) for r in active if r.host and r.host.slot is not None),
             "host_mirrors": sum(len(r.host.pages) for r in active if r.host and r.host.slot is None),
             "host_retiring": sum(len(s.pages) for s in state.retiring),

@@ -27,6 +27,7 @@ class Add(msgspec.Struct, tag=True):
     prompt: list[int]
     params: SamplingParams
     service_class: str
+    cache_salt: str | None = None
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -60,7 +61,7 @@ class Refused(msgspec.Struct, tag=True):
 class Token(msgspec.Struct, array_like=True):
     """One new token of a request; `finish_reason` is set on its last one.
 
-    is_exact: not decoded from lossy KV.
+    is_exact: not decoded from lossy KV. num_cached: prompt tokens found in the prefix cache.
     """
 
     request_id: int
@@ -68,6 +69,7 @@ class Token(msgspec.Struct, array_like=True):
     by_lane: bool = False
     finish_reason: FinishReason | None = None
     is_exact: bool = True
+    num_cached: int = 0
 
 
 class Tokens(msgspec.Struct, tag=True):

@@ -116,7 +116,9 @@ class EngineLoop:
 
     def _add(self, message: Add) -> None:
         try:
-            engine_id = self.engine.add(message.prompt, message.params, message.service_class)
+            engine_id = self.engine.add(
+                message.prompt, message.params, message.service_class, message.cache_salt
+            )
         except RequestError as error:
             self.channel.send(Refused(message.request_id, error.field, error.reason))
             return
@@ -130,7 +132,10 @@ class EngineLoop:
         for token in output.tokens:
             caller_id = self._caller_ids[token.request_id]
             is_exact = not (token.by_lane and self.engine.state.limits.host_kv_is_lossy)
-            tokens.append(Token(caller_id, token.token_id, token.by_lane, token.finish_reason, is_exact))
+            num_cached = output.num_cached[token.request_id]
+            tokens.append(
+                Token(caller_id, token.token_id, token.by_lane, token.finish_reason, is_exact, num_cached)
+            )
             if token.finish_reason is not None:
                 del self._engine_ids[caller_id], self._caller_ids[token.request_id]
         self.channel.send(Tokens(tokens))

@@ -33,6 +33,7 @@ class Progress:
         self._reason: FinishReason | None = None
         self._num_lane_tokens = 0
         self._is_exact = True
+        self._num_cached_tokens = 0
         self._arrived_s = arrived_s
         self._first_s: float | None = None
         self._last_s = arrived_s
@@ -50,6 +51,7 @@ class Progress:
         self._reason = token.finish_reason
         self._num_lane_tokens += token.by_lane
         self._is_exact = self._is_exact and token.is_exact
+        self._num_cached_tokens = token.num_cached
         searched = max(0, len(self._text) - self._longest_stop + 1)
         self._text += self._stream.push(token.token_id)
         if self._reason is not None:
@@ -87,4 +89,4 @@ class Progress:
         later = len(self._tokens) - 1
         tpot_s = (self._last_s - self._first_s) / later if later else None
         ttft_s = self._first_s - self._arrived_s
-        return RequestMetrics(ttft_s, tpot_s, self._num_lane_tokens, self._is_exact)
+        return RequestMetrics(ttft_s, tpot_s, self._num_lane_tokens, self._is_exact, self._num_cached_tokens)

@@ -28,10 +28,16 @@ class Displace:
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
-    """Device pages for a request: its whole remaining prompt, or its next decode token."""
+    """Device pages for a request: its whole remaining prompt, or its next decode token.
+
+    cached: pages that hold the beginning of its prompt already; `num_pages` come in addition. keep: protected
+    cached pages that stay.
+    """
 
     request_id: int
     num_pages: int
+    cached: tuple[int, ...] = ()
+    keep: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +49,16 @@ class GrowHost:
 
 
 @dataclass(frozen=True, slots=True)
+class ShareHost:
+    """The host has the next full pages of a request already: they are referenced, not copied."""
+
+    request_id: int
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class CopyOut:
-    """Copy `num_tokens` tokens from `start` (a page start) from the device to the host."""
+    """Copy `num_tokens` tokens from `start`, of one page, from the device to the host."""
 
     request_id: int
     start: int
@@ -60,10 +74,15 @@ class Unmirror:
 
 @dataclass(frozen=True, slots=True)
 class SwapIn:
-    """Reserve device pages for a lane that shall return to the device; it decodes on meanwhile."""
+    """Reserve device pages for a lane that shall return to the device; it decodes on meanwhile.
+
+    cached, keep: as for Reserve; what cached pages hold need not be fetched.
+    """
 
     request_id: int
     num_pages: int
+    cached: tuple[int, ...] = ()
+    keep: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +108,19 @@ class StopLane:
     request_id: int
 
 
-Move = Drop | Displace | Reserve | GrowHost | CopyOut | Unmirror | SwapIn | CopyIn | CancelSwapIn | StopLane
+Move = (
+    Drop
+    | Displace
+    | Reserve
+    | GrowHost
+    | ShareHost
+    | CopyOut
+    | Unmirror
+    | SwapIn
+    | CopyIn
+    | CancelSwapIn
+    | StopLane
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,13 +188,14 @@ class LaneStart:
 
 @dataclass(frozen=True, slots=True)
 class PageCopy:
-    """One page between device and host: `num_tokens` tokens, from offset 0 of `device_page`.
+    """Part of a page between device and host: `num_tokens` tokens from `device_offset` of `device_page` on.
 
     On the host they start at token `host_offset` of the first of `host_pages`.
     """
 
     copy_id: int
     device_page: int
+    device_offset: int
     num_tokens: int
     host_offset: int
     host_pages: tuple[int, ...]

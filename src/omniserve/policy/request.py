@@ -26,6 +26,7 @@ class Limits:
 
     num_host_partitions: contiguous runs of host pages with workers of their own.
     host_kv_is_lossy: KV on the host is rounded, so that it never returns to the device.
+    prefix_reserve_pages: cached device pages of LS requests that BE work does not evict.
     """
 
     num_layers: int
@@ -42,15 +43,17 @@ class Limits:
     host_offload: Literal["auto", "always", "never"]
     num_host_partitions: int = 1
     host_kv_is_lossy: bool = False
+    prefix_reserve_pages: int = 0
 
 
 @dataclass(slots=True)
 class HostHold:
     """What one request holds on the host.
 
-    copied_tokens: prefix handed to copying. unstaged, unlanded, unfetched: copy id -> first token of copies
-    that have not left the device page, not arrived on the host, not come back. in_flight: a row of the slot
-    is between exit and the end of its token. known_pages: pages the executor has been told.
+    copied_tokens: prefix handed to copying, or found on the host. unstaged, unlanded, unfetched: copy id ->
+    first token of copies that have not left the device page, not arrived on the host, not come back.
+    in_flight: a row of the slot is between exit and the end of its token. known_pages: pages the executor has
+    been told. num_registered: leading pages that the pool knows by their hash.
     """
 
     pages: list[int] = field(default_factory=list)
@@ -61,6 +64,11 @@ class HostHold:
     unfetched: dict[int, int] = field(default_factory=dict)
     in_flight: bool = False
     known_pages: int = 0
+    num_registered: int = 0
+
+    @property
+    def landed_tokens(self) -> int:
+        return min(self.unlanded.values(), default=self.copied_tokens)
 
     @property
     def staged_tokens(self) -> int:
@@ -78,6 +86,8 @@ class Request:
 
     device_pages: pages from index `num_released` on (a request moving out gives up leading pages first).
     incoming_pages: device pages reserved for a lane that comes back; fetched_tokens: prefix asked for.
+    device_hashes, host_hashes: of its full pages, as far as its tokens are known, for either page size; none
+    without a prefix cache. num_cached_tokens: tokens found on the device when it first started; None before.
     """
 
     id: int
@@ -93,6 +103,9 @@ class Request:
     host: HostHold | None = None
     incoming_pages: list[int] = field(default_factory=list)
     fetched_tokens: int = 0
+    device_hashes: list[bytes] = field(default_factory=list)
+    host_hashes: list[bytes] = field(default_factory=list)
+    num_cached_tokens: int | None = None
 
     @property
     def order(self) -> tuple[int, int]:

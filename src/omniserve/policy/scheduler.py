@@ -104,34 +104,47 @@ class _Planner:
         for request in self.state.first_waiting():
             if request.best_effort != best_effort:
                 continue
-            if self.rows_left <= 0 or self._next_chunk(request) == 0:
+            if self.rows_left <= 0 or not self._start(request):
                 break
-            if not self._may_start(request):
-                break
-            self.room.reserve(request, self.room.pages_missing(request, request.num_tokens + 1))
             self._chunk(request)
 
-    def _next_chunk(self, request: Request) -> int:
-        remaining = request.num_tokens - request.kv_tokens
-        return self.cost.chunk_tokens(self.load, request.kv_tokens, remaining, request.best_effort)
+    def _start(self, request: Request) -> bool:
+        """Give a waiting request what the device has of its tokens, and pages for the rest and the next one.
+
+        The last token is always computed: the next one follows from it.
+        """
+        cached = self.room.find_cached(request, request.num_tokens - 1)
+        if self._next_chunk(request, len(cached) * self.limits.page_size) == 0:
+            return False
+        self.room.device.hold(cached)  # before others make room: they may hold the same pages
+        need = self.room.pages_missing(request, request.num_tokens + 1) - len(cached)
+        if not self._may_start(request, need):
+            self.room.device.hold(cached, sign=-1)
+            return False
+        self.room.start(request, need, cached)
+        return True
+
+    def _next_chunk(self, request: Request, start: int) -> int:
+        remaining = request.num_tokens - start
+        return self.cost.chunk_tokens(self.load, start, remaining, request.best_effort)
 
     def _chunk(self, request: Request) -> None:
-        count = self._next_chunk(request) if self.rows_left > 0 else 0
+        start = self.room.started.get(request.id, request.kv_tokens)
+        count = self._next_chunk(request, start) if self.rows_left > 0 else 0
         if count:
-            self.chunks.append(Chunk(request.id, request.kv_tokens, count))
+            self.chunks.append(Chunk(request.id, start, count))
             self.room.scheduled.add(request.id)
-            self.load.add_chunk(request.kv_tokens, count)
+            self.load.add_chunk(start, count)
 
-    def _may_start(self, request: Request) -> bool:
-        """Device pages for all of its remaining prompt and the next token are there, and a place after it."""
-        need = self.room.pages_missing(request, request.num_tokens + 1)
+    def _may_start(self, request: Request, need: int) -> bool:
+        """Whether `need` device pages can be had, and for a best-effort request a place after its prefill."""
         if not request.best_effort:
             return self.room.make_room(need, request, only_best_effort=True)
         if self.state.lanes_unserved > 0 or not self._has_place_after_prefill(request):
             return False
         alone = not any(r.device_pages or r.incoming_pages for r in self.state.active.values())
-        reserve = 0 if alone and not self.chunks else self.limits.watermark_pages
-        return self.room.free_device - need >= reserve
+        spare = 0 if alone and not self.chunks else self.limits.watermark_pages
+        return self.room.has_room(request, need, spare)
 
     def _has_place_after_prefill(self, request: Request) -> bool:
         """Under "always" a slot and host pages must be left for it, those already promised counted."""
@@ -151,7 +164,7 @@ class _Planner:
             and self.state.requests[c.request_id].best_effort
         ]
         pages = sum(self.room.host_pages_missing(r, r.num_tokens + 1) for r in (*promised, request))
-        return self.room.free_slots > len(promised) and self.room.free_host >= pages
+        return self.room.free_slots > len(promised) and self.room.host.free >= pages
 
     # ------------------------------------------------------------ 4. best-effort decode on the device
 
@@ -173,7 +186,7 @@ class _Planner:
                     self.room.displace(request)
                 continue
             need = self.room.pages_missing(request, request.kv_tokens + 1)
-            above_watermark = self.room.free_device - need >= self.limits.watermark_pages
+            above_watermark = self.room.has_room(request, need, self.limits.watermark_pages)
             if need == 0 or above_watermark or request.order == self.oldest_best_effort:
                 self._decode(request, only_best_effort=True)
 
@@ -183,11 +196,13 @@ class _Planner:
         What the next best-effort prompt needs counts too: lanes make room for it on the device.
         """
         staying = list(requests)
-        target = self.limits.watermark_pages + self._pages_of_next_prompt()
+        next_prompt = self._pages_of_next_prompt()
+        device, keep = self.room.device, self.limits.prefix_reserve_pages
         while staying:
             needed = sum(self.room.pages_missing(r, r.kv_tokens + 1) for r in staying)
-            expected = self.room.free_device + self.room.pages_on_the_way_out() - needed
-            if expected >= target or not self.room.can_displace(staying[-1]):
+            above_watermark = min(device.free - self.limits.watermark_pages, device.available(keep))
+            expected = above_watermark + self.room.pages_on_the_way_out() - needed
+            if expected >= next_prompt or not self.room.can_displace(staying[-1]):
                 break
             self.room.displace(staying.pop())
         return staying
@@ -196,7 +211,9 @@ class _Planner:
         started = {c.request_id for c in self.chunks}
         for request in self.state.first_waiting():
             if request.best_effort and request.id not in started:
-                return self.room.pages_missing(request, request.num_tokens + 1)
+                cached = self.room.find_cached(request, request.num_tokens - 1)
+                held = len(cached) - self.room.device.num_unreferenced(cached)
+                return self.room.pages_missing(request, request.num_tokens + 1) - held
         return 0
 
     # ------------------------------------------------------------ 5. lanes
@@ -225,11 +242,16 @@ class _Planner:
         if any(self.room.incoming_of(r) for r in self.state.in_phase(Phase.LANE, Phase.MOVING_IN)):
             return
         for lane in lanes:
-            need = self.state.device.pages_for(lane.kv_tokens + 1) + 1
-            room_to_spare = self.room.free_device - need >= 2 * self.limits.watermark_pages
-            if room_to_spare and self._can_decode(lane):
-                self.room.swap_in(lane, need)
+            if not self._can_decode(lane):
+                continue
+            cached = self.room.find_cached(lane, lane.kv_tokens)
+            self.room.device.hold(cached)
+            need = self.state.device.pages_for(lane.kv_tokens + 1) + 1 - len(cached)
+            watermark = self.limits.watermark_pages
+            if self.room.has_room(lane, need + watermark, watermark):
+                self.room.swap_in(lane, need, cached)
                 return
+            self.room.device.hold(cached, sign=-1)
 
     def _stop_if_returned(self, lane: Request) -> bool:
         """At its token boundary, with all full pages asked for, a returning lane waits for its tail."""
@@ -237,7 +259,7 @@ class _Planner:
             return False
         missing = self.state.device.pages_for(lane.kv_tokens + 1) - self.room.incoming_of(lane)
         if missing > 0:
-            if missing > self.room.free_device:
+            if not self.room.has_room(lane, missing):
                 self.room.cancel_swap_in(lane)
                 return False
             self.room.swap_in(lane, missing)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterator
 
+from omniserve.policy.books import check_books
 from omniserve.policy.pages import PagePool
 from omniserve.policy.plan import (
     CancelSwapIn,
@@ -29,12 +30,14 @@ from omniserve.policy.plan import (
     PageCopy,
     Plan,
     Reserve,
+    ShareHost,
     Step,
     StepResult,
     StopLane,
     SwapIn,
     Unmirror,
 )
+from omniserve.policy.prefix import HitCount, register_device_pages, register_host_pages
 from omniserve.policy.request import HostHold, Limits, Phase, Request
 
 
@@ -57,6 +60,10 @@ class State:
         self.num_displaced = 0
         self.num_swapped_in = 0
         self.num_broken_promises = 0
+        self.latency_sensitive_hits = HitCount()
+        self.best_effort_hits = HitCount()
+        self.host_hits = HitCount()
+        self._lost_evictions = 0
         self._copies: dict[int, HostHold] = {}
         self._next_copy = 0
         self._cancel_slots: list[int] = []
@@ -95,6 +102,7 @@ class State:
         self.retiring.clear()
         self._copies.clear()
         self._cancel_slots, self._cancel_fetches = [], []
+        self._lost_evictions += self.host.num_evicted
         self.host = self._host_pool()
         self.free_slots = list(range(self.limits.max_lanes - 1, -1, -1))
         for request in list(self.active.values()):
@@ -125,6 +133,11 @@ class State:
         return sorted((r for r in self.active.values() if r.phase in phases), key=lambda r: r.order)
 
     @property
+    def num_host_evicted(self) -> int:
+        """Cached pages evicted on this host and those before it."""
+        return self._lost_evictions + self.host.num_evicted
+
+    @property
     def num_free_frames(self) -> int:
         return self.limits.num_frames - len(self._copies)
 
@@ -141,6 +154,8 @@ class State:
         """Carry out the plan's moves on the books and fill in ids."""
         copies_out: list[PageCopy] = []
         copies_in: list[PageCopy] = []
+        for move in plan.moves:
+            self._hold_cached(move)
         for move in plan.moves:
             self._commit_move(move, copies_out, copies_in)
         rows = [self._device_rows(self.active[i], 1, False) for i in plan.decodes]
@@ -159,6 +174,14 @@ class State:
             copies_in=tuple(copies_in),
         )
 
+    def _hold_cached(self, move: Move) -> None:
+        """Before anything is allocated: what the plan refers to is not evicted by it."""
+        match move:
+            case Reserve(cached=pages) | SwapIn(cached=pages):
+                self.device.share(pages)
+            case ShareHost(pages=pages):
+                self.host.share(pages)
+
     def _commit_move(self, move: Move, out: list[PageCopy], back: list[PageCopy]) -> None:
         request = self.requests[move.request_id]
         match move:
@@ -166,16 +189,19 @@ class State:
                 self._drop(request)
             case Displace():
                 self._displace(request)
-            case Reserve(num_pages=count):
-                self._reserve(request, count)
+            case Reserve():
+                self._reserve(request, move)
             case GrowHost(num_pages=count):
                 self._grow_hold(request.hold, count)
+            case ShareHost(pages=pages):
+                self._share_host(request, pages)
             case CopyOut(start=start, num_tokens=count):
                 out.append(self._copy_out(request, start, count))
             case Unmirror():
                 self._retire(request)
-            case SwapIn(num_pages=count):
-                request.incoming_pages += self.device.allocate(count)
+            case SwapIn(num_pages=count, cached=cached, keep=keep):
+                request.fetched_tokens += len(cached) * self.device.page_size
+                request.incoming_pages += (*cached, *self.device.allocate(count, keep=keep))
             case CopyIn(start=start, num_tokens=count):
                 back.append(self._copy_in(request, start, count))
             case CancelSwapIn():
@@ -183,12 +209,20 @@ class State:
             case StopLane():
                 request.phase = Phase.MOVING_IN
 
-    def _reserve(self, request: Request, count: int) -> None:
-        request.device_pages += self.device.allocate(count)
+    def _reserve(self, request: Request, move: Reserve) -> None:
+        request.device_pages += (*move.cached, *self.device.allocate(move.num_pages, keep=move.keep))
         if request.phase is Phase.WAITING:
+            request.kv_tokens = len(move.cached) * self.device.page_size
+            self._count_start(request)
             self.waiting.remove(request.order)
             self.active[request.id] = request
             request.phase = Phase.PREFILL
+
+    def _count_start(self, request: Request) -> None:
+        hits = self.best_effort_hits if request.best_effort else self.latency_sensitive_hits
+        hits.add(request.num_tokens, request.kv_tokens)
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = request.kv_tokens
 
     def _displace(self, request: Request) -> None:
         if request.host is None:
@@ -215,14 +249,36 @@ class State:
         if done:
             count = len(request.device_pages)
         if count > 0:
-            self.device.release(request.device_pages[:count])
+            self._release_device(request, request.device_pages[:count])
             del request.device_pages[:count]
             request.num_released += count
+
+    def _release_device(self, request: Request, pages: list[int]) -> None:
+        self.device.release(pages, protect=not request.best_effort)
+
+    def _touch_device(self, request: Request) -> None:
+        """Pages given up from the first to the last are to be evicted from the last to the first."""
+        self.device.touch(self.device.match(request.device_hashes))
+
+    def _share_host(self, request: Request, pages: tuple[int, ...]) -> None:
+        """Pages already referenced take the place of those that would have been copied to."""
+        if request.host is None:
+            request.host = HostHold()
+        hold = request.host
+        assert hold.copied_tokens % self.host.page_size == 0, "only full pages are shared"
+        first = hold.copied_tokens // self.host.page_size
+        replaced = hold.pages[first : first + len(pages)]
+        hold.pages[first : first + len(pages)] = pages
+        self.host.release(replaced)
+        num_tokens = len(pages) * self.host.page_size
+        hold.copied_tokens += num_tokens
+        self.host_hits.add(num_tokens, num_tokens)
 
     def _copy_out(self, request: Request, start: int, count: int) -> PageCopy:
         if request.host is None:
             request.host = HostHold()
         hold = request.host
+        self.host_hits.add(count, 0)
         assert start == hold.copied_tokens, "copies to the host go in order"
         missing = self.host.pages_for(start + count) - len(hold.pages)
         self._grow_hold(hold, max(0, missing))
@@ -247,11 +303,16 @@ class State:
         self._copies[copy_id] = hold
         first, last = start // self.host.page_size, (start + count - 1) // self.host.page_size
         return PageCopy(
-            copy_id, page, count, start % self.host.page_size, tuple(hold.pages[first : last + 1])
+            copy_id,
+            page,
+            start % self.device.page_size,
+            count,
+            start % self.host.page_size,
+            tuple(hold.pages[first : last + 1]),
         )
 
     def _cancel_swap_in(self, request: Request) -> None:
-        self.device.release(request.incoming_pages)
+        self._release_device(request, request.incoming_pages)
         request.incoming_pages = []
         request.fetched_tokens = 0
         if request.host is not None:
@@ -282,6 +343,7 @@ class State:
         for rows in step.rows:
             request = self.active[rows.request_id]
             request.kv_tokens += rows.num_tokens
+            register_device_pages(self.device, request, rows.start // self.device.page_size)
             if rows.samples:
                 request.phase = Phase.DEVICE
         self.apply_acknowledgements(result)
@@ -293,6 +355,7 @@ class State:
             if token.by_lane:
                 request.kv_tokens += 1
                 request.hold.in_flight = False
+                register_host_pages(self.host, request)
             if token.finish_reason is not None:
                 self._finish(request)
                 finished.append(request)
@@ -321,14 +384,17 @@ class State:
         hold = request.host
         if hold is None:
             return
+        register_host_pages(self.host, request)
         if request.phase is Phase.MOVING_OUT:
             self._release_staged(request)
             if hold.copied_tokens == request.kv_tokens and not hold.unlanded:
                 request.phase = Phase.LANE
                 request.num_released = 0
+                self._touch_device(request)
         elif request.phase is Phase.MOVING_IN and self._has_come_back(request):
             request.device_pages, request.incoming_pages = request.incoming_pages, []
             request.phase = Phase.DEVICE
+            register_device_pages(self.device, request, 0)
             self.num_swapped_in += 1
             self._keep_as_mirror(request)
 
@@ -336,7 +402,7 @@ class State:
         return request.fetched_tokens == request.kv_tokens and not request.hold.unfetched
 
     def _keep_as_mirror(self, request: Request) -> None:
-        """Back on the device: the slot is free; full pages on the host stay valid copies."""
+        """Back on the device: the slot is free; what is on the host stays a valid copy."""
         hold = request.hold
         request.fetched_tokens = 0
         assert hold.slot is not None, "a lane owns a slot"
@@ -344,7 +410,7 @@ class State:
         self.free_slots.append(hold.slot)
         hold.slot = None
         hold.known_pages = 0
-        hold.copied_tokens = request.kv_tokens - request.kv_tokens % self.device.page_size
+        hold.copied_tokens = request.kv_tokens
         kept = self.host.pages_for(hold.copied_tokens)
         self.host.release(hold.pages[kept:])
         del hold.pages[kept:]
@@ -370,8 +436,10 @@ class State:
     def _leave(self, request: Request) -> None:
         """Give up all KV. Device pages are free now; host pages when their last task or copy ends."""
         self._cancel_swap_in(request)
-        self.device.release(request.device_pages)
+        self._release_device(request, request.device_pages)
         request.device_pages = []
+        if request.num_released:
+            self._touch_device(request)
         request.num_released = 0
         request.kv_tokens = 0
         if request.host is not None:
@@ -393,34 +461,6 @@ class State:
             if hold.slot is not None:
                 self.free_slots.append(hold.slot)
 
-    # ------------------------------------------------------------ accounting
-
     def check(self) -> None:
-        """Assert the books: no page leaked or owned twice, every request in exactly one state."""
-        everyone = list(self.requests.values())
-        holds = [r.host for r in everyone if r.host is not None] + self.retiring
-        self.device.check([p for r in everyone for p in (r.device_pages, r.incoming_pages)])
-        self.host.check([s.pages for s in holds])
-        slots = [s.slot for s in holds if s.slot is not None]
-        assert sorted(slots + self.free_slots) == list(range(self.limits.max_lanes)), "slots leaked"
-        assert sorted(r.order for r in everyone if r.phase is Phase.WAITING) == self.waiting
-        assert {r.id for r in everyone if r.phase is not Phase.WAITING} == set(self.active)
-        for request in everyone:
-            self._check_request(request)
-
-    def _check_request(self, request: Request) -> None:
-        phase, hold = request.phase, request.host
-        has_slot = hold is not None and hold.slot is not None
-        assert has_slot == (phase in (Phase.MOVING_OUT, Phase.LANE, Phase.MOVING_IN)), (phase, hold)
-        assert not request.incoming_pages or phase in (Phase.LANE, Phase.MOVING_IN)
-        is_returning = phase is Phase.MOVING_IN or bool(request.incoming_pages)
-        assert not (is_returning and self.limits.host_kv_is_lossy), "nothing returns from lossy KV"
-        if phase is Phase.WAITING:
-            assert (request.kv_tokens, hold, request.device_pages) == (0, None, [])
-        if phase in (Phase.DEVICE, Phase.LANE, Phase.MOVING_OUT, Phase.MOVING_IN):
-            assert request.kv_tokens == request.num_tokens - 1, (phase, request)
-        if phase is Phase.DEVICE:
-            assert len(request.device_pages) >= self.device.pages_for(request.kv_tokens)
-        if phase in (Phase.LANE, Phase.MOVING_IN):
-            assert not request.device_pages
-            assert len(request.hold.pages) >= self.host.pages_for(request.kv_tokens)
+        """Assert the books (see books.py)."""
+        check_books(self)
