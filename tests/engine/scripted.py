@@ -107,8 +107,11 @@ class ScriptedEngine:
 
     def add(self, prompt: Sequence[int], max_tokens: int, service_class: str, **sampling: Any) -> int:
         """Raises RequestError like the engine."""
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **sampling)
-        request_id = self.engine.add(prompt, params, service_class)
+        bad_words = sampling.pop("bad_word_ids", ())
+        params = SamplingParams(
+            **{"max_tokens": max_tokens, "ignore_eos": True, "temperature": 0.0} | sampling
+        )
+        request_id = self.engine.add(prompt, params, service_class, bad_words)
         self.asked[request_id] = Asked(tuple(prompt), max_tokens, service_class == BE, [])
         return request_id
 

@@ -21,7 +21,7 @@ from omniserve.engine.messages import Token
 from omniserve.engine.progress import Progress
 from omniserve.model.tokenizer import Tokenizer
 
-GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_an_output_carries_text_reason_and_metrics(llm: LLM) -> None:
 
 def test_chat_uses_the_template_and_stops_at_the_end_of_turn(llm: LLM) -> None:
     messages = [{"role": "user", "content": "What is the capital of France?"}]
-    (output,) = llm.chat(messages, SamplingParams(max_tokens=40))
+    (output,) = llm.chat(messages, SamplingParams(temperature=0.0, max_tokens=40))
     assert "Paris" in output.text
     assert output.finish_reason == "stop"
     assert "<|im_end|>" not in output.text
@@ -166,9 +166,11 @@ def test_memory_too_small_for_one_request_is_said_at_acceptance() -> None:
 
 
 def test_stop_strings_end_the_text_before_them(llm: LLM) -> None:
-    (free,) = llm.generate("The capital of France is", SamplingParams(max_tokens=24, ignore_eos=True))
+    (free,) = llm.generate(
+        "The capital of France is", SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+    )
     stop = free.text[8:13]
-    params = SamplingParams(max_tokens=24, ignore_eos=True, stop=stop)
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, stop=stop)
     seen: list[str] = []
     (output,) = llm.generate(
         "The capital of France is", params, on_progress=lambda _, partial: seen.append(partial.text)
@@ -179,8 +181,10 @@ def test_stop_strings_end_the_text_before_them(llm: LLM) -> None:
 
 
 def test_lane_tokens_are_counted_whatever_ends_a_request(llm: LLM) -> None:
-    (free,) = llm.generate("The capital of France is", SamplingParams(max_tokens=24, ignore_eos=True))
-    params = SamplingParams(max_tokens=24, ignore_eos=True, stop=free.text[20:25])
+    (free,) = llm.generate(
+        "The capital of France is", SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+    )
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, stop=free.text[20:25])
     counts: list[int] = []
     (output,) = llm.generate(
         "The capital of France is",
@@ -202,7 +206,7 @@ def test_numpy_token_ids_are_token_ids(llm: LLM) -> None:
 def test_stop_token_ids_end_at_that_token(llm: LLM) -> None:
     (free,) = llm.generate("Once upon a time", GREEDY)
     stop_id = free.token_ids[5]
-    params = SamplingParams(max_tokens=12, ignore_eos=True, stop_token_ids=[stop_id])
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, stop_token_ids=[stop_id])
     (output,) = llm.generate("Once upon a time", params)
     assert output.finish_reason == "stop"
     assert output.token_ids == free.token_ids[: free.token_ids.index(stop_id) + 1]
@@ -248,7 +252,7 @@ def test_abort_by_id_ends_the_iterator_and_frees_everything(service_class: str) 
         engine = AsyncLLM(host_offload="always", max_model_len=512)
         try:
             outputs = []
-            params = SamplingParams(max_tokens=400, ignore_eos=True)
+            params = SamplingParams(temperature=0.0, max_tokens=400, ignore_eos=True)
             async for output in engine.submit("Hello", params, service_class, request_id="mine"):
                 outputs.append(output)
                 if len(outputs) == 3:
@@ -271,7 +275,7 @@ def test_abort_by_id_ends_the_iterator_and_frees_everything(service_class: str) 
 
 def test_a_given_up_question_and_a_closed_loop_hurt_nobody_else() -> None:
     engine = AsyncLLM(host_offload="never", max_model_len=512)
-    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
 
     async def impatient() -> None:
         with pytest.raises(TimeoutError):

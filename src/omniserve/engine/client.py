@@ -87,11 +87,17 @@ class EngineClient:
     # ------------------------------------------------------------ calls
 
     def add(
-        self, prompt: Sequence[int], params: SamplingParams, service_class: str, listener: Listener
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        service_class: str,
+        listener: Listener,
+        bad_words: Sequence[Sequence[int]] = (),
     ) -> int:
-        """Submit a request; `listener` hears its tokens until one carries a finish reason."""
+        """Submit one text; `listener` hears its tokens until one carries a finish reason."""
         request_id = next(self._ids)
-        message = pack(Add(request_id, list(prompt), params, service_class))
+        words = [list(word) for word in bad_words]
+        message = pack(Add(request_id, list(prompt), params, service_class, words))
         with self._lock:
             self._raise_if_dead()
             self._listeners[request_id] = listener
