@@ -163,7 +163,8 @@ def test_frequencies_over_a_large_vocabulary_follow_the_softmax() -> None:
     logits = random_logits(1, 5000, scale=3.0)
     order = logits[0].argsort(descending=True).tolist()
     groups = {token: min(i, 50) for i, token in enumerate(order)}
-    draws = [groups[sample(logits, [Chooser(1.0, seed=s)], [12])[0]] for s in range(3000)]
+    choosers = [Chooser(1.0, seed=seed) for seed in range(3000)]
+    draws = [groups[token] for token in sample(logits.expand(3000, -1), choosers, [12] * 3000)]
     expected = np.zeros(51)
     for token, share in enumerate(torch.softmax(logits[0].double(), 0).tolist()):
         expected[groups[token]] += share
@@ -173,7 +174,8 @@ def test_frequencies_over_a_large_vocabulary_follow_the_softmax() -> None:
 
 def test_seeds_draw_independently_of_each_other() -> None:
     logits = torch.zeros(1, 8)
-    draws = [sample(logits, [Chooser(1.0, seed=seed)], [0])[0] for seed in range(8000)]
+    choosers = [Chooser(1.0, seed=seed) for seed in range(8000)]
+    draws = sample(logits.expand(8000, -1), choosers, [0] * 8000)
     assert np.abs(np.bincount(draws, minlength=8) - 1000).max() < 150
 
 
@@ -211,17 +213,17 @@ def test_any_combination_of_parameters_chooses_as_the_plain_reference(
 
 @pytest.mark.parametrize("shape", ["peaked", "flat", "equal"])
 @pytest.mark.parametrize(
-    "filters", [{"top_k": 300}, {"top_p": 0.5}, {"min_p": 0.2}, {"top_k": 5000, "top_p": 0.9}]
+    "filters", [{"top_k": 300}, {"top_p": 0.5}, {"min_p": 0.2}, {"top_k": 4300, "top_p": 0.9}]
 )
 def test_what_lies_beyond_the_tokens_looked_at_first_is_found_too(
     shape: str, filters: dict[str, Any]
 ) -> None:
-    vocab = 6000
+    vocab = 4400
     assert WIDTHS[0] < vocab > WIDTHS[1]
     logits = random_logits(1, vocab, scale={"peaked": 5.0, "flat": 0.01, "equal": 0.0}[shape])
     chooser = Chooser(1.0, seed=3, **filters)
-    expected = [plain_choice(logits[0].tolist(), chooser, position) for position in range(3)]
-    assert sample(logits.expand(3, -1), [chooser] * 3, range(3)) == expected
+    expected = [plain_choice(logits[0].tolist(), chooser, position) for position in range(2)]
+    assert sample(logits.expand(2, -1), [chooser] * 2, range(2)) == expected
 
 
 @given(
