@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,15 @@ from omniserve.model.token_rules import TokenRules
 from omniserve.seeds import GAMMA, MASK_64, derive_seed, mix64, position_key
 
 NEGATIVE_INFINITY = float("-inf")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """On a busy machine small operations on several threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def random_logits(rows: int, vocab: int, seed: int = 5, scale: float = 2.0) -> torch.Tensor:
@@ -242,6 +251,18 @@ def test_a_row_depends_on_itself_alone(
     crowd = [*others[:place], chooser, *others[place:]]
     positions = [position if i == place else i for i in range(len(crowd))]
     assert sample(logits, crowd, positions)[place] == alone[0]
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 5.0])
+def test_a_draw_from_all_tokens_finds_the_largest_sum_wherever_it_is(scale: float) -> None:
+    """Flat logits put the winner far from the likeliest tokens, peaked ones among them."""
+    count, vocab = 60, 3000
+    logits = random_logits(count, vocab, scale=scale)
+    choosers = [Chooser(0.5 + i % 3, seed=i) for i in range(count)]
+    temperatures = torch.tensor([c.temperature for c in choosers])[:, None]
+    noise = gumbel_noise(noise_keys(range(count), range(count)), torch.arange(vocab)[None])
+    expected = (logits.double() / temperatures + noise).argmax(dim=-1).tolist()
+    assert sample(logits, choosers, range(count)) == expected
 
 
 def test_logits_stay_as_they_are() -> None:

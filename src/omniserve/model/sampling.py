@@ -6,7 +6,7 @@ then the draw. Log probabilities are those of the logits as the model gave them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import log
 from typing import cast
@@ -22,8 +22,8 @@ from omniserve.types import TokenLogprobs
 _TINY = 2.0**-60
 # Most likely tokens looked at first; a row whose choice goes beyond them is looked at again with more.
 WIDTHS = (256, 4096)
-# Draws of noise made at once over a whole vocabulary: their temporaries stay in the cache.
-NOISE_SIZE = 100_000
+# Logits that rows drawn at once may have together: their temporaries stay in the cache.
+BLOCK_SIZE = 100_000
 
 
 @dataclass(slots=True)
@@ -66,20 +66,24 @@ def sample(logits: Tensor, choosers: Sequence[Chooser], positions: Sequence[int]
     if len(drawn) < len(choosers):
         greedy = torch.tensor([i for i, c in enumerate(choosers) if c.is_greedy])
         chosen[greedy] = logits[greedy].argmax(dim=-1)
-    plain = [i for i in drawn if not choosers[i].is_filtered]
-    block = max(1, NOISE_SIZE // logits.shape[1])
-    for rows in (plain[i : i + block] for i in range(0, len(plain), block)):
+    vocab = logits.shape[1]
+    block = max(1, BLOCK_SIZE // vocab)
+    for rows in _blocks([i for i in drawn if not choosers[i].is_filtered], block):
         draw = _Draw.of(choosers, positions, rows)
         chosen[draw.rows] = _draw_from_all(logits[draw.rows], draw)
-    filtered = [i for i in drawn if choosers[i].is_filtered]
-    vocab = logits.shape[1]
-    for width in (*(w for w in WIDTHS if w < vocab), vocab):
-        if filtered:
-            draw = _Draw.of(choosers, positions, filtered)
+    for rows in _blocks([i for i in drawn if choosers[i].is_filtered], block):
+        for width in (*(w for w in WIDTHS if w < vocab), vocab):
+            draw = _Draw.of(choosers, positions, rows)
             tokens, is_certain = _draw_from_likely(logits[draw.rows], draw, width)
             chosen[draw.rows[is_certain]] = tokens[is_certain]
-            filtered = cast("list[int]", draw.rows[~is_certain].tolist())
+            rows = cast("list[int]", draw.rows[~is_certain].tolist())
+            if not rows:
+                break
     return cast("list[int]", chosen.tolist())
+
+
+def _blocks(rows: list[int], size: int) -> Iterator[list[int]]:
+    return (rows[i : i + size] for i in range(0, len(rows), size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +155,10 @@ def _draw_from_likely(logits: Tensor, draw: _Draw, width: int) -> tuple[Tensor, 
 
 def _mass(logits: Tensor, temperature: Tensor, log_min_p: Tensor) -> Tensor:
     """Sum [m, 1] of exp(logits / temperature), relative to the largest, over what min-p leaves."""
-    scores = logits.double() / temperature
-    scores -= scores.amax(dim=-1, keepdim=True)
-    return (scores.exp() * (scores >= log_min_p)).sum(dim=-1, keepdim=True)
+    scores = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperature.float())
+    if bool((log_min_p > float("-inf")).any()):
+        scores.masked_fill_(scores < log_min_p, float("-inf"))
+    return scores.exp_().sum(dim=-1, keepdim=True, dtype=torch.float64)
 
 
 # ---------------------------------------------------------------- noise
