@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from omniserve.engine.async_llm import AsyncLLM
     from omniserve.engine.llm import LLM
     from omniserve.errors import ConfigError, EngineDeadError, ModelError, OmniServeError, RequestError
-    from omniserve.types import RequestMetrics, RequestOutput, SamplingParams
+    from omniserve.types import CompletionOutput, Logprob, RequestMetrics, RequestOutput, SamplingParams
 
 __version__ = "0.1.0"
 
@@ -21,6 +21,8 @@ _HOMES = {
     "AsyncLLM": "omniserve.engine.async_llm",
     "SamplingParams": "omniserve.types",
     "RequestOutput": "omniserve.types",
+    "CompletionOutput": "omniserve.types",
+    "Logprob": "omniserve.types",
     "RequestMetrics": "omniserve.types",
     "OmniServeError": "omniserve.errors",
     "ConfigError": "omniserve.errors",
@@ -32,8 +34,10 @@ _HOMES = {
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "CompletionOutput",
     "ConfigError",
     "EngineDeadError",
+    "Logprob",
     "ModelError",
     "OmniServeError",
     "RequestError",

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from omniserve import __version__
 from omniserve.config import EngineConfig
 from omniserve.errors import OmniServeError
-from omniserve.types import SERVICE_CLASSES, SamplingParams
+from omniserve.types import SERVICE_CLASSES, CompletionOutput, RequestOutput, SamplingParams
 
 # Exit statuses: 1 something went wrong while running, 2 the command line itself (argparse's own).
 EXIT_ERROR = 1
@@ -61,7 +61,11 @@ def _add_generate(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("--chat", action="store_true", help="wrap each prompt in the model's chat template")
     generate.add_argument("--service-class", choices=list(SERVICE_CLASSES), default="latency_sensitive")
     generate.add_argument("--max-tokens", type=int, default=64)
-    generate.add_argument("--temperature", type=float, default=0.0)
+    generate.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy")
+    for name, kind in (("n", int), ("top-k", int), ("top-p", float), ("min-p", float), ("logprobs", int)):
+        generate.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
+    for name in ("repetition", "presence", "frequency"):
+        generate.add_argument(f"--{name}-penalty", type=float, default=argparse.SUPPRESS)
     generate.add_argument(
         "--stop", action="append", default=[], help="stop string; may be given several times"
     )
@@ -104,6 +108,8 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 def _generate(options: argparse.Namespace) -> int:
     from omniserve.engine.llm import LLM
 
+    names = ["n", "top_k", "top_p", "min_p", "logprobs"]
+    names += ["repetition_penalty", "presence_penalty", "frequency_penalty"]
     prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     params = SamplingParams(
         temperature=options.temperature,
@@ -111,6 +117,7 @@ def _generate(options: argparse.Namespace) -> int:
         ignore_eos=options.ignore_eos,
         stop=options.stop,
         seed=options.sampling_seed,
+        **{name: getattr(options, name) for name in names if hasattr(options, name)},
     )
     with LLM(**_settings(options)) as llm:
         if options.chat:
@@ -119,7 +126,8 @@ def _generate(options: argparse.Namespace) -> int:
         else:
             outputs = llm.generate(prompts, params, options.service_class)
         for output in outputs:
-            print(json.dumps(asdict(output)) if options.json else output.text)
+            for completion in output.outputs:
+                print(_as_json(output, completion) if options.json else completion.text)
         num_lossy = sum(not output.metrics.is_exact for output in outputs)
         if num_lossy:
             lossy = f"{num_lossy} of {len(outputs)} texts come from int8 KV on the host and are not exact"
@@ -127,6 +135,12 @@ def _generate(options: argparse.Namespace) -> int:
         if options.stats:
             print(json.dumps(llm.stats(), indent=2), file=sys.stderr)
     return 0
+
+
+def _as_json(output: RequestOutput, completion: CompletionOutput) -> str:
+    """One object per text; its fields are CompletionOutput's, beside those of the prompt."""
+    request = {"request_id": output.request_id, "prompt_token_ids": output.prompt_token_ids}
+    return json.dumps(request | asdict(completion))
 
 
 def _demo(options: argparse.Namespace) -> int:

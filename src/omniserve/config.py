@@ -120,7 +120,8 @@ class EngineConfig:
     max_copies_per_step
                       pages that start to move between device and host in one step.
     pass_budget_s     seconds of lane passes before the engine looks up again.
-    seed              seed of requests that bring none, plus their number.
+    seed              requests that bring none get a seed made of this one and their number.
+    max_logprobs      most likely tokens that a request may ask for at each position; -1: any number.
     """
 
     model: str = "smollm2-135m"
@@ -147,6 +148,7 @@ class EngineConfig:
     max_copies_per_step: int = 8
     pass_budget_s: float = 0.05
     seed: int = 0
+    max_logprobs: int = 20
 
     def __post_init__(self) -> None:
         self._check_choice("dtype", DTypeName)
@@ -173,6 +175,8 @@ class EngineConfig:
             raise ConfigError(f"pass_budget_s: must be a number above 0, got {self.pass_budget_s!r}")
         if type(self.seed) is not int or not 0 <= self.seed < 2**62:
             raise ConfigError(f"seed: must be an integer in [0, 2**62), got {self.seed!r}")
+        if type(self.max_logprobs) is not int or self.max_logprobs < -1:
+            raise ConfigError(f"max_logprobs: must be an integer of at least -1, got {self.max_logprobs!r}")
         if (self.host_threads or 0) > MAX_HOST_THREADS:
             raise ConfigError(f"host_threads: at most {MAX_HOST_THREADS}, got {self.host_threads}")
         if self.max_lanes > MAX_LANES:

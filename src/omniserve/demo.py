@@ -87,7 +87,7 @@ class Demo:
     # ------------------------------------------------------------ requests
 
     async def _chat(self, leg: Leg, number: int) -> None:
-        params = SamplingParams(max_tokens=CHAT_TOKENS, ignore_eos=True)
+        params = SamplingParams(temperature=0.0, max_tokens=CHAT_TOKENS, ignore_eos=True)
         prompt = self.chat_ids[number % len(self.chat_ids)]
         async for output in self.llm.submit(prompt, params):
             leg.chat_tokens += 1
@@ -96,7 +96,7 @@ class Demo:
 
     async def _batch(self, leg: Leg, number: int) -> None:
         """Keeps one batch request running at all times, with a new prompt whenever one is done."""
-        params = SamplingParams(max_tokens=BATCH_TOKENS, ignore_eos=True)
+        params = SamplingParams(temperature=0.0, max_tokens=BATCH_TOKENS, ignore_eos=True)
         prompt = self.batch_ids[number % len(self.batch_ids)]
         while True:
             async for output in self.llm.submit(prompt, params, "best_effort"):
@@ -159,7 +159,9 @@ class Demo:
         for number, output in self.batch_outputs.items():
             if number >= len(self.batch_ids) or not output.token_ids:
                 continue
-            params = SamplingParams(max_tokens=min(len(output.token_ids), 32), ignore_eos=True)
+            params = SamplingParams(
+                temperature=0.0, max_tokens=min(len(output.token_ids), 32), ignore_eos=True
+            )
             alone = [o async for o in self.llm.submit(self.batch_ids[number], params)][-1]
             total += 1
             equal += alone.token_ids == output.token_ids[: len(alone.token_ids)]

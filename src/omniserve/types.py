@@ -4,10 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from numbers import Real
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from omniserve.errors import RequestError
+from omniserve.sampling_params import SamplingParams
+
+__all__ = [
+    "BEST_EFFORT",
+    "LATENCY_SENSITIVE",
+    "SERVICE_CLASSES",
+    "SLO",
+    "CompletionOutput",
+    "FinishReason",
+    "Logprob",
+    "Prompt",
+    "RequestMetrics",
+    "RequestOutput",
+    "SamplingParams",
+    "ServiceClass",
+    "TokenLogprobs",
+    "service_class_named",
+]
 
 FinishReason = Literal["stop", "length", "abort"]
 Prompt = str | Sequence[int]
@@ -49,60 +66,6 @@ def service_class_named(name: str) -> ServiceClass:
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How to choose tokens of one request.
-
-    temperature 0 is greedy. `seed` fixes the noise: the same text whatever else is in the batch; None takes
-    the engine's seed plus the request's number.
-    `stop` strings end the text before their first occurrence; `stop_token_ids` end it at that token.
-    """
-
-    temperature: float = 0.0
-    max_tokens: int = 16
-    ignore_eos: bool = False
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        """Bring fields to their exact types; RequestError naming the first that is wrong."""
-        stop: object = (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not isinstance(stop, Sequence) or not all(_is_text(s) and s for s in stop):
-            raise RequestError("stop", f"must be non-empty text, or a list of it, got {self.stop!r}")
-        ids: object = self.stop_token_ids
-        if not isinstance(ids, Sequence) or not all(_is_int(t) and t >= 0 for t in ids):
-            raise RequestError("stop_token_ids", f"must be a list of integers of at least 0, got {ids!r}")
-        heat: object = self.temperature
-        if type(heat) is bool or not isinstance(heat, Real) or not 0 <= float(heat) <= 100:
-            raise RequestError("temperature", f"must be a number in [0, 100], got {heat!r}")
-        if not _is_int(self.max_tokens) or self.max_tokens < 1:
-            raise RequestError("max_tokens", f"must be an integer of at least 1, got {self.max_tokens!r}")
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError("ignore_eos", f"must be True or False, got {self.ignore_eos!r}")
-        if self.seed is not None and (not _is_int(self.seed) or not 0 <= self.seed < 2**63):
-            raise RequestError("seed", f"must be an integer in [0, 2**63), got {self.seed!r}")
-        object.__setattr__(self, "stop", tuple(stop))
-        object.__setattr__(self, "stop_token_ids", tuple(ids))
-        object.__setattr__(self, "temperature", float(heat))
-
-
-def _is_int(value: object) -> bool:
-    """An exact integer: True and 1.0 are none."""
-    return type(value) is int
-
-
-def _is_text(value: object) -> bool:
-    """Text that can leave this process: a lone surrogate cannot."""
-    if not isinstance(value, str):
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-@dataclass(frozen=True, slots=True)
 class RequestMetrics:
     """What one request experienced. Times in seconds, from arrival at the API.
 
@@ -120,17 +83,85 @@ class RequestMetrics:
     num_cached_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
-    """The state of one request: cumulative tokens and text; `finish_reason` is None while it runs."""
+class TokenLogprobs(NamedTuple):
+    """Log probabilities at one position as the engine sends them: chosen token, then the likeliest.
 
-    request_id: str
-    prompt_token_ids: list[int]
+    rank: how many tokens are at least as likely as the chosen one, itself included.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Log probability (natural) of one token under the model itself, before any sampling parameter.
+
+    rank: 1 for the most likely token; decoded_token: its text alone.
+    """
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One of the `n` texts of a request: cumulative tokens and text; `finish_reason` is None while it runs.
+
+    logprobs: one entry a token (token id -> Logprob, the chosen token first), None when not asked for;
+    cumulative_logprob: sum over the chosen tokens. stop_reason: the stop string or stop token id that ended
+    the text; None for the model's own end of text.
+    """
+
+    index: int
     token_ids: list[int]
     text: str
     finish_reason: FinishReason | None
+    stop_reason: int | str | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    cumulative_logprob: float | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """The state of one request: `n` completions in order of their index.
+
+    prompt_logprobs: one entry a prompt token, the first one None; None when not asked for or not there yet.
+    text, token_ids and finish_reason are those of the first completion.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     @property
     def finished(self) -> bool:
-        return self.finish_reason is not None
+        """Whether every completion has ended."""
+        return all(c.finish_reason is not None for c in self.outputs)
+
+    @property
+    def text(self) -> str:
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.outputs[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.outputs[0].finish_reason
+
+    @property
+    def metrics(self) -> RequestMetrics:
+        """Over all completions: the first token of any, the slowest tpot, the sum of lane tokens."""
+        each = [c.metrics for c in self.outputs]
+        return RequestMetrics(
+            ttft_s=min((m.ttft_s for m in each if m.ttft_s is not None), default=None),
+            tpot_s=max((m.tpot_s for m in each if m.tpot_s is not None), default=None),
+            num_lane_tokens=sum(m.num_lane_tokens for m in each),
+            is_exact=all(m.is_exact for m in each),
+        )

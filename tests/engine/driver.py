@@ -22,7 +22,7 @@ from omniserve.engine.loop import Engine
 from omniserve.host.supervisor import Host, HostSupervisor
 from omniserve.model.decoder import Decoder
 from omniserve.model.loading import load_decoder
-from omniserve.model.sampling import sample
+from omniserve.model.sampling import Chooser, sample
 from omniserve.policy.request import Phase
 from omniserve.types import SamplingParams
 
@@ -89,11 +89,12 @@ class LogitRecorder:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        def recorded(logits: Tensor, temperatures: Any, seeds: list[int], positions: list[int]) -> list[int]:
+        def recorded(logits: Tensor, choosers: Sequence[Chooser], positions: Sequence[int]) -> list[int]:
+            seeds = [c.seed for c in choosers]
             for row, key in zip(logits, zip(seeds, positions, strict=True), strict=True):
                 assert key not in self.rows, f"the token at {key} was chosen twice"
                 self.rows[key] = row.clone()
-            return sample(logits, temperatures, seeds, positions)
+            return sample(logits, choosers, positions)
 
         with patch.object(cpu_executor, "sample", recorded):
             yield
@@ -184,7 +185,7 @@ class _Drive:
 
     def _add(self, index: int) -> None:
         arrival = self.arrivals[index]
-        params = SamplingParams(max_tokens=arrival.max_tokens, ignore_eos=True, seed=index)
+        params = SamplingParams(temperature=0.0, max_tokens=arrival.max_tokens, ignore_eos=True, seed=index)
         self.index_of[self.engine.add(arrival.prompt, params, arrival.service_class)] = index
 
     def _step(self) -> None:

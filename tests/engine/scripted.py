@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import Tensor
@@ -12,11 +12,12 @@ from engine.driver import BE, Subject, assert_nothing_is_left, build_engine, exe
 from omniserve.attention.cpu import CpuAttention, DeviceBatch
 from omniserve.config import EngineConfig
 from omniserve.engine.loop import StepOutput
+from omniserve.engine.records import ChosenToken
 from omniserve.host.scripted import ScriptedHost
 from omniserve.policy.pages import PagePool
 from omniserve.policy.plan import Step, StepResult
 from omniserve.policy.request import Phase
-from omniserve.types import SamplingParams
+from omniserve.types import SamplingParams, TokenLogprobs
 
 MAX_STEPS = 3000
 
@@ -43,11 +44,14 @@ class Asked:
     best_effort: bool
     tokens: list[int]
     is_aborted: bool = False
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
 class ScriptedEngine:
     """An engine, its scripted host, and every request ever asked of it.
 
+    sampling: parameters of every request that does not say otherwise; greedy, without an end of text.
     during: called with the layer after the device attention of each layer of a walk.
 
     At every allocation it is asserted that no page handed out is still under a task or a copy that the host
@@ -65,6 +69,7 @@ class ScriptedEngine:
         assert isinstance(self.engine.host, ScriptedHost)
         self.host = self.engine.host
         self.asked: dict[int, Asked] = {}
+        self.sampling: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True}
         self.during: Callable[[int], None] = lambda layer: None
         self.executor = executor_of(self.engine)
         interrupted = InterruptedAttention(self.executor.attention, self._interrupt)
@@ -114,8 +119,10 @@ class ScriptedEngine:
         **sampling: Any,
     ) -> int:
         """Raises RequestError like the engine."""
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **sampling)
-        request_id = self.engine.add(prompt, params, service_class, cache_salt)
+        sampling = self.sampling | sampling
+        bad_words = sampling.pop("bad_word_ids", ())
+        params = SamplingParams(max_tokens=max_tokens, **sampling)
+        request_id = self.engine.add(prompt, params, service_class, bad_words, cache_salt)
         self.asked[request_id] = Asked(tuple(prompt), max_tokens, service_class == BE, [])
         return request_id
 
@@ -131,6 +138,12 @@ class ScriptedEngine:
             if self.config.host_offload == "always" and asked.best_effort:
                 assert token.by_lane or token.request_id not in decoding, "decoded on the device"
             asked.tokens.append(token.token_id)
+            assert isinstance(token, ChosenToken)
+            if token.logprobs is not None:
+                asked.logprobs.append(token.logprobs)
+            if token.prompt_logprobs is not None:
+                assert len(asked.tokens) == 1, "they come with the first token, and once"
+                asked.prompt_logprobs = token.prompt_logprobs
         return output
 
     def abort(self, request_id: int) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
@@ -17,11 +18,8 @@ import omniserve
 from omniserve import LLM, ConfigError, EngineDeadError, ModelError, RequestError, SamplingParams
 from omniserve.config import CpuBudget, EngineConfig, split_cpus
 from omniserve.engine.async_llm import AsyncLLM
-from omniserve.engine.messages import Token
-from omniserve.engine.progress import Progress
-from omniserve.model.tokenizer import Tokenizer
 
-GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +79,7 @@ def test_a_prompt_seen_before_is_not_computed_again_unless_its_salt_differs(llm:
 
 def test_chat_uses_the_template_and_stops_at_the_end_of_turn(llm: LLM) -> None:
     messages = [{"role": "user", "content": "What is the capital of France?"}]
-    (output,) = llm.chat(messages, SamplingParams(max_tokens=40))
+    (output,) = llm.chat(messages, SamplingParams(temperature=0.0, max_tokens=40))
     assert "Paris" in output.text
     assert output.finish_reason == "stop"
     assert "<|im_end|>" not in output.text
@@ -101,6 +99,10 @@ def test_chat_uses_the_template_and_stops_at_the_end_of_turn(llm: LLM) -> None:
         ([1] * 505, GREEDY, "best_effort", "max_tokens", "max_model_len 512"),
         ("hello", GREEDY, "urgent", "service_class", "known classes: latency_sensitive, best_effort"),
         ("hello", SamplingParams(stop_token_ids=[10**9]), "best_effort", "stop_token_ids", "out of range"),
+        ("hello", SamplingParams(logit_bias={10**9: 1.0}), "best_effort", "logit_bias", "out of range"),
+        ("hello", SamplingParams(logprobs=21), "latency_sensitive", "logprobs", "max_logprobs 20"),
+        ("hello", SamplingParams(prompt_logprobs=-1), "best_effort", "prompt_logprobs", "max_logprobs 20"),
+        ("hello", SamplingParams(max_tokens=None, min_tokens=512), "best_effort", "min_tokens", "lower it"),
     ],
 )
 def test_a_bad_request_names_field_and_limit_and_disturbs_nobody(
@@ -116,29 +118,74 @@ def test_a_bad_request_names_field_and_limit_and_disturbs_nobody(
 
 
 @pytest.mark.parametrize(
-    "bad",
+    ("bad", "says"),
     [
-        {"max_tokens": 0},
-        {"max_tokens": True},
-        {"max_tokens": 2.0},
-        {"temperature": -1.0},
-        {"temperature": float("nan")},
-        {"temperature": "hot"},
-        {"temperature": Decimal("0.5")},
-        {"stop": [""]},
-        {"stop": 5},
-        {"stop": "\ud800"},
-        {"stop_token_ids": [-3]},
-        {"stop_token_ids": 3},
-        {"ignore_eos": 1},
-        {"seed": -1},
-        {"seed": True},
+        ({"n": 0}, r"in \[1, 16384\]"),
+        ({"n": 2, "temperature": 0.0}, "raise temperature"),
+        ({"max_tokens": 0}, "at least 1"),
+        ({"max_tokens": True}, "at least 1"),
+        ({"max_tokens": 2.0}, "at least 1"),
+        ({"min_tokens": -1}, "at least 0"),
+        ({"min_tokens": 17}, "at most max_tokens 16"),
+        ({"temperature": -1.0}, r"in \[0, 100\]"),
+        ({"temperature": float("nan")}, r"in \[0, 100\]"),
+        ({"temperature": "hot"}, "a number"),
+        ({"temperature": Decimal("0.5")}, "a number"),
+        ({"top_p": 0.0}, r"in \(0, 1\]"),
+        ({"top_p": 1.01}, r"in \(0, 1\]"),
+        ({"top_k": -2}, "-1"),
+        ({"top_k": 5.0}, "an integer"),
+        ({"min_p": 1.5}, r"in \[0, 1\]"),
+        ({"presence_penalty": 2.5}, r"in \[-2, 2\]"),
+        ({"frequency_penalty": -2.5}, r"in \[-2, 2\]"),
+        ({"repetition_penalty": 0}, "above 0"),
+        ({"repetition_penalty": float("inf")}, "finite"),
+        ({"logit_bias": [1]}, "token ids to numbers"),
+        ({"logit_bias": {"a": 1.0}}, "token ids"),
+        ({"logit_bias": {-1: 1.0}}, "token ids"),
+        ({"logit_bias": {1: float("nan")}}, r"in \[-100, 100\]"),
+        ({"logprobs": -2}, "at least 0, -1"),
+        ({"logprobs": False}, "at least 0, -1"),
+        ({"prompt_logprobs": 1.5}, "at least 0, -1"),
+        ({"bad_words": "word"}, "a list"),
+        ({"bad_words": [""]}, "non-empty"),
+        ({"stop": [""]}, "non-empty"),
+        ({"stop": 5}, "or one"),
+        ({"stop": "\ud800"}, "texts"),
+        ({"stop_token_ids": [-3]}, "at least 0"),
+        ({"stop_token_ids": 3}, "a list"),
+        ({"ignore_eos": 1}, "True or False"),
+        ({"include_stop_str_in_output": None}, "True or False"),
+        ({"seed": 2**63}, "2\\*\\*63"),
+        ({"seed": True}, "an integer"),
     ],
 )
-def test_bad_sampling_params_are_refused_by_name(bad: dict[str, Any]) -> None:
-    with pytest.raises(RequestError) as caught:
+def test_bad_sampling_params_are_refused_by_name_and_limit(bad: dict[str, Any], says: str) -> None:
+    with pytest.raises(RequestError, match=says) as caught:
         SamplingParams(**bad)
     assert caught.value.field == next(iter(bad))
+
+
+def test_an_unknown_sampling_parameter_is_refused_by_name() -> None:
+    with pytest.raises(TypeError, match="best_of"):
+        SamplingParams(best_of=2)  # type: ignore[call-arg]
+
+
+def test_sampling_params_are_brought_to_one_form() -> None:
+    params = SamplingParams(
+        temperature=0.001,
+        seed=-1,
+        top_k=-1,
+        stop="x",
+        stop_token_ids=[3, 3],
+        logit_bias={"7": 1000},
+        logprobs=True,
+    )
+    assert (params.temperature, params.seed, params.top_k) == (0.01, None, 0)
+    assert (params.stop, params.stop_token_ids) == (("x",), (3,))
+    assert (params.logit_bias, params.logprobs) == ({7: 100.0}, 1)
+    greedy = SamplingParams(temperature=0, top_p=0.5, top_k=3, min_p=0.1)
+    assert (greedy.top_p, greedy.top_k, greedy.min_p) == (1.0, 0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +202,7 @@ def test_bad_sampling_params_are_refused_by_name(bad: dict[str, Any]) -> None:
         ({"prefix_cache_reserve": 1.0}, "prefix_cache_reserve"),
         ({"enable_prefix_caching": 1}, "enable_prefix_caching"),
         ({"seed": None}, "seed"),
+        ({"max_logprobs": -2}, "max_logprobs"),
         ({"max_lanes": 1 << 30}, "max_lanes"),
         ({"host_threads": 5000}, "host_threads"),
         ({"device_threads": 10_000}, "CPUs are available"),
@@ -180,9 +228,11 @@ def test_memory_too_small_for_one_request_is_said_at_acceptance() -> None:
 
 
 def test_stop_strings_end_the_text_before_them(llm: LLM) -> None:
-    (free,) = llm.generate("The capital of France is", SamplingParams(max_tokens=24, ignore_eos=True))
+    (free,) = llm.generate(
+        "The capital of France is", SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+    )
     stop = free.text[8:13]
-    params = SamplingParams(max_tokens=24, ignore_eos=True, stop=stop)
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, stop=stop)
     seen: list[str] = []
     (output,) = llm.generate(
         "The capital of France is", params, on_progress=lambda _, partial: seen.append(partial.text)
@@ -193,8 +243,10 @@ def test_stop_strings_end_the_text_before_them(llm: LLM) -> None:
 
 
 def test_lane_tokens_are_counted_whatever_ends_a_request(llm: LLM) -> None:
-    (free,) = llm.generate("The capital of France is", SamplingParams(max_tokens=24, ignore_eos=True))
-    params = SamplingParams(max_tokens=24, ignore_eos=True, stop=free.text[20:25])
+    (free,) = llm.generate(
+        "The capital of France is", SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+    )
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, stop=free.text[20:25])
     counts: list[int] = []
     (output,) = llm.generate(
         "The capital of France is",
@@ -216,7 +268,7 @@ def test_numpy_token_ids_are_token_ids(llm: LLM) -> None:
 def test_stop_token_ids_end_at_that_token(llm: LLM) -> None:
     (free,) = llm.generate("Once upon a time", GREEDY)
     stop_id = free.token_ids[5]
-    params = SamplingParams(max_tokens=12, ignore_eos=True, stop_token_ids=[stop_id])
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, stop_token_ids=[stop_id])
     (output,) = llm.generate("Once upon a time", params)
     assert output.finish_reason == "stop"
     assert output.token_ids == free.token_ids[: free.token_ids.index(stop_id) + 1]
@@ -229,6 +281,64 @@ def test_a_seed_gives_the_same_text_in_any_company(llm: LLM) -> None:
     assert crowd[0].token_ids == alone.token_ids
     other = SamplingParams(max_tokens=12, temperature=1.0, seed=6, ignore_eos=True)
     assert llm.generate("The weather today", other)[0].token_ids != alone.token_ids
+
+
+DRAWN = SamplingParams(
+    n=4, temperature=1.0, seed=5, max_tokens=12, ignore_eos=True, logprobs=1, prompt_logprobs=0
+)
+
+
+@pytest.mark.parametrize("service_class", ["latency_sensitive", "best_effort"])
+def test_n_gives_so_many_different_texts_in_order_and_the_first_is_that_of_n_1(
+    llm: LLM, service_class: str
+) -> None:
+    partial: list[list[int]] = []
+
+    def note(_: int, output: omniserve.RequestOutput) -> None:
+        partial.append([c.index for c in output.outputs])
+
+    (output,) = llm.generate("The weather today", DRAWN, service_class, on_progress=note)
+    assert [c.index for c in output.outputs] == [0, 1, 2, 3]
+    assert set(map(tuple, partial)) == {(0, 1, 2, 3)}
+    assert len({tuple(c.token_ids) for c in output.outputs}) == 4
+    assert all(c.finish_reason == "length" and len(c.logprobs or []) == 12 for c in output.outputs)
+    assert output.prompt_logprobs is not None
+    assert len(output.prompt_logprobs) == len(output.prompt_token_ids)
+    (again,) = llm.generate("The weather today", DRAWN, service_class)
+    assert [c.token_ids for c in again.outputs] == [c.token_ids for c in output.outputs]
+    (single,) = llm.generate("The weather today", replace(DRAWN, n=1), service_class)
+    assert single.token_ids == output.outputs[0].token_ids
+    lane_tokens = 4 * 11 if service_class == "best_effort" else 0
+    assert output.metrics.num_lane_tokens == lane_tokens
+
+
+def test_bad_words_never_come_at_the_beginning_or_behind_a_space(llm: LLM) -> None:
+    (free,) = llm.generate("The capital of France is", GREEDY)
+    assert "Paris" in free.text
+    (kept,) = llm.generate("The capital of France is", replace(GREEDY, bad_words=["Paris"]))
+    assert "Paris" not in kept.text
+
+
+def test_greedy_log_probabilities_name_the_chosen_token_as_the_likeliest(llm: LLM) -> None:
+    (output,) = llm.generate("The capital of France is", replace(GREEDY, logprobs=3))
+    positions = output.outputs[0].logprobs
+    assert positions is not None
+    for token, position in zip(output.token_ids, positions, strict=True):
+        assert next(iter(position)) == token
+        assert position[token].rank == 1
+        assert position[token].decoded_token == llm.tokenizer.decode([token])
+        values = [p.logprob for p in position.values()]
+        assert len(values) == 3
+        assert values == sorted(values, reverse=True)
+    total = sum(p[t].logprob for t, p in zip(output.token_ids, positions, strict=True))
+    assert output.outputs[0].cumulative_logprob == pytest.approx(total)
+
+
+def test_max_tokens_none_goes_on_to_max_model_len(llm: LLM) -> None:
+    prompt = [100] * 480
+    (output,) = llm.generate([prompt], SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True))
+    assert len(output.token_ids) == 512 - 480
+    assert output.finish_reason == "length"
 
 
 def test_calls_from_several_threads_run_at_once(llm: LLM) -> None:
@@ -262,12 +372,12 @@ def test_abort_by_id_ends_the_iterator_and_frees_everything(service_class: str) 
         engine = AsyncLLM(host_offload="always", max_model_len=512)
         try:
             outputs = []
-            params = SamplingParams(max_tokens=400, ignore_eos=True)
+            params = SamplingParams(n=2, max_tokens=400, ignore_eos=True)
             async for output in engine.submit("Hello", params, service_class, request_id="mine"):
                 outputs.append(output)
                 if len(outputs) == 3:
                     assert await engine.abort("mine")
-            assert outputs[-1].finish_reason == "abort"
+            assert [c.finish_reason for c in outputs[-1].outputs] == ["abort", "abort"]
             assert len(outputs) < 50
             assert not await engine.abort("mine")
             while any((stats := await engine.stats())["requests"].values()):
@@ -285,7 +395,7 @@ def test_abort_by_id_ends_the_iterator_and_frees_everything(service_class: str) 
 
 def test_a_given_up_question_and_a_closed_loop_hurt_nobody_else() -> None:
     engine = AsyncLLM(host_offload="never", max_model_len=512)
-    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
 
     async def impatient() -> None:
         with pytest.raises(TimeoutError):
@@ -322,19 +432,6 @@ def test_calls_after_close_are_refused_clearly() -> None:
         llm.generate("Hello")
     with pytest.raises(EngineDeadError, match="closed"):
         llm.stats()
-
-
-def test_a_stop_string_across_tokens_is_found(smollm2_path: Any) -> None:
-    tokenizer = Tokenizer(smollm2_path)
-    ids = tokenizer.encode("The quick brown fox jumps over")
-    progress = Progress(tokenizer, "r", [1], SamplingParams(stop="ck brown f"), 0.0)
-    outputs = []
-    for token in ids:
-        outputs.append(progress.push(Token(0, token), 0.0))
-        if progress.is_finished:
-            break
-    assert outputs[-1].text == "The qui"
-    assert outputs[-1].finish_reason == "stop"
 
 
 def budget(count: int, cpus: tuple[int, ...]) -> CpuBudget:

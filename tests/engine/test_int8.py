@@ -127,8 +127,8 @@ def llm() -> Iterator[LLM]:
 
 
 def test_outputs_from_int8_lanes_are_marked_and_others_are_not(llm: LLM) -> None:
-    params = SamplingParams(max_tokens=12, ignore_eos=True)
-    one = SamplingParams(max_tokens=1)
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    one = SamplingParams(temperature=0.0, max_tokens=1)
     prompt = "The capital of France is"
     chat, batch, short = llm.generate([prompt] * 3, [params, params, one], ["latency_sensitive", BE, BE])
     assert chat.metrics.is_exact

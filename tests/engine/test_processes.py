@@ -31,8 +31,8 @@ BATCH = [
     "A bicycle stays upright because",
     "Dear family, the ship has reached",
 ]
-SHORT = SamplingParams(max_tokens=16, ignore_eos=True)
-LONG = SamplingParams(max_tokens=48, ignore_eos=True)
+SHORT = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
+LONG = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
 PATIENCE_S = 120.0
 
 
@@ -157,7 +157,9 @@ def test_a_killed_engine_is_an_error_for_every_caller_and_takes_its_host_along()
     llm = LLM(host_offload="always")
     try:
         callers = [
-            Background(llm, [text], SamplingParams(max_tokens=2000, ignore_eos=True), "best_effort")
+            Background(
+                llm, [text], SamplingParams(temperature=0.0, max_tokens=2000, ignore_eos=True), "best_effort"
+            )
             for text in BATCH
         ]
         wait_until(lambda: all(c.num_tokens > 0 for c in callers), "every caller has a token")
@@ -177,7 +179,9 @@ def test_a_killed_engine_is_an_error_for_every_caller_and_takes_its_host_along()
 
 def test_closing_ends_both_processes_and_tells_who_still_waits() -> None:
     llm = LLM(host_offload="always")
-    caller = Background(llm, BATCH[:1], SamplingParams(max_tokens=2000, ignore_eos=True), "best_effort")
+    caller = Background(
+        llm, BATCH[:1], SamplingParams(temperature=0.0, max_tokens=2000, ignore_eos=True), "best_effort"
+    )
     wait_until(lambda: caller.num_tokens > 0, "the first token")
     pids = [llm.engine_pid, llm.stats()["host_pid"]]
     llm.close()
@@ -215,7 +219,9 @@ def test_leaving_the_iterator_frees_pages_and_slot() -> None:
     async def scenario() -> None:
         llm = AsyncLLM(host_offload="always")
         try:
-            stream = llm.submit(BATCH[0], SamplingParams(max_tokens=2000, ignore_eos=True), "best_effort")
+            stream = llm.submit(
+                BATCH[0], SamplingParams(temperature=0.0, max_tokens=2000, ignore_eos=True), "best_effort"
+            )
             seen = 0
             async for _ in stream:
                 seen += 1

@@ -77,7 +77,7 @@ def test_without_a_host_batch_decodes_on_the_device(mode: Any, tiny_llama: Calla
     decoder = load_decoder(tiny_llama(), max_model_len=256)
     config = EngineConfig(host_offload=mode, device_memory_bytes=8 << 20, host_memory_bytes=8 << 20)
     engine = make_engine(config, decoder, 256, split_cpus(config), host=Stillborn)
-    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
     wanted = {engine.add([5, 6, 7], params, kind) for kind in ("best_effort", "latency_sensitive")}
     tokens: dict[int, int] = dict.fromkeys(wanted, 0)
     deadline = time.monotonic() + PATIENCE_S

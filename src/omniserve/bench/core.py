@@ -71,7 +71,7 @@ def measure_throughput(repeats: int) -> dict[int, tuple[Spread, Spread]]:
     """Output tokens/s at each concurrency: ours without a host on all cores, and transformers."""
     threads = available_cpus().count
     peer = Transformers(threads)
-    params = SamplingParams(max_tokens=OUTPUT_TOKENS, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
     result = {}
     with LLM(MODEL, host_offload="never", device_threads=threads) as llm:
         for count in CONCURRENCY:
@@ -92,7 +92,7 @@ def measure_throughput(repeats: int) -> dict[int, tuple[Spread, Spread]]:
 
 def measure_lane_rate(repeats: int) -> dict[int, Spread]:
     """Lane tokens/s with no other work: every decode token by host attention, in passes."""
-    params = SamplingParams(max_tokens=32, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
     prompt = [(7 * i) % 40000 + 100 for i in range(LANE_CONTEXT)]
     result = {}
     with LLM(MODEL, host_offload="always", max_lane_rows=32) as llm:
@@ -144,11 +144,13 @@ def measure_walk_cost(repeats: int, device_rows: int) -> dict[int, Spread]:
         host = engine.host
         assert isinstance(host, ScriptedHost)
         port, counters = host.segment.port, engine.executor.counters
-        lasting = SamplingParams(max_tokens=1000, ignore_eos=True)
+        lasting = SamplingParams(temperature=0.0, max_tokens=1000, ignore_eos=True)
         for i in range(device_rows):
             engine.add([100 + i], lasting, "latency_sensitive")
         for i in range(lane_rows * (decoder.num_layers + 2)):
-            engine.add([200 + i], SamplingParams(max_tokens=25, ignore_eos=True), "best_effort")
+            engine.add(
+                [200 + i], SamplingParams(temperature=0.0, max_tokens=25, ignore_eos=True), "best_effort"
+            )
         for _ in range(4 * decoder.num_layers if lane_rows else 8):
             engine.step()
             host.serve_all()

@@ -7,7 +7,8 @@ import itertools
 import operator
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 from omniserve.config import EngineConfig
@@ -18,6 +19,7 @@ from omniserve.engine.progress import Progress
 from omniserve.errors import ConfigError, RequestError
 from omniserve.model.sources import ensure_model
 from omniserve.model.tokenizer import Tokenizer
+from omniserve.seeds import derive_seed
 from omniserve.types import Prompt, RequestOutput, SamplingParams, service_class_named
 
 Message = Mapping[str, Any]
@@ -30,6 +32,21 @@ def make_config(settings: Mapping[str, Any]) -> EngineConfig:
     if unknown:
         raise ConfigError(f"unknown setting {', '.join(unknown)}; known settings: {', '.join(sorted(known))}")
     return EngineConfig(**settings)
+
+
+def _one_text_each(params: SamplingParams) -> list[SamplingParams]:
+    """The parameters of each of the `n` texts: its own seed; the prompt is scored with the first one."""
+    if params.n == 1:
+        return [params]
+    return [
+        replace(
+            params,
+            n=1,
+            seed=None if params.seed is None else derive_seed(params.seed, i),
+            prompt_logprobs=params.prompt_logprobs if i == 0 else None,
+        )
+        for i in range(params.n)
+    ]
 
 
 class AsyncLLM:
@@ -71,6 +88,19 @@ class AsyncLLM:
         text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         return self.tokenizer.encode(text, add_special_tokens=False)
 
+    def encode_bad_words(self, params: SamplingParams) -> list[list[int]]:
+        """Token sequences of the bad words: as at the beginning of a text, and with a space before them where
+        that is the same number of tokens and another first one."""
+        found: list[list[int]] = []
+        for word in params.bad_words or ():
+            bare, spaced = (
+                self.tokenizer.encode(space + word.lstrip(), add_special_tokens=False) for space in ("", " ")
+            )
+            found.append(bare)
+            if len(spaced) == len(bare) and spaced[:1] != bare[:1]:
+                found.append(spaced)
+        return found
+
     def check(
         self,
         prompt: Sequence[int],
@@ -81,7 +111,7 @@ class AsyncLLM:
         """Raise RequestError when the engine would refuse this request."""
         service_class_named(service_class)
         check_cache_salt(cache_salt)
-        self._client.info.acceptance.check(prompt, params)
+        self._client.info.acceptance.check(prompt, params, self.encode_bad_words(params))
 
     async def submit(
         self,
@@ -113,31 +143,44 @@ class AsyncLLM:
     ) -> AsyncIterator[RequestOutput]:
         """`submit` for a tokenised prompt whose time counts from `arrived_s` (time.monotonic())."""
         self.check(ids, params, service_class, cache_salt)
+        bad_words = self.encode_bad_words(params)
         name = request_id if request_id is not None else f"request-{next(self._names)}"
         if name in self._running:
             raise RequestError("request_id", f"{name!r} is running already")
-        loop, news = asyncio.get_running_loop(), asyncio.Queue[tuple[float, Token | Exception | None]]()
+        loop, news = asyncio.get_running_loop(), asyncio.Queue[tuple[float, int, Token | Exception | None]]()
 
-        def listen(item: Token | Exception | None) -> None:
-            loop.call_soon_threadsafe(news.put_nowait, (time.monotonic(), item))
+        def listen(index: int, item: Token | Exception | None) -> None:
+            loop.call_soon_threadsafe(news.put_nowait, (time.monotonic(), index, item))
 
-        engine_id = self._client.add(ids, params, service_class, listen, cache_salt)
+        engine_ids: list[int] = []
+
+        def leave() -> None:
+            for engine_id in engine_ids:
+                self._client.abort(engine_id)
 
         def stop() -> None:
-            self._client.abort(engine_id)
-            listen(None)
+            leave()
+            listen(0, None)
 
-        self._running[name] = stop
         progress = Progress(self.tokenizer, name, ids, params, arrived_s)
+        self._running[name] = stop
         try:
+            for index, own in enumerate(_one_text_each(params)):
+                engine_ids.append(
+                    self._client.add(ids, own, service_class, partial(listen, index), bad_words, cache_salt)
+                )
             while not progress.is_finished:
-                when_s, item = await news.get()
+                when_s, index, item = await news.get()
                 if isinstance(item, Exception):
                     raise item
-                yield progress.push(item, when_s) if item is not None else progress.abort()
+                if item is not None and progress.has_ended(index):
+                    continue  # it was under way when a stop string ended its text
+                yield progress.push(item, when_s, index) if item is not None else progress.abort()
+                if progress.has_ended(index):
+                    self._client.abort(engine_ids[index])
         finally:
             del self._running[name]
-            self._client.abort(engine_id)
+            leave()
 
     async def abort(self, request_id: str) -> bool:
         """Stop a request by its id: its iterator yields a last output with finish reason "abort".

@@ -119,13 +119,15 @@ def make_limits(
     )
 
 
-def make_acceptance(limits: Limits, model: ModelConfig, max_model_len: int) -> Acceptance:
+def make_acceptance(
+    limits: Limits, model: ModelConfig, max_model_len: int, max_logprobs: int = 20
+) -> Acceptance:
     """The longest request that one side alone can hold: nothing accepted can wait for ever."""
     total, limited_by = limits.num_device_pages * limits.page_size, "device_memory_bytes"
     host_total = limits.num_host_pages * limits.host_page_size
     if limits.host_offload == "always" and host_total < total:
         total, limited_by = host_total, "host_memory_bytes"
-    return Acceptance(max_model_len, model.vocab_size, model.eos_token_ids, total, limited_by)
+    return Acceptance(max_model_len, model.vocab_size, model.eos_token_ids, total, limited_by, max_logprobs)
 
 
 def make_engine(
@@ -161,7 +163,7 @@ def make_engine(
         the_host = host(geometry, split.host_cpus, split.host_threads, config.host_mlock)
         kv_dtype_there = geometry.host_kv_dtype
     cost = cost or FixedBudget(config.max_num_batched_tokens, config.max_lane_rows, config.pass_budget_s)
-    acceptance = make_acceptance(limits, decoder.config, max_model_len)
+    acceptance = make_acceptance(limits, decoder.config, max_model_len, config.max_logprobs)
     return Engine(
         executor,
         the_host,

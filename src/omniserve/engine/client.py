@@ -92,11 +92,13 @@ class EngineClient:
         params: SamplingParams,
         service_class: str,
         listener: Listener,
+        bad_words: Sequence[Sequence[int]] = (),
         cache_salt: str | None = None,
     ) -> int:
-        """Submit a request; `listener` hears its tokens until one carries a finish reason."""
+        """Submit one text; `listener` hears its tokens until one carries a finish reason."""
         request_id = next(self._ids)
-        message = pack(Add(request_id, list(prompt), params, service_class, cache_salt))
+        words = [list(word) for word in bad_words]
+        message = pack(Add(request_id, list(prompt), params, service_class, words, cache_salt))
         with self._lock:
             self._raise_if_dead()
             self._listeners[request_id] = listener

@@ -23,14 +23,17 @@ from omniserve.config import Reentry
 from omniserve.engine.records import Counters, LaneArrays, LayerTrace, Record
 from omniserve.host.segment import LaneSegment
 from omniserve.model.decoder import Decoder
-from omniserve.model.sampling import sample
+from omniserve.model.sampling import logprobs_of, sample
 from omniserve.policy.lanes import carried_cap, next_pass
 from omniserve.policy.plan import LaneStart, NewToken, Step, StepResult
+from omniserve.types import TokenLogprobs
 
 # How long the device looks for a lane's result before it lets the engine sleep.
 PASS_SPIN_S = 50e-6
 # In reentry="wait" the device looks up this often to see whether the host still lives.
 WAIT_SLICE_S = 0.05
+# Prompt rows whose logits exist at once when log probabilities of a prompt are asked for.
+SCORED_ROWS = 32
 
 
 class CpuExecutor:
@@ -276,6 +279,7 @@ class CpuExecutor:
 
     def _sample_walk(self, batch: DeviceBatch, n: int, num_lanes: int) -> list[NewToken]:
         """Tokens of device rows that end a prompt or decode, and of lanes past the last layer."""
+        self._score_prompts(batch)
         sampling = [
             (rows.request_id, int(row))
             for rows, row in zip(batch.rows, batch.last_row, strict=True)
@@ -287,21 +291,40 @@ class CpuExecutor:
         self.counters.device_tokens += len(request_ids)
         return tokens
 
+    def _score_prompts(self, batch: DeviceBatch) -> None:
+        """Log probabilities of prompt tokens in this walk, for requests that asked; keeps no logits."""
+        for rows, last_row in zip(batch.rows, batch.last_row, strict=True):
+            record = self.records[rows.request_id]
+            targets = record.prompt_targets(rows)
+            first = int(last_row) - rows.num_tokens + 1
+            for at in range(0, len(targets), SCORED_ROWS):
+                part = targets[at : at + SCORED_ROWS]
+                logits = self.decoder.logits(self._x[first + at : first + at + len(part)])
+                counts = [record.num_prompt_logprobs or 0] * len(part)
+                record.note_prompt(rows.start + at, logprobs_of(logits, part, counts))
+
     def _choose(self, request_ids: list[int], num_lanes: int, x: Tensor) -> list[NewToken]:
         """Next tokens of rows x [m, H]: those of `request_ids`, then of the lanes in the first slots."""
         if x.shape[0] == 0:
             return []
         lane_ids = [int(i) for i in self.lanes.request_ids[self._slots[:num_lanes]]]
         records = [self.records[i] for i in request_ids + lane_ids]
-        ids = sample(
-            self.decoder.logits(x),
-            [r.temperature for r in records],
-            [r.seed for r in records],
-            [len(r.tokens) for r in records],
-        )
+        logits = self.decoder.logits(x)
+        ids = sample(logits, [r.chooser for r in records], [len(r.tokens) for r in records])
+        logprobs = self._logprobs(logits, records, ids)
         self.counters.lane_tokens += num_lanes
         first_lane = len(request_ids)
-        return [r.append(t, i >= first_lane) for i, (r, t) in enumerate(zip(records, ids, strict=True))]
+        chosen = enumerate(zip(records, ids, strict=True))
+        return [r.append(t, i >= first_lane, logprobs.get(i)) for i, (r, t) in chosen]
+
+    def _logprobs(self, logits: Tensor, records: list[Record], ids: list[int]) -> dict[int, TokenLogprobs]:
+        """By row: log probabilities of the chosen tokens, for requests that asked."""
+        asked = {i: n for i, r in enumerate(records) if (n := r.chooser.num_logprobs) is not None}
+        if not asked:
+            return {}
+        rows = list(asked)
+        found = logprobs_of(logits[torch.tensor(rows)], [ids[i] for i in rows], list(asked.values()))
+        return dict(zip(rows, found, strict=True))
 
     # ------------------------------------------------------------ passes
 

@@ -13,11 +13,14 @@ from omniserve.engine.executor import Executor
 from omniserve.engine.page_hashes import PageHashes
 from omniserve.engine.records import Record
 from omniserve.host.supervisor import Host
+from omniserve.model.sampling import Chooser
+from omniserve.model.token_rules import TokenRules
 from omniserve.policy.latency import CostModel
 from omniserve.policy.plan import NewToken, StepResult
 from omniserve.policy.request import Limits, Phase, Request
 from omniserve.policy.scheduler import schedule
 from omniserve.policy.state import State
+from omniserve.seeds import derive_seed
 from omniserve.types import SamplingParams, service_class_named
 
 # Longest sleep without any event: a net under lost wake-ups, not a polling interval.
@@ -85,18 +88,18 @@ class Engine:
         prompt: Sequence[int],
         params: SamplingParams,
         service_class: str,
+        bad_words: Sequence[Sequence[int]] = (),
         cache_salt: str | None = None,
     ) -> int:
-        """Accept a request; returns its id. Raises RequestError naming the field and the limit.
+        """Accept a request for one text (`params.n` is the caller's affair); returns its id.
 
-        cache_salt: requests share cached prefixes only with those of the same salt.
+        bad_words: those of the parameters as token ids. cache_salt: requests share cached prefixes only with
+        those of the same salt. Raises RequestError naming the field and the limit.
         """
         kind = service_class_named(service_class)
-        self.acceptance.check(prompt, params)
+        self.acceptance.check(prompt, params, bad_words)
         check_cache_salt(cache_salt)
-        stop_ids = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            stop_ids |= frozenset(self.acceptance.eos_token_ids)
+        max_tokens = self.acceptance.max_tokens(prompt, params)
         request_id = self._next_id
         self._next_id += 1
         self.executor.add(
@@ -104,16 +107,15 @@ class Engine:
                 request_id,
                 list(prompt),
                 len(prompt),
-                params.max_tokens,
-                params.temperature,
-                self.seed + request_id if params.seed is None else params.seed,
-                stop_ids,
+                max_tokens,
+                self._chooser(request_id, prompt, params, bad_words),
+                self.acceptance.stop_ids(params),
+                params.prompt_logprobs,
             )
         )
-        request = Request(
-            request_id, kind.rank, kind.best_effort, len(prompt), params.max_tokens, len(prompt)
-        )
-        if self._caches_prefixes:
+        request = Request(request_id, kind.rank, kind.best_effort, len(prompt), max_tokens, len(prompt))
+        # Prompt logprobs need the logits of every prompt token: nothing of such a prompt is taken from the cache.
+        if self._caches_prefixes and params.prompt_logprobs is None:
             sizes = (self.state.limits.page_size, self.state.limits.host_page_size)
             device, host = (PageHashes(size, cache_salt) for size in sizes)
             self._hashes[request_id] = device, host
@@ -127,6 +129,34 @@ class Engine:
             request.device_hashes += device.extend(tokens)
             if request.best_effort:  # others never move to the host
                 request.host_hashes += host.extend(tokens)
+
+    def _chooser(
+        self,
+        request_id: int,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        bad_words: Sequence[Sequence[int]],
+    ) -> Chooser:
+        rules = TokenRules(
+            prompt=prompt,
+            logit_bias=params.logit_bias,
+            bad_words=bad_words,
+            min_tokens=params.min_tokens,
+            # The model's own end of text too where it is ignored: such a text has not come to an end.
+            stop_ids=self.acceptance.stop_ids(params).union(self.acceptance.eos_token_ids),
+            repetition_penalty=params.repetition_penalty,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+        )
+        return Chooser(
+            temperature=params.temperature,
+            seed=derive_seed(self.seed, request_id + 1) if params.seed is None else params.seed,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            rules=None if rules.is_empty else rules,
+            num_logprobs=params.logprobs,
+        )
 
     def abort(self, request_id: int) -> bool:
         """Forget a request; its device pages are free now. False when it has already ended."""

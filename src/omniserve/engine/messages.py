@@ -10,7 +10,7 @@ import msgspec
 
 from omniserve.config import EngineConfig
 from omniserve.engine.acceptance import Acceptance
-from omniserve.types import FinishReason, SamplingParams
+from omniserve.types import FinishReason, SamplingParams, TokenLogprobs
 
 _LENGTH = struct.Struct("!I")
 
@@ -23,10 +23,13 @@ class Start(msgspec.Struct, tag=True):
 
 
 class Add(msgspec.Struct, tag=True):
+    """One text to generate. bad_words: those of the parameters as token ids."""
+
     request_id: int
     prompt: list[int]
     params: SamplingParams
     service_class: str
+    bad_words: list[list[int]] = []
     cache_salt: str | None = None
 
 
@@ -62,6 +65,7 @@ class Token(msgspec.Struct, array_like=True):
     """One new token of a request; `finish_reason` is set on its last one.
 
     is_exact: not decoded from lossy KV. num_cached: prompt tokens found in the prefix cache.
+    prompt_logprobs: with the first token, if asked for.
     """
 
     request_id: int
@@ -70,6 +74,8 @@ class Token(msgspec.Struct, array_like=True):
     finish_reason: FinishReason | None = None
     is_exact: bool = True
     num_cached: int = 0
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
 class Tokens(msgspec.Struct, tag=True):

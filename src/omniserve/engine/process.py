@@ -35,6 +35,7 @@ from omniserve.engine.messages import (
     pack,
     to_engine_decoder,
 )
+from omniserve.engine.records import ChosenToken
 from omniserve.errors import OmniServeError, RequestError
 
 logger = logging.getLogger("omniserve.engine")
@@ -117,7 +118,7 @@ class EngineLoop:
     def _add(self, message: Add) -> None:
         try:
             engine_id = self.engine.add(
-                message.prompt, message.params, message.service_class, message.cache_salt
+                message.prompt, message.params, message.service_class, message.bad_words, message.cache_salt
             )
         except RequestError as error:
             self.channel.send(Refused(message.request_id, error.field, error.reason))
@@ -133,9 +134,10 @@ class EngineLoop:
             caller_id = self._caller_ids[token.request_id]
             is_exact = not (token.by_lane and self.engine.state.limits.host_kv_is_lossy)
             num_cached = output.num_cached[token.request_id]
-            tokens.append(
-                Token(caller_id, token.token_id, token.by_lane, token.finish_reason, is_exact, num_cached)
-            )
+            new = Token(caller_id, token.token_id, token.by_lane, token.finish_reason, is_exact, num_cached)
+            if isinstance(token, ChosenToken):
+                new.logprobs, new.prompt_logprobs = token.logprobs, token.prompt_logprobs
+            tokens.append(new)
             if token.finish_reason is not None:
                 del self._engine_ids[caller_id], self._caller_ids[token.request_id]
         self.channel.send(Tokens(tokens))

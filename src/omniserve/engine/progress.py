@@ -1,4 +1,4 @@
-"""Progress: one request's growing text, with stop strings, on the caller's side of the engine."""
+"""Progress: one request's growing texts, with stop strings, on the caller's side of the engine."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ from collections.abc import Sequence
 
 from omniserve.engine.messages import Token
 from omniserve.model.tokenizer import Tokenizer
-from omniserve.types import FinishReason, RequestMetrics, RequestOutput, SamplingParams
+from omniserve.types import (
+    CompletionOutput,
+    FinishReason,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+    TokenLogprobs,
+)
 
 
 class Progress:
-    """Takes in tokens, gives out cumulative outputs.
-
-    A stop string ends the text before its first occurrence, also when it spans tokens; until it can no
-    longer begin there, the end of the text is held back, so that text once given never shrinks.
-    """
+    """Takes in tokens of the `n` texts of one request, gives out cumulative outputs."""
 
     def __init__(
         self,
@@ -24,13 +28,68 @@ class Progress:
         params: SamplingParams,
         arrived_s: float,
     ) -> None:
+        self._tokenizer = tokenizer
         self._name = name
         self._prompt = list(prompt)
-        self._stops = tuple(params.stop)
-        self._stream = tokenizer.stream()
+        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+        self._texts = [Text(tokenizer, i, params, arrived_s) for i in range(params.n)]
+        self._outputs = [text.output() for text in self._texts]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every text has ended."""
+        return all(text.is_finished for text in self._texts)
+
+    def has_ended(self, index: int) -> bool:
+        """Whether the text of this index has ended, by itself or by a stop string."""
+        return self._texts[index].is_finished
+
+    def push(self, token: Token, arrived_s: float, index: int = 0) -> RequestOutput:
+        """The output with one more token of text `index`, which arrived at `arrived_s` (time.monotonic()).
+
+        A token that was under way when its text ended changes nothing.
+        """
+        if token.prompt_logprobs is not None:
+            self._prompt_logprobs = [p and _by_id(self._tokenizer, p) for p in token.prompt_logprobs]
+        if not self._texts[index].is_finished:
+            self._texts[index].push(token, arrived_s)
+            self._outputs[index] = self._texts[index].output()
+        return self._output()
+
+    def abort(self) -> RequestOutput:
+        """The output as it stands, ended by the caller; texts that had ended before keep their reason."""
+        for i, text in enumerate(self._texts):
+            text.abort()
+            self._outputs[i] = text.output()
+        return self._output()
+
+    def _output(self) -> RequestOutput:
+        return RequestOutput(self._name, self._prompt, list(self._outputs), self._prompt_logprobs)
+
+
+class Text:
+    """One growing text.
+
+    A stop string ends it before its first occurrence, also when it spans tokens; until it can no longer begin
+    there, the end of the text is held back, so that text once given never shrinks.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, index: int, params: SamplingParams, arrived_s: float) -> None:
+        self._tokenizer = tokenizer
+        self._index = index
+        self._params = params
+        self._stops = tuple(params.stop or ())
+        self._held = 0
+        if not params.include_stop_str_in_output:
+            self._held = max((len(s) - 1 for s in self._stops), default=0)
+        self._stream = tokenizer.stream(params.skip_special_tokens)
         self._text = ""
+        self._searched = 0
         self._tokens: list[int] = []
+        self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self._sum: float | None = None if params.logprobs is None else 0.0
         self._reason: FinishReason | None = None
+        self._stop_reason: int | str | None = None
         self._num_lane_tokens = 0
         self._is_exact = True
         self._num_cached_tokens = 0
@@ -42,8 +101,7 @@ class Progress:
     def is_finished(self) -> bool:
         return self._reason is not None
 
-    def push(self, token: Token, arrived_s: float) -> RequestOutput:
-        """The output with one more token, which arrived at `arrived_s` (seconds, time.monotonic())."""
+    def push(self, token: Token, arrived_s: float) -> None:
         self._last_s = arrived_s
         if self._first_s is None:
             self._first_s = self._last_s
@@ -52,35 +110,51 @@ class Progress:
         self._num_lane_tokens += token.by_lane
         self._is_exact = self._is_exact and token.is_exact
         self._num_cached_tokens = token.num_cached
-        searched = max(0, len(self._text) - self._longest_stop + 1)
-        self._text += self._stream.push(token.token_id)
+        if token.logprobs is not None and self._logprobs is not None and self._sum is not None:
+            self._logprobs.append(_by_id(self._tokenizer, token.logprobs))
+            self._sum += token.logprobs.logprobs[0]
+        self._grow(token)
+        if len(self._tokens) > self._params.min_tokens:
+            self._stop_at_string()
+        self._searched = len(self._text)
+
+    def _grow(self, token: Token) -> None:
+        is_stop = token.finish_reason == "stop"
+        if is_stop and token.token_id in (self._params.stop_token_ids or ()):
+            self._stop_reason = token.token_id
+        if not is_stop or self._params.include_stop_str_in_output:
+            self._text += self._stream.push(token.token_id)
         if self._reason is not None:
             self._text += self._stream.finish()
-        self._stop_at_string(searched)
-        return self._output()
 
-    def abort(self) -> RequestOutput:
-        """The output as it stands, ended by the caller."""
-        self._reason = "abort"
-        return self._output()
+    def _stop_at_string(self) -> None:
+        """End at the earliest stop string whose last character is new; of two there, the first given."""
+        found = [(at, s) for s in self._stops if (at := self._find(s)) >= 0]
+        if not found:
+            return
+        first, stop = min(found, key=lambda f: f[0])
+        self._text = self._text[: first + (len(stop) if self._params.include_stop_str_in_output else 0)]
+        self._reason, self._stop_reason = "stop", stop
 
-    @property
-    def _longest_stop(self) -> int:
-        return max((len(s) for s in self._stops), default=0)
+    def _find(self, stop: str) -> int:
+        return self._text.find(stop, max(0, self._searched - len(stop) + 1))
 
-    def _stop_at_string(self, searched: int) -> None:
-        found = [self._text.find(s, searched) for s in self._stops]
-        first = min((at for at in found if at >= 0), default=-1)
-        if first >= 0:
-            self._text = self._text[:first]
-            self._reason = "stop"
+    def abort(self) -> None:
+        self._reason = self._reason or "abort"
 
-    def _output(self) -> RequestOutput:
+    def output(self) -> CompletionOutput:
         text = self._text
-        if not self.is_finished and self._longest_stop > 1:
-            text = text[: max(0, len(text) - self._longest_stop + 1)]
-        return RequestOutput(
-            self._name, self._prompt, list(self._tokens), text, self._reason, self._metrics()
+        if not self.is_finished and self._held:
+            text = text[: max(0, len(text) - self._held)]
+        return CompletionOutput(
+            self._index,
+            list(self._tokens),
+            text,
+            self._reason,
+            self._stop_reason,
+            None if self._logprobs is None else list(self._logprobs),
+            self._sum,
+            self._metrics(),
         )
 
     def _metrics(self) -> RequestMetrics:
@@ -90,3 +164,14 @@ class Progress:
         tpot_s = (self._last_s - self._first_s) / later if later else None
         ttft_s = self._first_s - self._arrived_s
         return RequestMetrics(ttft_s, tpot_s, self._num_lane_tokens, self._is_exact, self._num_cached_tokens)
+
+
+def _by_id(tokenizer: Tokenizer, position: TokenLogprobs) -> dict[int, Logprob]:
+    """Token id -> Logprob: the chosen token first, then the most likely ones by rank."""
+    ranks = [position.rank, *range(1, len(position.ids))]
+    found: dict[int, Logprob] = {}
+    for token, logprob, rank in zip(position.ids, position.logprobs, ranks, strict=True):
+        if token not in found:
+            text = tokenizer.decode([token], skip_special_tokens=False)
+            found[token] = Logprob(logprob, rank, text)
+    return found
