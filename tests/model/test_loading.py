@@ -138,8 +138,8 @@ def test_a_local_folder_is_taken_as_it_is(folder: Path) -> None:
 
 def test_an_unknown_model_names_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(
-        ModelError, match=r"'org/model' is neither a local folder .* known names: smollm2-135m"
+        ModelError, match=r"'/no/model' is neither a local folder.* known names: smollm2-135m"
     ):
-        ensure_model("org/model")
+        ensure_model("/no/model")
     with pytest.raises(ModelError, match=r"holds no config\.json"):
         ensure_model(tmp_path)

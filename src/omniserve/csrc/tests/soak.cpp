@@ -109,11 +109,13 @@ StressConfig StressConfig::draw(unsigned seed) {
     g.head_dim = draw.of({64, 72, 128});
     g.hidden_size = draw.of({16, 40});
     g.act_dtype = draw.of({DType::f32, DType::bf16, DType::f16});
-    g.kv_dtype = draw.of({DType::f32, DType::bf16, DType::f16});
+    g.host_kv_dtype = g.kv_dtype = draw.of({DType::f32, DType::bf16, DType::f16});
     g.max_lanes = draw.between(1, 12);
     g.host_page_size = draw.of({4, 16, 64});
     g.device_page_size = draw.of({6, 10, 16, 64});
     g.num_partitions = draw.between(1, 3);
+    g.window = draw.of({0, 0, 1, 30, 200});
+    g.window_layers.fill(draw.of({0, 1}) ? ~uint64_t{0} : 0x5555555555555555);
     if (!has_simd(config.simd)) config.simd = "auto";
     config.lay_out();
     while (g.host_kv().page_bytes() * g.num_host_pages > kArenaBytes && (g.num_layers > 1 || config.long_context > 0)) {
@@ -146,7 +148,8 @@ std::string StressConfig::text() const {
         << " heads of " << g.head_dim << ", hidden " << g.hidden_size << ", act " << dtype_name(g.act_dtype) << ", KV "
         << dtype_name(g.kv_dtype) << ", context " << long_context << " (the last " << landing
         << " land), " << g.num_partitions << " partitions, pages of " << g.host_page_size << " and "
-        << g.device_page_size << " tokens, " << num_trips << " copies in flight, "
+        << g.device_page_size << " tokens, window " << g.window << (g.has_window(1) ? "" : " in every other layer")
+        << ", " << num_trips << " copies in flight, "
         << (cancel_one_in ? "a cancel every " + std::to_string(cancel_one_in) + " steps" : "no cancels");
     return out.str();
 }
