@@ -207,10 +207,10 @@ class CpuAttention:
 
     def _gather(self, layer: int, chunk: _ChunkRows, first_token: int) -> tuple[Tensor, Tensor]:
         """Keys and values [kvh, T, hd] of a chunk's context from `first_token` on, its own rows included."""
-        num_tokens = chunk.start + chunk.count - first_token
-        keys = torch.empty(self.num_kv_heads, num_tokens, self.head_dim, dtype=self.store.dtype)
+        context = chunk.start + chunk.count
+        keys = torch.empty(self.num_kv_heads, context - first_token, self.head_dim, dtype=self.store.dtype)
         values = torch.empty_like(keys)
         self.store.kv.gather(
-            layer, chunk.table.ctypes.data, num_tokens, keys.data_ptr(), values.data_ptr(), first_token
+            layer, chunk.table.ctypes.data, context, keys.data_ptr(), values.data_ptr(), first_token
         )
         return keys, values
