@@ -16,6 +16,9 @@ hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
+# A name that nobody knows must not be asked for on the network. Read by huggingface_hub when it is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 TinyLlama = Callable[..., Path]
 
 # The default shape: small, grouped queries, a head size that every kernel path takes.

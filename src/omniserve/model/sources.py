@@ -35,7 +35,10 @@ def ensure_model(name_or_path: str | Path, revision: str | None = None, with_wei
     elif path.suffix == ".gguf" and path.is_file():
         return ensure_gguf(path)
     elif is_hub_name and path.suffix != ".gguf":
-        folder = ensure_snapshot(name, revision, with_weights)
+        try:
+            folder = ensure_snapshot(name, revision, with_weights)
+        except ModelError as error:
+            raise ModelError(f"{error}; names known without the hub: {', '.join(NAMED_MODELS)}") from error
     else:
         raise ModelError(
             f"model {name!r} is neither a local folder, nor a GGUF file, nor a Hugging Face name, nor a known"
