@@ -156,6 +156,8 @@ class EngineConfig:
         self._check_choice("host_kv_dtype", HostKvDTypeName)
         self._check_choice("host_offload", HostOffload)
         self._check_choice("reentry", Reentry)
+        if self.revision is not None and not (isinstance(self.revision, str) and self.revision):
+            raise ConfigError(f"revision: must be a branch, tag or commit, got {self.revision!r}")
         if type(self.host_mlock) is not bool:
             raise ConfigError(f"host_mlock: must be True or False, got {self.host_mlock!r}")
         if self.device not in ("auto", "cpu"):

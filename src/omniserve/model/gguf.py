@@ -235,7 +235,7 @@ def _write_tokenizer(reader: GGUFReader, file: Path, folder: Path) -> None:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            str(file.parent), gguf_file=file.name, local_files_only=True
+            str(file.parent), gguf_file=file.name, local_files_only=True, trust_remote_code=False
         )
         tokenizer.save_pretrained(str(folder))
     except Exception as error:  # a converter of another project: it raises what it likes

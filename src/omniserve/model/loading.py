@@ -146,12 +146,13 @@ class _Filler:
 
     def _qk_norm(self, prefix: str) -> Tensor:
         """[own heads + own KV heads, hd]: each head's factors, so that all are applied at once."""
-        norms = (
-            self._whole(prefix + self.config.family.q_norm),
-            self._whole(prefix + self.config.family.k_norm),
-        )
-        counts = (self.heads.stop - self.heads.start, self.kv_heads.stop - self.kv_heads.start)
-        return torch.cat([norm.expand(count, -1) for norm, count in zip(norms, counts, strict=True)])
+        hd, family = self.config.head_dim, self.config.family
+        num_heads, num_kv_heads = (part.stop - part.start for part in (self.heads, self.kv_heads))
+        norms = self._empty((num_heads + num_kv_heads, hd))
+        for name, rows in ((family.q_norm, norms[:num_heads]), (family.k_norm, norms[num_heads:])):
+            self._fill(rows[0], self._open(prefix + name))
+            rows.copy_(rows[:1].clone().expand_as(rows))
+        return norms
 
     def _mlp(self, layer: int, prefix: str) -> Mlp:
         c, f = self.config, self.config.family
