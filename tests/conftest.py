@@ -16,6 +16,9 @@ hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
+# A name that nobody knows must not be asked for on the network. Read by huggingface_hub when it is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 TinyLlama = Callable[..., Path]
 
 # The default shape: small, grouped queries, a head size that every kernel path takes.
@@ -87,7 +90,7 @@ def write_tiny_llama(folder: Path, seed: int, config: dict[str, Any]) -> None:
     _write_byte_tokenizer(folder, config)
 
 
-_GAINS = {"q_proj": 1.5, "k_proj": 1.5, "o_proj": 3.0, "down_proj": 6.0}
+_GAINS = {"q_proj": 1.5, "k_proj": 1.5, "o_proj": 3.0, "down_proj": 6.0, "w2": 6.0}
 
 
 def _std(name: str, shape: tuple[int, ...]) -> float:
@@ -101,7 +104,9 @@ def _std(name: str, shape: tuple[int, ...]) -> float:
 
 
 def _shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    hidden = config["hidden_size"]
+    family = config["model_type"]
+    has_qkv_bias = config["attention_bias"] or family == "qwen2"
     q = config["num_attention_heads"] * config["head_dim"]
     kv = config["num_key_value_heads"] * config["head_dim"]
     yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
@@ -109,20 +114,37 @@ def _shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
         prefix = f"model.layers.{layer}."
         attention = dict.fromkeys(("k_proj", "v_proj"), (kv, hidden))
         attention |= {"q_proj": (q, hidden), "o_proj": (hidden, q)}
-        mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
-        for block, shapes, has_bias in (
-            ("self_attn", attention, config["attention_bias"]),
-            ("mlp", mlp, config["mlp_bias"]),
-        ):
-            for name, shape in shapes.items():
-                yield f"{prefix}{block}.{name}.weight", shape
-                if has_bias:
-                    yield f"{prefix}{block}.{name}.bias", shape[:1]
+        for name, shape in attention.items():
+            yield f"{prefix}self_attn.{name}.weight", shape
+            if has_qkv_bias and (name != "o_proj" or family != "qwen2"):
+                yield f"{prefix}self_attn.{name}.bias", shape[:1]
+        if family.startswith("qwen3"):
+            yield f"{prefix}self_attn.q_norm.weight", (config["head_dim"],)
+            yield f"{prefix}self_attn.k_norm.weight", (config["head_dim"],)
+        for name, shape in _mlp_shapes(config, layer):
+            yield f"{prefix}{name}.weight", shape
+            if config["mlp_bias"]:
+                yield f"{prefix}{name}.bias", shape[:1]
         yield prefix + "input_layernorm.weight", (hidden,)
         yield prefix + "post_attention_layernorm.weight", (hidden,)
     yield "model.norm.weight", (hidden,)
     if not config["tie_word_embeddings"]:
         yield "lm_head.weight", (config["vocab_size"], hidden)
+
+
+def _mlp_shapes(config: dict[str, Any], layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Of one gated MLP, or of a router and experts, under the names of their family on the hub."""
+    hidden, inner, family = config["hidden_size"], config["intermediate_size"], config["model_type"]
+    block, names, count = "mlp.", ("gate_proj", "up_proj", "down_proj"), 0
+    if family == "mixtral":
+        block, names, count = "block_sparse_moe.", ("w1", "w3", "w2"), config["num_local_experts"]
+    elif family == "qwen3_moe" and layer not in config["mlp_only_layers"]:
+        inner, count = config["moe_intermediate_size"], config["num_experts"]
+    if count:
+        yield block + "gate", (count, hidden)
+    for prefix in [f"{block}experts.{expert}." for expert in range(count)] or [block]:
+        for name, shape in zip(names, ((inner, hidden), (inner, hidden), (hidden, inner)), strict=True):
+            yield prefix + name, shape
 
 
 def _write_byte_tokenizer(folder: Path, config: dict[str, Any]) -> None:

@@ -139,11 +139,13 @@ def paged_attention(
     out_addr: int,
     num_heads: int,
     scale: float,
+    window: int = 0,
 ) -> None:
     """Decode attention of one query token for each of n sequences.
 
     q and out are float32 [n][num_heads * head_dim]; tables int32 [n][table_stride]; context_lens int32 [n],
-    the query's own token included (0 gives zeros). Query head h uses KV head
+    the query's own token included (0 gives zeros). With a window a query attends to the last `window` of them
+    alone. Query head h uses KV head
     h // (num_heads // num_kv_heads).
     """
 
@@ -183,6 +185,8 @@ class LaneGeometry:
     node.
     kv_dtype is the device's. host_kv_dtype is "auto" (the same), its name, or "int8", from which no page
     returns.
+    In layers `window_layers` (numbers below 1024) a row attends to the last `window` tokens of its lane, its
+    own included; 0 is no window.
     """
 
     def __init__(
@@ -204,6 +208,8 @@ class LaneGeometry:
         scale: float = 0.0,
         num_partitions: int = 1,
         host_kv_dtype: str = "auto",
+        window: int = 0,
+        window_layers: list[int] = ...,
     ) -> None: ...
     @property
     def num_layers(self) -> int: ...
@@ -237,6 +243,10 @@ class LaneGeometry:
     def scale(self) -> float: ...
     @property
     def num_partitions(self) -> int: ...
+    @property
+    def window(self) -> int: ...
+    def first_token(self, layer: int, tokens: int) -> int:
+        """First token that a row attends to in this layer, when its own is the last of `tokens`."""
     def partition_of_page(self, page: int) -> int:
         """Partition that owns a host page: page * num_partitions // num_host_pages."""
     @property

@@ -51,7 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     model = commands.add_parser("model", help="models on this machine")
     actions = model.add_subparsers(required=True, metavar="ACTION")
     fetch = actions.add_parser("fetch", help="download and convert a model, or check that it is there")
-    fetch.add_argument("name", nargs="?", default="smollm2-135m")
+    fetch.add_argument(
+        "name", nargs="?", default="smollm2-135m", help="known or Hugging Face name, or a path"
+    )
+    fetch.add_argument("--revision", help="branch, tag or commit of a Hugging Face name")
     fetch.set_defaults(run=_fetch)
     return parser
 
@@ -158,7 +161,7 @@ def _bench_host(options: argparse.Namespace) -> int:
 def _fetch(options: argparse.Namespace) -> int:
     from omniserve.model.sources import ensure_model
 
-    print(ensure_model(options.name))
+    print(ensure_model(options.name, options.revision))
     return 0
 
 

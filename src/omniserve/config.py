@@ -11,7 +11,8 @@ from omniserve.errors import ConfigError
 
 HostOffload = Literal["auto", "always", "never"]
 Reentry = Literal["same_iteration", "next_iteration", "wait"]
-DTypeName = Literal["auto", "float32", "bfloat16"]
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+LoadFormat = Literal["auto", "dummy"]
 HostKvDTypeName = Literal["auto", "int8"]
 
 # Shares of the memory limit used when the caller sets none. The weights, the Python processes and the
@@ -90,6 +91,12 @@ def _is_number(value: object) -> bool:
 class EngineConfig:
     """Everything the engine needs to know besides the weights.
 
+    model             a folder with config.json and safetensors, a GGUF file, a Hugging Face name
+                      ("org/name"), or "smollm2-135m" (docs/models.md).
+    revision          branch, tag or commit of a Hugging Face name; None: its main branch.
+    load_format       "auto", or "dummy": random weights of the model's shape; needs no weight files.
+    dtype             of weights, activations and KV. "auto" is float32 on the CPU device, whatever the
+                      checkpoint holds; "float16" computes matrix products in torch's own half kernels.
     device            "cpu" or "auto" (CUDA is not there yet: "cuda" is refused).
     device_threads    threads of dense modules, prefill and LS attention; None: half of the cores, all
                       of them when host_offload is "never".
@@ -125,6 +132,8 @@ class EngineConfig:
     """
 
     model: str = "smollm2-135m"
+    revision: str | None = None
+    load_format: LoadFormat = "auto"
     dtype: DTypeName = "auto"
     device: Literal["auto", "cpu"] = "auto"
     device_threads: int | None = None
@@ -152,9 +161,12 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         self._check_choice("dtype", DTypeName)
+        self._check_choice("load_format", LoadFormat)
         self._check_choice("host_kv_dtype", HostKvDTypeName)
         self._check_choice("host_offload", HostOffload)
         self._check_choice("reentry", Reentry)
+        if self.revision is not None and not (isinstance(self.revision, str) and self.revision):
+            raise ConfigError(f"revision: must be a branch, tag or commit, got {self.revision!r}")
         for name in ("host_mlock", "enable_prefix_caching"):
             if type(getattr(self, name)) is not bool:
                 raise ConfigError(f"{name}: must be True or False, got {getattr(self, name)!r}")

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from engine.driver import Subject, run
+from engine.driver import Subject
+from engine.parity16 import report_agreement
 from engine.prompts import Pool, pool_of
-from engine.reference import TALLY, Reference
-from engine.scenarios import SCENARIOS, Settings, config_of, few_lengths, serve
+from engine.scenarios import SCENARIOS, Settings, few_lengths, serve
 
 # Query heads per KV head, head size and tied embeddings; every kernel path and odd widths.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -39,8 +39,6 @@ SETTINGS = (
     Settings("next_iteration", 64, 16, 5),
     Settings("same_iteration", 512, 16, 8),
 )
-# Of two equally good decoders the mean error of thousands of logits differs by a few percent.
-BF16_ERROR_RATIO = 1.3
 
 TinySubject = Callable[..., Subject]
 
@@ -99,7 +97,8 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(
     """
     subject = tiny_subject(torch.bfloat16, **SHAPES[shape])
     exact = tiny_subject(**SHAPES[shape]).reference
-    report_bfloat16(f"tiny Llama, {shape}, {scenario}", subject, exact, pool, scenario)
+    lengths = few_lengths(random.Random(5))
+    report_agreement(f"tiny Llama, {shape}, {scenario}", subject, exact, pool, scenario, lengths)
 
 
 @pytest.mark.full
@@ -112,26 +111,5 @@ def test_bfloat16_smollm2_is_as_near_to_float32_as_transformers_is(
 
     pool = pool_of(Tokenizer(smollm2_path).encode(text_of(4)))
     subject = Subject(smollm2_path, torch.bfloat16)
-    report_bfloat16(f"SmolLM2, {scenario}", subject, smollm2.reference, pool, scenario)
-
-
-def report_bfloat16(name: str, subject: Subject, exact: Reference, pool: Pool, scenario: str) -> None:
-    settings = Settings()
-    story = SCENARIOS[scenario](pool, settings, few_lengths(random.Random(5)), random.Random(5))
-    outcome = run(subject, config_of(subject, story, settings), story.arrivals)
-    story.proves(outcome)
-    num_equal = num_tokens = 0
-    our_error = their_error = 0.0
-    for arrival, tokens, logits in zip(outcome.arrivals, outcome.tokens, outcome.logits, strict=True):
-        expected = subject.reference.generate(arrival.prompt, len(tokens))
-        num_equal += sum(a == b for a, b in zip(tokens, expected, strict=True))
-        num_tokens += len(tokens)
-        best = exact.logits(arrival.prompt, tokens)
-        our_error += float((logits - best).abs().mean())
-        their_error += float((subject.reference.logits(arrival.prompt, tokens) - best).abs().mean())
-    ratio = our_error / their_error
-    TALLY.notes.append(
-        f"bfloat16, {name}: {num_equal} of {num_tokens} tokens equal transformers'; "
-        f"mean logit error {ratio:.2f} times transformers' own"
-    )
-    assert ratio < BF16_ERROR_RATIO
+    lengths = few_lengths(random.Random(5))
+    report_agreement(f"SmolLM2, {scenario}", subject, smollm2.reference, pool, scenario, lengths)

@@ -104,7 +104,9 @@ class Rig:
             kept = dequantised(kv[i, None]) if g.host_kv_dtype == "int8" else kv[i, None]
             self.keys[slot][layer] = np.concatenate([self.keys[slot][layer], kept[:, 0]])
             self.values[slot][layer] = np.concatenate([self.values[slot][layer], kept[:, 1]])
-            self.expected[slot] = attention(q[i], self.keys[slot][layer], self.values[slot][layer])
+            keys, values = self.keys[slot][layer], self.values[slot][layer]
+            first = g.first_token(layer, len(keys))
+            self.expected[slot] = attention(q[i], keys[first:], values[first:])
             self.residual[slot] = x[i]
 
     def take(self, layer: int, cap: int = MAX_LANES, same_iteration: bool = True) -> list[int]:

@@ -250,15 +250,36 @@ def test_exp_keeps_its_stated_bound(simd: str) -> None:
 
 
 def batch_attention(
-    store: Store, team: native.ThreadTeam, context_lens: npt.NDArray[np.int32], q: Floats, layer: int = 0
+    store: Store,
+    team: native.ThreadTeam,
+    context_lens: npt.NDArray[np.int32],
+    q: Floats,
+    layer: int = 0,
+    window: int = 0,
 ) -> Floats:
     tables = np.tile(store.table, (len(context_lens), 1))
     out = np.full_like(q, np.nan)
     native.paged_attention(
         team, store.kv, layer, len(context_lens), q.ctypes.data, tables.ctypes.data, tables.shape[1],
-        context_lens.ctypes.data, out.ctypes.data, store.q.shape[0], store.case.scale,
+        context_lens.ctypes.data, out.ctypes.data, store.q.shape[0], store.case.scale, window,
     )  # fmt: skip
     return out
+
+
+@pytest.mark.parametrize("window", [1, 16, 100, 700, 5000])
+def test_a_query_with_a_window_attends_to_the_last_tokens_alone(
+    teams: list[native.ThreadTeam], window: int
+) -> None:
+    store = Case(num_tokens=3000, page_size=16, group=2, num_layers=1).build()
+    context_lens = np.array([1, 100, 2999, 0, 701], np.int32)
+    q = np.random.default_rng(1).standard_normal((len(context_lens), *store.q.shape), np.float32)
+    for team in teams:
+        out = batch_attention(store, team, context_lens, q, window=window)
+        for i, length in enumerate(context_lens.tolist()):
+            expected, _ = native.attention_pieces(
+                store.kv, 0, q[i], store.table, [max(0, length - window), length], store.case.scale
+            )
+            np.testing.assert_allclose(out[i], expected, atol=2e-6)
 
 
 @pytest.fixture(scope="module")

@@ -59,6 +59,26 @@ def test_tokens_travel_through_all_layers_with_workers(num_threads: int) -> None
     assert rig.port.stats()["same_iteration_entries"] == rows
 
 
+@pytest.mark.parametrize("window", [1, HOST_PAGE, HOST_PAGE + 1, 9])
+@pytest.mark.parametrize("host_kv_dtype", ["float32", "int8"])
+def test_a_lane_attends_to_the_last_tokens_of_a_window_in_its_layers_alone(
+    window: int, host_kv_dtype: str
+) -> None:
+    rig = Rig(window=window, window_layers=[0, 2], host_kv_dtype=host_kv_dtype)
+    assert [rig.geometry.first_token(layer, 20) for layer in range(NUM_LAYERS)] == [
+        20 - window,
+        0,
+        20 - window,
+    ]
+    rig.open_lane(1)
+    for _ in range(PAGES_PER_LANE * HOST_PAGE):
+        rig.start_token(1)
+        for layer in range(NUM_LAYERS):
+            rig.exit(layer, 1)
+            rig.serve_all()
+            assert rig.take(layer) == [1]  # checks the rows
+
+
 def test_a_long_context_is_split_among_workers_and_stays_exact() -> None:
     pages = 300
     rig = Rig(max_pages_per_lane=pages, num_host_pages=pages, max_lanes=1, num_layers=1, num_frames=0)
@@ -258,6 +278,9 @@ def test_a_drained_slot_serves_its_next_owner(rig: Rig) -> None:
         ({"max_lanes": 0}, "max_lanes must be from 1 to 1048576, not 0"),
         ({"act_dtype": "int8"}, "act_dtype must be float32, bfloat16 or float16, not int8"),
         ({"num_frames": -1}, "num_frames must be from 0 to 65536, not -1"),
+        ({"window": -1}, "window must be from 0 to 2147483647, not -1"),
+        ({"window": 4, "window_layers": [3]}, r"window_layers: layer 3 is outside 0 \.\. 2"),
+        ({"window": 4, "num_layers": 1025}, r"num_layers \(with a window\) must be from 1 to 1024, not 1025"),
     ],
 )
 def test_a_bad_geometry_names_field_and_limit(change: dict[str, Any], message: str) -> None:

@@ -21,13 +21,18 @@ def transformers_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
 
 
-def causal_attention(decoder: Decoder, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Dense causal attention of one whole sequence: q [n, h hd], k and v [n, kvh hd] -> [n, h hd]."""
+def causal_attention(decoder: Decoder, q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
+    """Dense causal attention of one whole sequence: q [n, h hd], k and v [n, kvh hd] -> [n, h hd].
+
+    A row looks at the last `window` tokens, its own included; 0: at all.
+    """
     group = decoder.num_heads // decoder.num_kv_heads
     q, k, v = (t.unflatten(1, (-1, decoder.head_dim)).transpose(0, 1) for t in (q, k, v))
     k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
     scores = (q @ k.transpose(1, 2)) * decoder.head_dim**-0.5
     scores += torch.full_like(scores[0], float("-inf")).triu(1)
+    if window:
+        scores += torch.full_like(scores[0], float("-inf")).tril(-window)
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
     return (weights @ v).transpose(0, 1).flatten(1)
 
@@ -39,7 +44,9 @@ def decoder_logits(decoder: Decoder, ids: list[int]) -> Tensor:
     x = decoder.embed(torch.tensor(ids))
     for layer in range(decoder.num_layers):
         q, k, v = decoder.pre_attention(layer, x, positions)
-        x = decoder.post_attention(layer, causal_attention(decoder, q, k, v), x)
+        x = decoder.post_attention(
+            layer, causal_attention(decoder, q, k, v, decoder.config.window_of(layer)), x
+        )
     return decoder.logits(x)
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from model.reference import decoder_logits
 from omniserve.errors import ModelError
+from omniserve.model import loading
 from omniserve.model.loading import ensure_model, load_decoder
 
 TinyLlama = Callable[..., Path]
@@ -138,8 +139,37 @@ def test_a_local_folder_is_taken_as_it_is(folder: Path) -> None:
 
 def test_an_unknown_model_names_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(
-        ModelError, match=r"'org/model' is neither a local folder .* known names: smollm2-135m"
+        ModelError, match=r"'/no/model' is neither a local folder.* known names: smollm2-135m"
     ):
-        ensure_model("org/model")
+        ensure_model("/no/model")
     with pytest.raises(ModelError, match=r"holds no config\.json"):
         ensure_model(tmp_path)
+
+
+def test_a_missing_file_of_several_is_named(folder: Path) -> None:
+    weight_map = {"model.norm.weight": "model.safetensors", "lm_head.weight": "model-9.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ModelError, match=r"1 of 2 files it names are not there: model-9\.safetensors"):
+        load_decoder(folder)
+
+
+def test_a_pickle_is_named_and_never_loaded(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin is a pickle, which is never loaded"):
+        load_decoder(folder)
+
+
+def test_a_long_load_shows_how_far_it_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_decoder(folder, show_progress=True)
+    assert capsys.readouterr().err == ""  # no terminal, nothing long
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    load_decoder(folder, show_progress=True)
+    assert "loading" not in capsys.readouterr().err
+    monkeypatch.setattr(loading, "_LONG_LOAD_BYTES", 1)
+    load_decoder(folder, show_progress=True)
+    shown = capsys.readouterr().err
+    assert "loading model" in shown
+    total = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values()) / 1e6
+    assert f"{total:.1f}/{total:.1f} MB" in shown  # every byte was counted

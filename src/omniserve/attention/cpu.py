@@ -46,20 +46,48 @@ class CpuKvStore:
 
 
 @dataclass(slots=True)
+class _View:
+    """The part of its context, from token `first_token` on, that some row of a chunk looks at.
+
+    mask: True where a row may look, [count, tokens]; None when the chunk is all there is, plain causal.
+    """
+
+    first_token: int
+    mask: Tensor | None
+
+    @classmethod
+    def of(cls, start: int, count: int, window: int) -> _View:
+        """`window` 0: every token up to the row's own."""
+        first_token = max(0, start + 1 - window) if window else 0
+        is_narrowed = 0 < window < start + count
+        if start == 0 and not is_narrowed:
+            return cls(0, None)
+        mask = torch.ones(count, start + count - first_token, dtype=torch.bool).tril_(start - first_token)
+        if is_narrowed:
+            mask.triu_(start - first_token + 1 - window)
+        return cls(first_token, mask)
+
+
+@dataclass(slots=True)
 class _ChunkRows:
-    """Rows first..first+count-1 of the batch: one prefill chunk that starts at position `start`."""
+    """Rows first..first+count-1 of the batch: one prefill chunk that starts at position `start`.
+
+    `whole` is what its rows look at in layers without a window, `windowed` in those with one.
+    """
 
     first: int
     count: int
     start: int
     table: np.ndarray
-    mask: Tensor | None
+    whole: _View
+    windowed: _View
 
 
 class DeviceBatch:
     """The device rows of one walk, laid out: single-token rows first, then chunks."""
 
-    def __init__(self, rows: Sequence[DeviceRows], page_size: int) -> None:
+    def __init__(self, rows: Sequence[DeviceRows], page_size: int, window: int = 0) -> None:
+        """window: of the layers that have one, in tokens; 0: none has."""
         self.rows = sorted(rows, key=lambda r: r.num_tokens > 1)
         counts = np.array([r.num_tokens for r in self.rows], dtype=np.int64)
         ends = np.cumsum(counts)
@@ -85,17 +113,11 @@ class DeviceBatch:
                 count=int(counts[i]),
                 start=int(starts[i]),
                 table=tables[i],
-                mask=self._mask(int(starts[i]), int(counts[i])),
+                whole=(whole := _View.of(int(starts[i]), int(counts[i]), 0)),
+                windowed=_View.of(int(starts[i]), int(counts[i]), window) if window else whole,
             )
             for i in range(self.num_singles, len(self.rows))
         ]
-
-    @staticmethod
-    def _mask(start: int, count: int) -> Tensor | None:
-        """True where a chunk's row may look; None when the chunk starts the prompt (plain causal)."""
-        if start == 0:
-            return None
-        return torch.ones(count, start + count, dtype=torch.bool).tril_(diagonal=start)
 
 
 class CpuAttention:
@@ -109,13 +131,20 @@ class CpuAttention:
         head_dim: int,
         threads: int,
         cpus: Sequence[int],
+        window: int = 0,
+        window_layers: Sequence[int] = (),
     ) -> None:
-        """`threads` threads, the caller included, pinned to `cpus` unless that is empty."""
+        """`threads` threads, the caller included, pinned to `cpus` unless that is empty.
+
+        In `window_layers` a token attends to the last `window` tokens alone, itself included.
+        """
         self.store = store
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.scale = head_dim**-0.5
+        self.window = window if window_layers else 0
+        self.window_layers = frozenset(window_layers)
         self.team = _native.ThreadTeam(threads, list(cpus))
 
     def run(self, layer: int, batch: DeviceBatch, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
@@ -152,32 +181,36 @@ class CpuAttention:
             result.data_ptr(),
             self.num_heads,
             self.scale,
+            self.window if layer in self.window_layers else 0,
         )
         if result is not out:
             out.copy_(result)
 
     def _prefill(self, layer: int, chunk: _ChunkRows, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if chunk.mask is None:
+        view = chunk.windowed if layer in self.window_layers else chunk.whole
+        if view.mask is None:
             keys = k.view(chunk.count, self.num_kv_heads, self.head_dim).transpose(0, 1)
             values = v.view(chunk.count, self.num_kv_heads, self.head_dim).transpose(0, 1)
         else:
-            keys, values = self._gather(layer, chunk)
+            keys, values = self._gather(layer, chunk, view.first_token)
         query = q.view(chunk.count, self.num_heads, self.head_dim).transpose(0, 1)
         result = F.scaled_dot_product_attention(
             query[None],
             keys[None],
             values[None],
-            attn_mask=chunk.mask,
-            is_causal=chunk.mask is None,
+            attn_mask=view.mask,
+            is_causal=view.mask is None,
             scale=self.scale,
             enable_gqa=self.num_heads != self.num_kv_heads,
         )
         return result[0].transpose(0, 1).reshape(chunk.count, -1)
 
-    def _gather(self, layer: int, chunk: _ChunkRows) -> tuple[Tensor, Tensor]:
-        """Keys and values [kvh, T, hd] of the whole context of a chunk, its own rows included."""
+    def _gather(self, layer: int, chunk: _ChunkRows, first_token: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [kvh, T, hd] of a chunk's context from `first_token` on, its own rows included."""
         context = chunk.start + chunk.count
-        keys = torch.empty(self.num_kv_heads, context, self.head_dim, dtype=self.store.dtype)
+        keys = torch.empty(self.num_kv_heads, context - first_token, self.head_dim, dtype=self.store.dtype)
         values = torch.empty_like(keys)
-        self.store.kv.gather(layer, chunk.table.ctypes.data, context, keys.data_ptr(), values.data_ptr())
+        self.store.kv.gather(
+            layer, chunk.table.ctypes.data, context, keys.data_ptr(), values.data_ptr(), first_token
+        )
         return keys, values

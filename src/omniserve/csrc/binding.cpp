@@ -145,16 +145,16 @@ void bind_kernel(nb::module_& m) {
 
     m.def("paged_attention",
           [](ThreadTeam& team, const PagedKv& kv, int layer, int n, Address q, Address tables, ptrdiff_t table_stride,
-             Address context_lens, Address out, int num_heads, float scale) {
+             Address context_lens, Address out, int num_heads, float scale, int window) {
               const PagedAttentionArgs args{&kv, layer, n, num_heads, at<float>(q), at<int32_t>(tables), table_stride,
-                                            at<int32_t>(context_lens), at<float>(out), scale};
+                                            at<int32_t>(context_lens), at<float>(out), scale, window};
               without_gil([&] {
                   check(args);
                   paged_attention(team, args);
               });
           },
           "team"_a, "kv"_a, "layer"_a, "n"_a, "q_addr"_a, "tables_addr"_a, "table_stride"_a, "context_lens_addr"_a,
-          "out_addr"_a, "num_heads"_a, "scale"_a);
+          "out_addr"_a, "num_heads"_a, "scale"_a, "window"_a = 0);
     m.def("attention_pieces", &attention_pieces, "kv"_a, "layer"_a, "q"_a, "table"_a, "bounds"_a, "scale"_a);
     m.def("exp_nonpositive",
           [](nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu> x) {
@@ -175,21 +175,27 @@ void bind_geometry(nb::module_& m) {
              [](LaneGeometry* self, int num_layers, int num_heads, int num_kv_heads, int head_dim, int hidden_size,
                 const std::string& act_dtype, const std::string& kv_dtype, int max_lanes, int host_page_size,
                 int max_pages_per_lane, int num_host_pages, int device_page_size, int num_frames, float scale,
-                int num_partitions, const std::string& host_kv_dtype) {
+                int num_partitions, const std::string& host_kv_dtype, int window,
+                const std::vector<int>& window_layers) {
                  const DType device_kv = parse_dtype("kv_dtype", kv_dtype);
                  const DType host_kv =
                      host_kv_dtype == "auto" ? device_kv : parse_kv_dtype("host_kv_dtype", host_kv_dtype);
-                 const LaneGeometry g{num_layers, num_heads, num_kv_heads, head_dim, hidden_size,
+                 LaneGeometry g{num_layers, num_heads, num_kv_heads, head_dim, hidden_size,
                                       parse_dtype("act_dtype", act_dtype), device_kv, host_kv, max_lanes,
                                       host_page_size, max_pages_per_lane, num_host_pages, device_page_size, num_frames,
-                                      scale, num_partitions};
+                                      scale, num_partitions, window};
+                 for (int layer : window_layers) {
+                     require_index("window_layers: layer", layer, std::min(num_layers, kMaxWindowLayers));
+                     g.window_layers[layer / 64] |= uint64_t{1} << layer % 64;
+                 }
                  g.check();
                  new (self) LaneGeometry(g);
              },
              nb::kw_only(), "num_layers"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "hidden_size"_a,
              "act_dtype"_a, "kv_dtype"_a, "max_lanes"_a, "host_page_size"_a, "max_pages_per_lane"_a,
              "num_host_pages"_a, "device_page_size"_a, "num_frames"_a = 0, "scale"_a = 0.0f,
-             "num_partitions"_a = 1, "host_kv_dtype"_a = "auto")
+             "num_partitions"_a = 1, "host_kv_dtype"_a = "auto", "window"_a = 0,
+             "window_layers"_a = std::vector<int>{})
         .def_ro("num_layers", &LaneGeometry::num_layers)
         .def_ro("num_heads", &LaneGeometry::num_heads)
         .def_ro("num_kv_heads", &LaneGeometry::num_kv_heads)
@@ -206,6 +212,13 @@ void bind_geometry(nb::module_& m) {
         .def_ro("num_frames", &LaneGeometry::num_frames)
         .def_prop_ro("scale", &LaneGeometry::score_scale)
         .def_ro("num_partitions", &LaneGeometry::num_partitions)
+        .def_ro("window", &LaneGeometry::window)
+        .def("first_token",
+             [](const LaneGeometry& g, int layer, int64_t tokens) {
+                 require_index("layer", layer, g.num_layers);
+                 return g.first_token(layer, tokens);
+             },
+             "layer"_a, "tokens"_a)
         .def("partition_of_page",
              [](const LaneGeometry& g, int64_t page) {
                  require_index("page", page, g.num_host_pages);

@@ -17,7 +17,9 @@ constexpr int64_t kMinSavedBytes = 64 * 1024;
 constexpr int kQueriesPerRead = 8;
 
 /// Tokens of full pages that two lanes have in common. The page that a row's own token goes to is never among them.
+/// None when a row's window has moved on from the first one: each of such rows reads its own window.
 int64_t common_tokens(const Segment& segment, const Row& a, const Row& b) {
+    if (a.first > 0 || b.first > 0) return 0;
     const int64_t page_size = segment.geometry().host_page_size;
     const int64_t limit = (std::min(a.tokens, b.tokens) - 1) / page_size;
     const int32_t *ours = segment.page_table(a.task.slot), *theirs = segment.page_table(b.task.slot);
@@ -50,7 +52,7 @@ void Job::fill(const Segment& segment, std::vector<Row>& rows, int num_workers) 
 
 int64_t Job::distinct_tokens() const {
     int64_t tokens = num_sharers_ > 0 ? -(num_sharers_ - 1) * shared_tokens_ : 0;
-    for (const Row& row : rows_) tokens += row.tokens;
+    for (const Row& row : rows_) tokens += row.attended();
     return tokens;
 }
 
@@ -99,13 +101,15 @@ void Job::cut_shared(const LaneGeometry& g, int64_t piece_bytes) {
             add_piece(g, {Piece::kShared, head, 1, first, std::min(shared_tokens_, first + step)});
 }
 
-/// All heads together, in the order of memory.
+/// All heads together, in the order of memory. Only the first piece may begin within a page.
 void Job::cut_own(const LaneGeometry& g, int row, int64_t piece_bytes) {
-    const int64_t start = row < num_sharers_ ? shared_tokens_ : 0, end = rows_[row].tokens;
+    const int64_t start = row < num_sharers_ ? shared_tokens_ : rows_[row].first, end = rows_[row].tokens;
     const int64_t parts = std::max<int64_t>(1, (end - start) * int64_t(g.host_kv().token_bytes()) / piece_bytes);
     const int64_t step = piece_tokens(end - start, parts, g.host_page_size);
-    for (int64_t first = start; first < end; first += step)
-        add_piece(g, {row, 0, g.num_kv_heads, first, std::min(end, first + step)});
+    for (int64_t first = start, next; first < end; first = next) {
+        next = first / g.host_page_size * g.host_page_size + step;
+        add_piece(g, {row, 0, g.num_kv_heads, first, std::min(end, next)});
+    }
 }
 
 void Job::gather_queries(const Segment& segment) {

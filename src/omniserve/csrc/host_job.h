@@ -17,10 +17,14 @@ namespace omniserve {
 
 inline constexpr int kMaxJobRows = 64;
 
-/// A row and the number of tokens it attends to, its own included.
+/// A row of a lane that has so many tokens, its own included, and the first of them that it attends to: the layer may
+/// have a window.
 struct Row {
     Task task;
     int64_t tokens = 0;
+    int64_t first = 0;
+
+    int64_t attended() const { return tokens - first; }
 };
 
 /// Tokens [first, last) of KV heads [first_head, first_head + num_heads), for the queries of one row, or of all rows

@@ -76,12 +76,13 @@ bool HostQueue::pop_layer(int partition, int layer, Task& task) {
     return false;
 }
 
-bool HostQueue::can_meet(const Ring::Item& item, uint64_t began_ns) const {
+bool HostQueue::can_meet(int layer, const Ring::Item& item, uint64_t began_ns) const {
     const uint64_t gap = segment_.header().attention_gap_ns.load(std::memory_order_relaxed);
     const float ns_per_token = ns_per_token_.load(std::memory_order_relaxed);
     if (began_ns == 0 || gap == 0 || ns_per_token == 0.0f) return true;  // nothing to predict from yet
-    const int context = segment_.order(int(item.index)).position.load(std::memory_order_relaxed) + 1;
-    return double(now_ns()) + double(context) * ns_per_token <= double(began_ns + gap);
+    const int64_t tokens = segment_.order(int(item.index)).position.load(std::memory_order_relaxed) + 1;
+    const int64_t attended = tokens - segment_.geometry().first_token(layer, tokens);
+    return double(now_ns()) + double(attended) * ns_per_token <= double(began_ns + gap);
 }
 
 bool HostQueue::pop_by_deadline(int partition, int current_layer, Task& task) {
@@ -89,7 +90,7 @@ bool HostQueue::pop_by_deadline(int partition, int current_layer, Task& task) {
     const int start = current_layer % num_layers;
     Ring::Item item;
     const bool is_deferred = current_layer < num_layers && segment_.layer_ring(partition, start).peek(item) &&
-                             !can_meet(item, segment_.header().attention_began_ns.load(std::memory_order_relaxed));
+                             !can_meet(start, item, segment_.header().attention_began_ns.load(std::memory_order_relaxed));
     // From the current layer on, then the layers before it, whose turn comes in the next walk.
     const auto pop_between = [&](int first, int last) {
         for (int layer = next_nonempty(partition, first); layer >= 0 && layer < last;
@@ -134,9 +135,9 @@ bool HostQueue::has_work(const Seat& seat) const {
     });
 }
 
-void HostQueue::observe_service(uint64_t ns, int64_t context_tokens) {
+void HostQueue::observe_service(uint64_t ns, int64_t attended_tokens) {
     // A lost update between two workers costs a little accuracy of a guess.
-    const float sample = float(ns) / float(context_tokens), average = ns_per_token_.load(std::memory_order_relaxed);
+    const float sample = float(ns) / float(attended_tokens), average = ns_per_token_.load(std::memory_order_relaxed);
     ns_per_token_.store(average == 0.0f ? sample : average + (sample - average) / 8, std::memory_order_relaxed);
 }
 

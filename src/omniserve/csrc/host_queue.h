@@ -59,7 +59,7 @@ public:
     void end_idle(int partition) { idle_[partition].workers.fetch_sub(1, std::memory_order_relaxed); }
 
     /// Corrects the predicted service time by one that was measured.
-    void observe_service(uint64_t ns, int64_t context_tokens);
+    void observe_service(uint64_t ns, int64_t attended_tokens);
     /// True when a task submitted later to the same partition was served before this one.
     bool note_served(const Task& task);
 
@@ -75,7 +75,7 @@ private:
     bool pop_partition(int partition, Task& task);
     bool pop_by_deadline(int partition, int current_layer, Task& task);
     bool pop_oldest(int partition, Task& task);
-    bool can_meet(const Ring::Item& item, uint64_t began_ns) const;
+    bool can_meet(int layer, const Ring::Item& item, uint64_t began_ns) const;
     /// First layer at or after `from` whose bit is set, -1 when none.
     int next_nonempty(int partition, int from) const;
     /// Own partition, then the following ones as far as they may be helped; true when `look` was for one of them.

@@ -58,7 +58,7 @@ void TaskRunner::begin(const Task& task, WorkerContext& worker) {
     if (queue_.note_served(task)) add(worker.stats->out_of_order, 1);
     const int position = order.position.load(std::memory_order_relaxed);
     append(task, position);
-    worker.rows.push_back({task, position + 1});
+    worker.rows.push_back({task, position + 1, segment_.geometry().first_token(task.layer, position + 1)});
 }
 
 void TaskRunner::append(const Task& task, int position) {
@@ -77,7 +77,7 @@ Job* TaskRunner::claim_job() {
 
 bool TaskRunner::is_worth_a_job(const std::vector<Row>& rows) const {
     if (rows.size() != 1) return !rows.empty();
-    return num_workers_ > 1 && rows[0].tokens * int64_t(arena_.geometry.token_bytes()) >= kSplitBytes;
+    return num_workers_ > 1 && rows[0].attended() * int64_t(arena_.geometry.token_bytes()) >= kSplitBytes;
 }
 
 void TaskRunner::open(Job& job, WorkerContext& worker) {
@@ -103,7 +103,7 @@ void TaskRunner::serve_alone(const Row& row, uint64_t began_ns, WorkerContext& w
             .layer = row.task.layer,
             .first_head = 0,
             .num_heads = g.num_kv_heads,
-            .first = 0,
+            .first = row.first,
             .last = row.tokens,
             .q = queries_of_slot(segment_, row.task.slot, row_f32),
             .group = shape.group,
@@ -111,8 +111,8 @@ void TaskRunner::serve_alone(const Row& row, uint64_t began_ns, WorkerContext& w
             .state = scratch,
             .scratch = row_f32 + g.q_elements()});
     store_result(segment_, row.task.slot, scratch, row_f32);
-    add(worker.stats->kv_bytes_read, uint64_t(row.tokens * int64_t(arena_.geometry.token_bytes())));
-    queue_.observe_service(now_ns() - began_ns, row.tokens);
+    add(worker.stats->kv_bytes_read, uint64_t(row.attended() * int64_t(arena_.geometry.token_bytes())));
+    queue_.observe_service(now_ns() - began_ns, row.attended());
     add(worker.stats->tasks, 1);
     publish(row.task);
 }

@@ -50,13 +50,13 @@ private:
         const int threads = team_.num_threads();
         const int64_t token_bytes = int64_t(g.token_bytes());
         int64_t tokens = 0;
-        for (int i = 0; i < args_.num_sequences; ++i) tokens += args_.context_lens[i];
+        for (int i = 0; i < args_.num_sequences; ++i) tokens += args_.context_lens[i] - first_token(i);
         const int64_t target = threads == 1 ? INT64_MAX
                                             : std::max({kMinPieceBytes / token_bytes, int64_t{1},
                                                         tokens / (threads * kPiecesPerThread)});
         shares_.reserve(args_.num_sequences);
         for (int i = 0; i < args_.num_sequences; ++i) {
-            const int64_t length = args_.context_lens[i];
+            const int64_t length = args_.context_lens[i] - first_token(i);
             const int64_t pieces = std::max<int64_t>(1, length / target + (length % target > target / 2));
             shares_.push_back(
                 {(length + pieces - 1) / pieces, static_cast<int32_t>(num_pieces_), static_cast<int32_t>(pieces)});
@@ -64,12 +64,18 @@ private:
         }
     }
 
+    int64_t first_token(size_t sequence) const {
+        const int64_t length = args_.context_lens[sequence];
+        return args_.window > 0 && length > args_.window ? length - args_.window : 0;
+    }
+
     float* piece_states(int64_t piece) { return states_.get() + piece * shape_.floats(); }
 
     void do_piece(size_t sequence, int64_t piece, float* scratch) {
         const Share& share = shares_[sequence];
         const int64_t length = args_.context_lens[sequence];
-        const int64_t first = std::min(length, (piece - share.first_piece) * share.piece_tokens);
+        const int64_t first =
+            std::min(length, first_token(sequence) + (piece - share.first_piece) * share.piece_tokens);
         const size_t row = sequence * args_.num_heads * shape_.head_dim;
         float* states = share.num_pieces == 1 ? scratch : piece_states(piece);
         attend({.kv = args_.kv,
@@ -109,6 +115,7 @@ void check(const PagedAttentionArgs& args) {
     const KvGeometry& g = args.kv->geometry;
     require_index("layer", args.layer, g.num_layers);
     if (args.num_sequences < 0) refuse("n must not be negative");
+    require_range("window", args.window, 0, INT32_MAX);
     if (args.num_heads < 1 || args.num_heads % g.num_kv_heads != 0)
         refuse("num_heads must be a positive multiple of num_kv_heads " + std::to_string(g.num_kv_heads) + ", not " +
                std::to_string(args.num_heads));

@@ -20,6 +20,7 @@ struct PagedAttentionArgs {
     const int32_t* context_lens = nullptr;  // tokens to attend to, the query's own included; 0 gives zeros
     float* out = nullptr;                   // [num_sequences][num_heads * head_dim]
     float scale = 1.0f;
+    int32_t window = 0;  // of its tokens a query attends to the last so many; 0: to all
 };
 
 /// Throws std::invalid_argument naming the field when a size or a page id is out of range.

@@ -42,6 +42,8 @@ void LaneGeometry::check() const {
     require_range("device_page_size", device_page_size, 1, kMaxPageSize);
     require_range("num_frames", num_frames, 0, 1 << 16);
     require_range("num_partitions", num_partitions, 1, std::min(kMaxPartitions, num_host_pages));
+    require_range("window", window, 0, INT32_MAX);
+    if (window > 0) require_range("num_layers (with a window)", num_layers, 1, kMaxWindowLayers);
     if (!(scale >= 0.0f && std::isfinite(scale))) refuse("scale must be positive, or 0 for 1 / sqrt(head_dim)");
 }
 

@@ -13,6 +13,7 @@
 // completion with the store of the slot's done word; whatever lies in the plain arrays is ordered by those two.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -26,6 +27,7 @@ inline constexpr uint32_t kSegmentVersion = 3;
 inline constexpr size_t kLine = 64;  // bytes of a cache line
 inline constexpr int kMaxWorkers = 1024;
 inline constexpr int kMaxPartitions = 32;  // a futex tells as many sleepers apart
+inline constexpr int kMaxWindowLayers = 1024;
 
 struct LaneGeometry {
     int32_t num_layers = 0;
@@ -44,6 +46,8 @@ struct LaneGeometry {
     int32_t num_frames = 0;        // staging areas of one device page each; 0 when nothing moves
     float scale = 0.0f;            // of attention scores; 0 means 1 / sqrt(head_dim)
     int32_t num_partitions = 1;    // of the host pages: NUMA nodes that the host's CPUs span
+    int32_t window = 0;            // tokens a row attends to at most, its own included, in some layers; 0: no limit
+    std::array<uint64_t, kMaxWindowLayers / 64> window_layers = {};  // bit l % 64 of word l / 64: layer l has it
 
     /// Throws std::invalid_argument naming the field and its limit.
     void check() const;
@@ -52,6 +56,11 @@ struct LaneGeometry {
     size_t q_elements() const { return size_t(num_heads) * head_dim; }
     size_t kv_elements() const { return size_t(num_kv_heads) * head_dim; }
     float score_scale() const;
+    bool has_window(int layer) const { return window > 0 && (window_layers[layer / 64] >> layer % 64 & 1) != 0; }
+    /// First token that a row attends to in this layer, when its own is the last of `tokens`.
+    int64_t first_token(int layer, int64_t tokens) const {
+        return has_window(layer) && tokens > window ? tokens - window : 0;
+    }
     KvGeometry host_kv() const { return {num_layers, num_kv_heads, head_dim, host_page_size, host_kv_dtype}; }
     KvGeometry device_kv() const { return {num_layers, num_kv_heads, head_dim, device_page_size, kv_dtype}; }
     // Partition p owns the host pages [first_page(p), first_page(p + 1)); all but equally many.
@@ -74,7 +83,7 @@ constexpr uint32_t ticket_epoch(uint64_t ticket) { return static_cast<uint32_t>(
 /// Written by the engine, read by the host.
 struct alignas(kLine) SlotOrder {
     std::atomic<uint32_t> epoch;
-    std::atomic<int32_t> position;  // index of the token in flight; it attends to position + 1 tokens
+    std::atomic<int32_t> position;  // index of the token in flight: the last one that it attends to
 };
 
 /// Written by the host, read by the engine: ticket of the last task that the slot's host memory is free of.

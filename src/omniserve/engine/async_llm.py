@@ -18,7 +18,7 @@ from omniserve.engine.messages import Token
 from omniserve.engine.progress import Progress
 from omniserve.errors import ConfigError, RequestError
 from omniserve.model.sources import ensure_model
-from omniserve.model.tokenizer import Tokenizer
+from omniserve.model.tokenizer import Tokenizer, load_tokenizer
 from omniserve.seeds import derive_seed
 from omniserve.types import Prompt, RequestOutput, SamplingParams, service_class_named
 
@@ -57,8 +57,9 @@ class AsyncLLM:
 
     def __init__(self, model: str = "smollm2-135m", **settings: Any) -> None:
         self.config = make_config({"model": model, **settings})
-        self.path = ensure_model(self.config.model)
-        self.tokenizer = Tokenizer(self.path)
+        is_real = self.config.load_format != "dummy"
+        self.path = ensure_model(self.config.model, self.config.revision, with_weights=is_real)
+        self.tokenizer = load_tokenizer(self.path, is_required=is_real)
         self._client = EngineClient(self.config, self.path)
         self._names = itertools.count()
         self._running: dict[str, Callable[[], None]] = {}

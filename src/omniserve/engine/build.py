@@ -36,11 +36,12 @@ NUM_FRAMES = 32
 # What the attention kernel takes.
 MIN_HEAD_DIM, MAX_HEAD_DIM = 64, 256
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def choose_dtype(config: EngineConfig, model: ModelConfig) -> torch.dtype:
-    """ "auto" is float32 on the CPU device: its tokens are the exactness reference."""
+    """ "auto" is float32 on the CPU device, whatever the checkpoint holds: its tokens are the exactness
+    reference, and 16-bit weights widen to it without loss."""
     return torch.float32 if config.dtype == "auto" else DTYPES[config.dtype]
 
 
@@ -184,7 +185,16 @@ def _device_attention(
     kv_dtype = dtype_name(decoder.dtype)
     geometry = kv_geometry(layers, kv_heads, decoder.head_dim, config.page_size, kv_dtype)
     store = CpuKvStore(geometry, limits.num_device_pages, decoder.dtype)
-    return CpuAttention(store, heads, kv_heads, decoder.head_dim, split.device_threads, split.device_cpus)
+    return CpuAttention(
+        store,
+        heads,
+        kv_heads,
+        decoder.head_dim,
+        split.device_threads,
+        split.device_cpus,
+        decoder.config.window,
+        decoder.config.window_layers,
+    )
 
 
 def _lane_geometry(
@@ -208,6 +218,8 @@ def _lane_geometry(
         device_page_size=config.page_size,
         num_frames=limits.num_frames,
         num_partitions=limits.num_host_partitions,
+        window=decoder.config.window,
+        window_layers=list(decoder.config.window_layers),
     )
 
 
@@ -221,5 +233,7 @@ def load_engine(config: EngineConfig, path: Path, arrivals: Callable[[], bool] =
     if split.device_cpus:
         os.sched_setaffinity(0, split.device_cpus)
     torch.set_num_threads(split.device_threads)
-    decoder = load_decoder(path, dtype, max_model_len=max_model_len)
+    decoder = load_decoder(
+        path, dtype, max_model_len=max_model_len, load_format=config.load_format, show_progress=True
+    )
     return make_engine(config, decoder, max_model_len, split, arrivals)

@@ -172,7 +172,7 @@ class CpuExecutor:
     def _walk(self, step: Step) -> tuple[list[NewToken], int]:
         """One iteration over all layers; returns its tokens and the lanes left waiting though ready."""
         began = time.perf_counter()
-        batch = DeviceBatch(step.rows, self.attention.store.page_size)
+        batch = DeviceBatch(step.rows, self.attention.store.page_size, self.attention.window)
         n = batch.num_rows
         self._fill_device_rows(batch)
         num_lanes = self._fill_lane_rows(step.lane_starts, first=n)

@@ -7,17 +7,17 @@ sit at this layer by chance, share one GEMM.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from omniserve.errors import ModelError
 from omniserve.model.families import ModelConfig
 from omniserve.model.linear import Linear
+from omniserve.model.mlp import Mlp
+from omniserve.model.rope import rope_table
 
 AllReduce = Callable[[Tensor], Tensor]
 
@@ -48,7 +48,7 @@ class Shard:
 
 @dataclass(slots=True)
 class LayerWeights:
-    """One layer, merged and sharded. h, kvh, I are the shard's own heads, KV heads, intermediate size.
+    """One layer, merged and sharded. h, kvh are the shard's own heads and KV heads.
 
     Projections carry their biases; those of the row-parallel ones (o, down) live on rank 0 alone, so that the
     all-reduce adds them once.
@@ -58,8 +58,8 @@ class LayerWeights:
     qkv: Linear  # H -> (h + 2 kvh) hd
     o: Linear  # h hd -> H
     post_norm: Tensor  # [H]
-    gate_up: Linear  # H -> 2 I
-    down: Linear  # I -> H
+    mlp: Mlp  # H -> H
+    qk_norm: Tensor | None = None  # [h + kvh, hd], where heads of q and k are normalised
 
 
 @dataclass(slots=True)
@@ -102,19 +102,18 @@ class Decoder:
         self._weights = weights
         self._layers = weights.layers
         self._all_reduce = all_reduce
-        self._inverse_hidden_size = 1.0 / config.hidden_size
         self._eps = torch.tensor(config.rms_norm_eps, dtype=torch.float32, device=self.device)
         self._num_rotated = (self.num_heads + self.num_kv_heads) * self.head_dim
         self._q_size = self.num_heads * self.head_dim
-        self._intermediate = config.intermediate_size // shard.size
-        self._rope_table = rope_table(config, max_model_len).to(self.device, self.dtype)
+        rope = rope_table(config.head_dim, config.rope_theta, config.rope_scaling, max_model_len)
+        self._rope_table = rope.to(self.device, self.dtype)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Rows x [n, H] of token ids [n] (int64 or int32)."""
         return self._weights.embedding.index_select(0, ids)
 
     def pre_attention(self, layer: int, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Norm, merged QKV projection, rotary embedding.
+        """Norm, merged QKV projection, norms of q and k where the family has them, rotary embedding.
 
         x [n, H]; positions [n] int64, each below max_model_len. Returns q [n, h hd], k [n, kvh hd],
         v [n, kvh hd] as views of one buffer (equal row strides).
@@ -122,7 +121,10 @@ class Decoder:
         weights = self._layers[layer]
         normed = self._rms_norm(x, weights.input_norm)
         qkv = weights.qkv(normed)
-        qk = qkv[:, : self._num_rotated].view(-1, self.num_heads + self.num_kv_heads, 2, self.head_dim // 2)
+        heads = qkv[:, : self._num_rotated].view(-1, self.num_heads + self.num_kv_heads, self.head_dim)
+        if weights.qk_norm is not None:
+            heads.copy_(self._rms_norm(heads, weights.qk_norm))
+        qk = heads.view(-1, self.num_heads + self.num_kv_heads, 2, self.head_dim // 2)
         # x * cos + rotate_half(x) * sin, in place: the table holds cos twice, then -sin and sin, so that
         # rotate_half is the two halves swapped.
         cos, sin = self._rope_table.index_select(1, positions).unbind(0)
@@ -132,7 +134,7 @@ class Decoder:
         return qkv[:, :q_size], qkv[:, q_size:rotated], qkv[:, rotated:]
 
     def post_attention(self, layer: int, attn: Tensor, residual: Tensor) -> Tensor:
-        """Output projection, residual, norm, gated MLP, residual.
+        """Output projection, residual, norm, MLP, residual.
 
         attn [n, h hd] in the model's dtype; residual [n, H] is the x that went into pre_attention(layer).
         Returns the next layer's x [n, H].
@@ -140,10 +142,7 @@ class Decoder:
         weights = self._layers[layer]
         x = self._all_reduce(weights.o(attn)).add_(residual)
         normed = self._rms_norm(x, weights.post_norm)
-        gate_up = weights.gate_up(normed)
-        gate = gate_up[:, : self._intermediate]
-        F.silu(gate, inplace=True).mul_(gate_up[:, self._intermediate :])
-        return self._all_reduce(weights.down(gate)).add_(x)
+        return self._all_reduce(weights.mlp(normed)).add_(x)
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits [n, vocab] float32 of rows x [n, H] from the last layer. The vocabulary is not sharded."""
@@ -151,44 +150,10 @@ class Decoder:
         return self._weights.lm_head(normed).float()
 
     def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x / sqrt(mean(x^2) + eps) in float32, rounded to the model's dtype, then times weight, like
-        transformers. F.rms_norm on CPU makes whole-row temporaries and rounds the other way in bfloat16."""
+        """x / sqrt(mean(x^2) + eps) over the last dimension in float32, rounded to the model's dtype, then
+        times weight, like transformers. F.rms_norm on CPU makes whole-row temporaries and rounds the other
+        way in bfloat16."""
         wide = x.float()
         sum_of_squares = torch.linalg.vecdot(wide, wide).unsqueeze_(-1)
-        scale = torch.add(self._eps, sum_of_squares, alpha=self._inverse_hidden_size).rsqrt_()
+        scale = torch.add(self._eps, sum_of_squares, alpha=1.0 / x.shape[-1]).rsqrt_()
         return (wide * scale).to(self.dtype).mul_(weight)
-
-
-def rope_table(config: ModelConfig, max_model_len: int) -> Tensor:
-    """Rotary factors [2, max_model_len, 1, 2, hd/2] float32: [0] is (cos, cos), [1] is (-sin, sin).
-
-    Angles are rounded as in transformers' LlamaRotaryEmbedding (float32 position times float32 frequency), so
-    that long positions agree to the last bit.
-    """
-    frequencies = _rope_frequencies(config)
-    angles = torch.arange(max_model_len, dtype=torch.float32)[:, None] * frequencies
-    cos, sin = angles.cos(), angles.sin()
-    table = torch.stack((torch.stack((cos, cos), 1), torch.stack((-sin, sin), 1)))
-    return table.unsqueeze(2)
-
-
-def _rope_frequencies(config: ModelConfig) -> Tensor:
-    """Radians per position [hd/2] float32, after scaling (Llama 3.1: long wavelengths are stretched by
-    `factor`, short ones kept, those between blended)."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    frequencies = 1.0 / (config.rope_theta**exponents)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    stretched = frequencies / scaling.factor
-    if scaling.kind == "linear":
-        return stretched
-    context = scaling.original_max_position_embeddings
-    wavelengths = 2 * math.pi / frequencies
-    long = wavelengths > context / scaling.low_freq_factor
-    short = wavelengths < context / scaling.high_freq_factor
-    blend = (context / wavelengths - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    blended = (1 - blend) * frequencies / scaling.factor + blend * frequencies
-    return torch.where(long, stretched, torch.where(short, frequencies, blended))

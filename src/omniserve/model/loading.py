@@ -1,30 +1,42 @@
-"""Checkpoint folder -> Decoder: safetensors, read one tensor at a time into merged, sharded weights.
+"""Checkpoint folder -> Decoder: tensors read piece by piece into merged, sharded weights.
 
 Imports neither transformers nor any modelling code, which would take seconds of start-up.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from omniserve.config import LoadFormat
 from omniserve.errors import ModelError
+from omniserve.model.checkpoint import DummyTensors, LazyTensor, TensorSource, open_checkpoint
 from omniserve.model.decoder import AllReduce, Decoder, DecoderWeights, LayerWeights, Shard, identity
 from omniserve.model.families import ModelConfig, read_model_config
 from omniserve.model.linear import Linear, PackedLinear, make_linear
+from omniserve.model.mlp import ExpertsMlp, GatedMlp, Mlp
 from omniserve.model.sources import ensure_model
+from omniserve.model.tensors import expected_tensors
 
-__all__ = ["ensure_model", "load_decoder"]
+__all__ = ["ensure_model", "expected_tensors", "load_decoder"]
 
 # How many missing or unexpected tensors an error names.
 _NAMES_SHOWN = 5
+# Bytes of a tensor that are read at once: what loading needs besides the weights and one merged tensor.
+_PIECE_BYTES = 32 << 20
+# A progress bar is shown from so many bytes of weights on.
+_LONG_LOAD_BYTES = 1 << 30
+
+
+class Advance(Protocol):
+    """Told how many bytes of weights have been filled."""
+
+    def __call__(self, num_bytes: int) -> None: ...
 
 
 def load_decoder(
@@ -34,66 +46,30 @@ def load_decoder(
     shard: Shard = Shard(),  # noqa: B008 (frozen)
     all_reduce: AllReduce = identity,
     max_model_len: int | None = None,
+    load_format: LoadFormat = "auto",
+    show_progress: bool = False,
 ) -> Decoder:
     """The decoder of checkpoint folder `path`, this shard's slice, converted to `dtype` on `device`.
 
-    `max_model_len` bounds positions (None: the checkpoint's max_position_embeddings). `all_reduce` sums a
-    tensor over the shards and returns one that the caller may write. Raises ModelError naming missing,
-    unexpected or misshapen tensors.
+    `max_model_len` bounds positions (None: as many as the checkpoint is good for). `all_reduce` sums a
+    tensor over the shards and returns one that the caller may write. `load_format` "dummy" needs config.json
+    alone and makes random weights. `show_progress` draws a bar on standard error when it is a terminal and
+    there is much to load. Raises ModelError naming missing, unexpected or misshapen tensors.
     """
     config = read_model_config(path)
-    with Checkpoint(path) as checkpoint:
-        filler = _Filler(config, checkpoint, shard, dtype, torch.device(device))
+    shapes = expected_tensors(config)
+    source: TensorSource
+    if load_format == "dummy":
+        source = DummyTensors(list(shapes), shapes.__getitem__)
+    else:
+        source = open_checkpoint(path, config)
+    total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize // shard.size
+    with source, _progress(total, show_progress, path.name) as advance:
+        filler = _Filler(config, source, shard, dtype, torch.device(device), advance)
         weights = filler.decoder_weights()
         filler.refuse_unexpected()
     limit = config.max_position_embeddings if max_model_len is None else max_model_len
     return Decoder(config, weights, limit, shard, all_reduce)
-
-
-class Checkpoint:
-    """A folder's tensors by name, from one safetensors file or several with an index. Context manager."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._stack = ExitStack()
-        self._owner: dict[str, Any] = {}
-
-    def __enter__(self) -> Checkpoint:
-        try:
-            for file in _safetensors_files(self.path):
-                opened = self._stack.enter_context(safe_open(file, framework="pt", device="cpu"))
-                self._owner.update(dict.fromkeys(opened.keys(), opened))
-        except (OSError, SafetensorError) as error:
-            self._stack.close()
-            raise ModelError(f"{self.path}: weights cannot be read: {error}") from error
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def names(self) -> Iterator[str]:
-        return iter(self._owner)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._owner
-
-    def slice(self, name: str) -> Any:
-        """A lazy safetensors slice of one tensor: nothing is read before it is indexed."""
-        return self._owner[name].get_slice(name)
-
-
-def _safetensors_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index}: not a safetensors index: {error!r}") from error
-        return [path / name for name in files]
-    single = path / "model.safetensors"
-    if not single.is_file():
-        raise ModelError(f"{path}: neither model.safetensors nor model.safetensors.index.json found")
-    return [single]
 
 
 class _Filler:
@@ -102,100 +78,158 @@ class _Filler:
     def __init__(
         self,
         config: ModelConfig,
-        checkpoint: Checkpoint,
+        source: TensorSource,
         shard: Shard,
         dtype: torch.dtype,
         device: torch.device,
+        advance: Advance,
     ) -> None:
         self.config = config
-        self.checkpoint = checkpoint
+        self.source = source
         self.shard = shard
         self.dtype = dtype
         self.device = device
+        self.advance = advance
+        self.shapes = expected_tensors(config)
         self.used: set[str] = set()
         self.num_bytes = 0
         hd = config.head_dim
-        heads = shard.of(config.num_heads, "num_attention_heads")
-        kv_heads = shard.of(config.num_kv_heads, "num_key_value_heads")
-        self.q_rows = slice(heads.start * hd, heads.stop * hd)
-        self.kv_rows = slice(kv_heads.start * hd, kv_heads.stop * hd)
-        self.mlp_rows = shard.of(config.intermediate_size, "intermediate_size")
+        self.heads = shard.of(config.num_heads, "num_attention_heads")
+        self.kv_heads = shard.of(config.num_kv_heads, "num_key_value_heads")
+        self.q_rows = slice(self.heads.start * hd, self.heads.stop * hd)
+        self.kv_rows = slice(self.kv_heads.start * hd, self.kv_heads.stop * hd)
         self._refuse_missing()
 
     def decoder_weights(self) -> DecoderWeights:
         c, family = self.config, self.config.family
-        embedding = self._whole(family.embedding, (c.vocab_size, c.hidden_size))
-        final_norm = self._whole(family.final_norm, (c.hidden_size,))
+        embedding = self._whole(family.embedding)
+        final_norm = self._whole(family.final_norm)
         if c.tie_word_embeddings:
             # Some checkpoints write the tied tensor twice.
             self.used.add(family.lm_head)
             head_weight = embedding
         else:
-            head_weight = self._whole(family.lm_head, (c.vocab_size, c.hidden_size))
+            head_weight = self._whole(family.lm_head)
         lm_head = make_linear(head_weight)
         if c.tie_word_embeddings and isinstance(lm_head, PackedLinear):
             self.num_bytes += head_weight.nbytes
+        del head_weight
         layers = [self._layer(layer) for layer in range(c.num_layers)]
         return DecoderWeights(embedding, final_norm, lm_head, layers, self.num_bytes)
 
     def refuse_unexpected(self) -> None:
         """Raise when the checkpoint holds tensors that this family has no place for: it is something else."""
         ignored = self.config.family.ignored_suffixes
-        left = [n for n in self.checkpoint.names() if n not in self.used and not n.endswith(ignored)]
+        left = [n for n in self.source.names() if n not in self.used and not n.endswith(ignored)]
         if left:
-            raise ModelError(f"{self.checkpoint.path}: {_count(left, 'unexpected tensor')}")
+            raise ModelError(f"{self.source.where}: {_count(left, 'unexpected tensor')}")
+
+    def _refuse_missing(self) -> None:
+        missing = [name for name in self.shapes if name not in self.source]
+        if missing:
+            raise ModelError(f"{self.source.where}: {_count(missing, 'missing tensor')}")
+
+    # ------------------------------------------------------------ one layer
 
     def _layer(self, layer: int) -> LayerWeights:
         c, f = self.config, self.config.family
         prefix = f.layer_prefix.format(layer=layer)
-        q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        qkv = [
-            (prefix + f.q, q_size, self.q_rows),
-            (prefix + f.k, kv_size, self.kv_rows),
-            (prefix + f.v, kv_size, self.kv_rows),
-        ]
-        gate_up = [(prefix + name, c.intermediate_size, self.mlp_rows) for name in (f.gate, f.up)]
+        qkv = [(prefix + f.q, self.q_rows), (prefix + f.k, self.kv_rows), (prefix + f.v, self.kv_rows)]
         return LayerWeights(
-            input_norm=self._whole(prefix + f.input_norm, (c.hidden_size,)),
-            qkv=self._column_parallel(qkv, c.attention_bias),
-            o=self._row_parallel(prefix + f.o, q_size, self.q_rows, c.attention_bias),
-            post_norm=self._whole(prefix + f.post_norm, (c.hidden_size,)),
-            gate_up=self._column_parallel(gate_up, c.mlp_bias),
-            down=self._row_parallel(prefix + f.down, c.intermediate_size, self.mlp_rows, c.mlp_bias),
+            input_norm=self._whole(prefix + f.input_norm),
+            qkv=self._column_parallel(qkv, c.qkv_bias),
+            o=self._row_parallel(prefix + f.o, self.q_rows, c.o_bias),
+            post_norm=self._whole(prefix + f.post_norm),
+            mlp=self._mlp(layer, prefix),
+            qk_norm=self._qk_norm(prefix) if f.has_qk_norm else None,
         )
 
-    def _column_parallel(self, parts: list[tuple[str, int, slice]], has_bias: bool) -> Linear:
-        """Projections under each other: of each of `parts` (name, rows, own rows) its own rows."""
-        weight = self._merged(parts, ".weight", (self.config.hidden_size,))
-        return make_linear(weight, self._merged(parts, ".bias", ()) if has_bias else None)
+    def _qk_norm(self, prefix: str) -> Tensor:
+        """[own heads + own KV heads, hd]: each head's factors, so that all are applied at once."""
+        hd, family = self.config.head_dim, self.config.family
+        num_heads, num_kv_heads = (part.stop - part.start for part in (self.heads, self.kv_heads))
+        norms = self._empty((num_heads + num_kv_heads, hd))
+        for name, rows in ((family.q_norm, norms[:num_heads]), (family.k_norm, norms[num_heads:])):
+            self._fill(rows[0], self._open(prefix + name))
+            rows.copy_(rows[:1].clone().expand_as(rows))
+        return norms
 
-    def _merged(self, parts: list[tuple[str, int, slice]], suffix: str, row_shape: tuple[int, ...]) -> Tensor:
-        merged = self._empty((sum(own.stop - own.start for _, _, own in parts), *row_shape))
+    def _mlp(self, layer: int, prefix: str) -> Mlp:
+        c, f = self.config, self.config.family
+        if c.experts is None or f.experts is None or layer not in c.experts.layers:
+            return self._gated_mlp(prefix, (f.gate, f.up, f.down), c.intermediate_size)
+        names, size = f.experts, c.experts.intermediate_size
+        projections = (names.gate, names.up, names.down)
+        return ExpertsMlp(
+            router=self._whole(prefix + names.router),
+            experts=[
+                self._gated_mlp(prefix + names.expert.format(expert=expert), projections, size)
+                for expert in range(c.experts.count)
+            ],
+            per_token=c.experts.per_token,
+            is_normalised=c.experts.is_normalised,
+        )
+
+    def _gated_mlp(self, prefix: str, names: tuple[str, str, str], size: int) -> GatedMlp:
+        own = self.shard.of(size, "intermediate_size")
+        gate, up, down = (prefix + name for name in names)
+        return GatedMlp(
+            gate_up=self._column_parallel([(gate, own), (up, own)], self.config.mlp_bias),
+            down=self._row_parallel(down, own, self.config.mlp_bias),
+            size=own.stop - own.start,
+        )
+
+    # ------------------------------------------------------------ one tensor
+
+    def _column_parallel(self, parts: list[tuple[str, slice]], has_bias: bool) -> Linear:
+        """Projections under each other: of each of `parts` (name, own rows) its own rows."""
+        weight = self._merged(parts, ".weight")
+        return make_linear(weight, self._merged(parts, ".bias") if has_bias else None)
+
+    def _merged(self, parts: list[tuple[str, slice]], suffix: str) -> Tensor:
+        row_shape = self.shapes[parts[0][0] + suffix][1:]
+        merged = self._empty((sum(own.stop - own.start for _, own in parts), *row_shape))
         row = 0
-        for name, num_rows, own in parts:
+        for name, own in parts:
             end = row + own.stop - own.start
-            merged[row:end].copy_(self._open(name + suffix, (num_rows, *row_shape))[own])
+            self._fill(merged[row:end], self._open(name + suffix), rows=own)
             row = end
         return merged
 
-    def _row_parallel(self, name: str, num_columns: int, own: slice, has_bias: bool) -> Linear:
-        """Projection of the columns `own` of `num_columns`."""
-        lazy = self._open(name + ".weight", (self.config.hidden_size, num_columns))
-        weight = self._empty((self.config.hidden_size, own.stop - own.start)).copy_(lazy[:, own])
-        bias = self._whole(name + ".bias", (self.config.hidden_size,)) if has_bias else None
+    def _row_parallel(self, name: str, own: slice, has_bias: bool) -> Linear:
+        """Projection of the columns `own`."""
+        lazy = self._open(name + ".weight")
+        weight = self._empty((lazy.shape[0], own.stop - own.start))
+        self._fill(weight, lazy, columns=own)
+        bias = self._whole(name + ".bias") if has_bias else None
         return make_linear(weight, bias if self.shard.rank == 0 else None)
 
-    def _whole(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        lazy = self._open(name, shape)
-        return self._empty(shape).copy_(lazy[:])
+    def _whole(self, name: str) -> Tensor:
+        lazy = self._open(name)
+        tensor = self._empty(lazy.shape)
+        self._fill(tensor, lazy)
+        return tensor
 
-    def _open(self, name: str, shape: tuple[int, ...]) -> Any:
+    def _fill(
+        self, target: Tensor, lazy: LazyTensor, rows: slice | None = None, columns: slice | None = None
+    ) -> None:
+        """Read into `target`, some rows at a time: a large tensor is never in memory twice."""
+        rows = rows or slice(0, lazy.shape[0])
+        columns = columns or slice(0, lazy.shape[-1])
+        row_bytes = 4 if target.dim() == 1 else 4 * lazy.shape[1]  # what is read may be float32
+        step = max(1, _PIECE_BYTES // row_bytes)
+        for first in range(rows.start, rows.stop, step):
+            last = min(rows.stop, first + step)
+            piece = lazy.read(slice(first, last), columns)
+            target[first - rows.start : last - rows.start].copy_(piece)
+            self.advance(num_bytes=piece.numel() * self.dtype.itemsize)
+
+    def _open(self, name: str) -> LazyTensor:
         self.used.add(name)
-        lazy = self.checkpoint.slice(name)
-        found = tuple(lazy.get_shape())
-        if found != shape:
+        lazy, expected = self.source.open(name), self.shapes[name]
+        if lazy.shape != expected:
             raise ModelError(
-                f"{self.checkpoint.path}: tensor {name} has shape {found}, config.json says {shape}"
+                f"{self.source.where}: tensor {name} has shape {lazy.shape}, config.json says {expected}"
             )
         return lazy
 
@@ -204,29 +238,25 @@ class _Filler:
         self.num_bytes += tensor.nbytes
         return tensor
 
-    def _refuse_missing(self) -> None:
-        missing = [name for name in expected_tensors(self.config) if name not in self.checkpoint]
-        if missing:
-            raise ModelError(f"{self.checkpoint.path}: {_count(missing, 'missing tensor')}")
-
-
-def expected_tensors(config: ModelConfig) -> list[str]:
-    """Names of all tensors that a checkpoint of this configuration must hold."""
-    f = config.family
-    names = [f.embedding, f.final_norm]
-    if not config.tie_word_embeddings:
-        names.append(f.lm_head)
-    attention, mlp = (f.q, f.k, f.v, f.o), (f.gate, f.up, f.down)
-    for layer in range(config.num_layers):
-        prefix = f.layer_prefix.format(layer=layer)
-        names += [prefix + f.input_norm, prefix + f.post_norm]
-        names += [f"{prefix}{name}.weight" for name in attention + mlp]
-        names += [f"{prefix}{name}.bias" for name in attention if config.attention_bias]
-        names += [f"{prefix}{name}.bias" for name in mlp if config.mlp_bias]
-    return names
-
 
 def _count(names: list[str], what: str) -> str:
     shown = ", ".join(names[:_NAMES_SHOWN])
     more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
     return f"{len(names)} {what}{'s' if len(names) > 1 else ''}: {shown}{more}"
+
+
+@contextmanager
+def _progress(total: int, is_wanted: bool, name: str) -> Iterator[Advance]:
+    """A bar of `total` bytes on standard error; nothing for short loads and where nobody looks."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not is_wanted or total < _LONG_LOAD_BYTES or not console.is_terminal:
+        yield lambda num_bytes: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bars:
+        task = bars.add_task(f"loading {name}", total=total)
+        yield lambda num_bytes: bars.advance(task, num_bytes)

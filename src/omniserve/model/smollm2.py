@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from omniserve.errors import ModelError
 from omniserve.model.cache import cache_root, ensure_folder, locked, sha256_of
+from omniserve.model.gguf import field, rotary_order, transformers_name
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -46,20 +47,6 @@ SOURCE: Mapping[str, str] = {
 
 # GGUF token types (gguf.TokenType): control tokens are special, user-defined ones are added but visible.
 _CONTROL, _USER_DEFINED = 3, 4
-
-# GGUF name -> transformers name, per layer ("blk.<layer>." -> "model.layers.<layer>.") and global.
-_LAYER_NAMES: Mapping[str, str] = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_GLOBAL_NAMES: Mapping[str, str] = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 
 
 class Progress(Protocol):
@@ -143,17 +130,17 @@ def model_config(reader: GGUFReader) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": _field(reader, "llama.vocab_size"),
-        "hidden_size": _field(reader, "llama.embedding_length"),
-        "intermediate_size": _field(reader, "llama.feed_forward_length"),
-        "num_hidden_layers": _field(reader, "llama.block_count"),
-        "num_attention_heads": _field(reader, "llama.attention.head_count"),
-        "num_key_value_heads": _field(reader, "llama.attention.head_count_kv"),
-        "head_dim": _field(reader, "llama.rope.dimension_count"),
-        "max_position_embeddings": _field(reader, "llama.context_length"),
+        "vocab_size": field(reader, "llama.vocab_size"),
+        "hidden_size": field(reader, "llama.embedding_length"),
+        "intermediate_size": field(reader, "llama.feed_forward_length"),
+        "num_hidden_layers": field(reader, "llama.block_count"),
+        "num_attention_heads": field(reader, "llama.attention.head_count"),
+        "num_key_value_heads": field(reader, "llama.attention.head_count_kv"),
+        "head_dim": field(reader, "llama.rope.dimension_count"),
+        "max_position_embeddings": field(reader, "llama.context_length"),
         # Kept as float32 in the file; written as the shortest decimal that gives the same float32 (1e-05).
-        "rms_norm_eps": float(str(np.float32(_field(reader, "llama.attention.layer_norm_rms_epsilon")))),
-        "rope_theta": float(_field(reader, "llama.rope.freq_base")),
+        "rms_norm_eps": float(str(np.float32(field(reader, "llama.attention.layer_norm_rms_epsilon")))),
+        "rope_theta": float(field(reader, "llama.rope.freq_base")),
         "rope_scaling": None,
         "hidden_act": "silu",
         "attention_bias": False,
@@ -167,9 +154,9 @@ def model_config(reader: GGUFReader) -> dict[str, Any]:
 
 def _generation_config(reader: GGUFReader) -> dict[str, Any]:
     return {
-        "bos_token_id": _field(reader, "tokenizer.ggml.bos_token_id"),
-        "eos_token_id": _field(reader, "tokenizer.ggml.eos_token_id"),
-        "pad_token_id": _field(reader, "tokenizer.ggml.padding_token_id"),
+        "bos_token_id": field(reader, "tokenizer.ggml.bos_token_id"),
+        "eos_token_id": field(reader, "tokenizer.ggml.eos_token_id"),
+        "pad_token_id": field(reader, "tokenizer.ggml.padding_token_id"),
     }
 
 
@@ -177,52 +164,30 @@ def _write_weights(reader: GGUFReader, path: Path, progress: Progress) -> None:
     from gguf.quants import dequantize
     from safetensors.numpy import save_file
 
-    heads = _field(reader, "llama.attention.head_count")
-    kv_heads = _field(reader, "llama.attention.head_count_kv")
+    heads = field(reader, "llama.attention.head_count")
+    kv_heads = field(reader, "llama.attention.head_count_kv")
     tensors: dict[str, npt.NDArray[np.float32]] = {}
     progress.begin("convert to float32", len(reader.tensors))
     for tensor in reader.tensors:
         values = np.ascontiguousarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
         kind = tensor.name.split(".")[-2]
         if kind in ("attn_q", "attn_k"):
-            values = undo_rotary_permutation(values, heads if kind == "attn_q" else kv_heads)
+            values = values[rotary_order(len(values), heads if kind == "attn_q" else kv_heads)]
         tensors[transformers_name(tensor.name)] = values
         progress.advance()
     save_file(tensors, path, metadata={"format": "pt"})
-
-
-def transformers_name(gguf_name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`. ModelError for unknown names."""
-    *scope, kind, suffix = gguf_name.split(".")
-    try:
-        if scope[:1] == ["blk"]:
-            return f"model.layers.{int(scope[1])}.{_LAYER_NAMES[kind]}.{suffix}"
-        return f"{_GLOBAL_NAMES[kind]}.{suffix}"
-    except (KeyError, ValueError, IndexError) as error:
-        raise ModelError(f"GGUF tensor {gguf_name!r} has no place in a Llama model") from error
-
-
-def undo_rotary_permutation(weight: npt.NDArray[np.float32], num_heads: int) -> npt.NDArray[np.float32]:
-    """Rows of a q or k projection [heads hd, H] from llama.cpp's order to transformers'.
-
-    Rotary embedding turns pairs of rows of a head: llama.cpp pairs neighbours (2i, 2i+1), transformers pairs
-    halves (i, i + hd/2). Hence [heads, hd/2, 2, H] -> [heads, 2, hd/2, H].
-    """
-    rows, columns = weight.shape
-    pairs = weight.reshape(num_heads, rows // num_heads // 2, 2, columns)
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows, columns)
 
 
 def _write_tokenizer(reader: GGUFReader, folder: Path) -> None:
     """tokenizer.json and tokenizer_config.json: byte-level BPE with every digit a word of its own."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    kind = _field(reader, "tokenizer.ggml.model"), _field(reader, "tokenizer.ggml.pre")
+    kind = field(reader, "tokenizer.ggml.model"), field(reader, "tokenizer.ggml.pre")
     if kind != ("gpt2", "smollm"):
         raise ModelError(f"tokenizer of kind {kind}: only ('gpt2', 'smollm') is known here")
-    texts: list[str] = _field(reader, "tokenizer.ggml.tokens")
-    types: list[int] = _field(reader, "tokenizer.ggml.token_type")
-    merges = [tuple(merge.split(" ", 1)) for merge in _field(reader, "tokenizer.ggml.merges")]
+    texts: list[str] = field(reader, "tokenizer.ggml.tokens")
+    types: list[int] = field(reader, "tokenizer.ggml.token_type")
+    merges = [tuple(merge.split(" ", 1)) for merge in field(reader, "tokenizer.ggml.merges")]
     vocabulary = {text: token_id for token_id, text in enumerate(texts)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=cast("list[tuple[str, str]]", merges)))
     # llama.cpp's "smollm": digits are split off one by one, the rest by GPT-2's pattern, no space in front.
@@ -239,8 +204,8 @@ def _write_tokenizer(reader: GGUFReader, folder: Path) -> None:
 
 
 def _tokenizer_config(reader: GGUFReader, texts: list[str], special: list[str]) -> dict[str, Any]:
-    def token(field: str) -> str:
-        token_id: int = _field(reader, f"tokenizer.ggml.{field}_token_id")
+    def token(name: str) -> str:
+        token_id: int = field(reader, f"tokenizer.ggml.{name}_token_id")
         return texts[token_id]
 
     return {
@@ -248,21 +213,14 @@ def _tokenizer_config(reader: GGUFReader, texts: list[str], special: list[str]) 
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": _field(reader, "llama.context_length"),
+        "model_max_length": field(reader, "llama.context_length"),
         "bos_token": token("bos"),
         "eos_token": token("eos"),
         "unk_token": token("unknown"),
         "pad_token": token("padding"),
         "additional_special_tokens": special,
-        "chat_template": _field(reader, "tokenizer.chat_template"),
+        "chat_template": field(reader, "tokenizer.chat_template"),
     }
-
-
-def _field(reader: GGUFReader, name: str) -> Any:
-    field = reader.get_field(name)
-    if field is None:
-        raise ModelError(f"GGUF file lacks the field {name!r}")
-    return field.contents()
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -89,6 +89,33 @@ class Tokenizer:
         return () if token_id is None else (token_id,)
 
 
+class NoTokenizer(Tokenizer):
+    """Of a model without tokenizer files: prompts must be token ids, and texts are empty."""
+
+    def __init__(self, path: Path) -> None:
+        config = read_model_config(path)
+        self._template_source = None
+        self._template = None
+        self.vocab_size = config.vocab_size
+        self.eos_token_ids = config.eos_token_ids
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        raise RequestError("prompt", "this model has no tokenizer; send token ids instead of text")
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return ""
+
+    def stream(self, skip_special_tokens: bool = True) -> DetokenizerStream:
+        return _SilentStream()
+
+
+def load_tokenizer(path: Path, is_required: bool = True) -> Tokenizer:
+    """The tokenizer of a model folder; one that knows no text where there is none and none is required."""
+    if is_required or (path / "tokenizer.json").is_file():
+        return Tokenizer(path)
+    return NoTokenizer(path)
+
+
 class DetokenizerStream:
     """Turns ids into text piece by piece. The pieces, `finish()` included, join to `decode` of all ids.
 
@@ -127,6 +154,17 @@ class DetokenizerStream:
 
     def _decoded(self) -> str:
         return self._tokenizer.decode(self._ids, skip_special_tokens=self._skip_special_tokens)
+
+
+class _SilentStream(DetokenizerStream):
+    def __init__(self) -> None:
+        pass
+
+    def push(self, token_id: int) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

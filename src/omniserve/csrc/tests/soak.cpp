@@ -131,6 +131,8 @@ StressConfig StressConfig::draw(unsigned seed) {
     g.host_page_size = draw.of({4, 16, 64});
     g.device_page_size = draw.of({6, 10, 16, 64});
     g.num_partitions = draw.between(1, 3);
+    g.window = draw.of({0, 0, 1, 30, 200});
+    g.window_layers.fill(draw.of({0, 1}) ? ~uint64_t{0} : 0x5555555555555555);
     if (!has_simd(config.simd)) config.simd = "auto";
     config.lay_out();
     const auto is_smallest = [&] { return g.num_layers == 1 && config.long_context + config.prefix_tokens == 0; };
@@ -182,7 +184,8 @@ std::string StressConfig::text() const {
         << dtype_name(g.kv_dtype) << " (host " << dtype_name(g.host_kv_dtype) << "), context " << long_context
         << " (the last " << landing << " land), " << num_prefixes << " prefixes of " << prefix_tokens << ", "
         << g.num_partitions << " partitions, pages of " << g.host_page_size << " and " << g.device_page_size
-        << " tokens, " << num_trips << " copies in flight, "
+        << " tokens, window " << g.window << (g.has_window(1) ? "" : " in every other layer") << ", " << num_trips
+        << " copies in flight, "
         << (cancel_one_in ? "a cancel every " + std::to_string(cancel_one_in) + " steps" : "no cancels");
     return out.str();
 }

@@ -24,7 +24,8 @@ LaneGeometry sharing_geometry(int lanes) {
 /// Lanes of which each has its first `shared[slot]` pages in common with slot 0, and a context of `tokens[slot]`.
 struct SharingRig : Rig {
     SharingRig(std::vector<int> shared, std::vector<int> tokens)
-        : Rig(sharing_geometry(int(shared.size()))), rows(random_rows(geometry, int(shared.size()), random)) {
+        : SharingRig(shared, tokens, sharing_geometry(int(shared.size()))) {}
+    SharingRig(std::vector<int> shared, std::vector<int> tokens, const LaneGeometry& g) : Rig(g), rows(random_rows(geometry, int(shared.size()), random)) {
         fill_arena();
         for (int slot = 0; slot < int(shared.size()); ++slot) {
             std::vector<int32_t> table;
@@ -75,6 +76,28 @@ void check_equal(const Rig::Taken& together, const Rig::Taken& alone) {
     for (size_t i = 0; i < alone.attn.size(); ++i) CHECK_NEAR(together.attn[i], alone.attn[i], 3e-6);
 }
 
+/// Attention of the slot's row at layer 1 over the last `count` of its `tokens`, straight from the kernel.
+std::vector<float> attend_last(const SharingRig& rig, int slot, int count, int tokens) {
+    const LaneGeometry& g = rig.geometry;
+    const StateShape shape{g.num_kv_heads, g.group(), g.head_dim};
+    std::vector<float> states(shape.floats()), scratch(scratch_floats(shape.num_heads, shape.group, shape.head_dim));
+    std::vector<float> out(g.q_elements());
+    attend({.kv = &rig.host.arena().kv(),
+            .page_table = rig.port.segment().page_table(slot),
+            .layer = 1,
+            .first_head = 0,
+            .num_heads = g.num_kv_heads,
+            .first = tokens - count,
+            .last = tokens,
+            .q = &rig.rows.q[slot * g.q_elements()],
+            .group = g.group(),
+            .scale = g.score_scale(),
+            .state = states.data(),
+            .scratch = scratch.data()});
+    finish_states(states.data(), shape, out.data());
+    return out;
+}
+
 }  // namespace
 
 TEST(lanes_that_share_pages_get_the_results_they_get_alone) {
@@ -102,6 +125,40 @@ TEST(the_prefix_that_saves_most_is_shared) {
     SharingRig rig({20, 20, 20, 20, 2, 2, 2, 2, 2}, std::vector<int>(9, 330));
     rig.serve_with(1);
     CHECK(rig.sum(&WorkerStats::shared_rows) == 4);
+}
+
+TEST(rows_with_a_window_get_the_results_of_lanes_that_hold_nothing_else) {
+    // Layer 1 has a window: it ends within a page, at one, covers everything. Rows of one prefix, some beyond it.
+    for (int window : {1, 21, 32, 300, 1000})
+        for (int workers : {1, 3}) {
+            const std::vector<int> shared(4, 20), tokens = {320 + 5, 320 + 40, 321, 384};
+            LaneGeometry g = sharing_geometry(4);
+            g.window = window;
+            g.window_layers[0] = 0b010;
+            SharingRig live(shared, tokens, g), alone(shared, tokens);
+            const uint64_t per_token = live.host.arena().kv().geometry.token_bytes();
+            const Rig::Taken got = live.serve_with(workers);
+            // The same rows without a window, on lanes from which the tokens before it are cut off.
+            alone.exit(1, alone.slots, alone.rows);
+            alone.serve_all();
+            alone.take(1, 4);  // appends the same keys and values
+            std::vector<float> expected;
+            for (int slot = 0; slot < 4; ++slot) {
+                const std::vector<float> row = attend_last(alone, slot, std::min(window, tokens[slot]), tokens[slot]);
+                expected.insert(expected.end(), row.begin(), row.end());
+            }
+            for (size_t i = 0; i < expected.size(); ++i) CHECK_NEAR(got.attn[i], expected[i], 3e-6);
+            if (window == 21) CHECK(live.sum(&WorkerStats::kv_bytes_read) == 4 * 21 * per_token);
+            CHECK((live.sum(&WorkerStats::shared_rows) > 0) == (window == 1000));
+        }
+}
+
+TEST(a_layer_without_a_window_attends_to_everything) {
+    LaneGeometry g = sharing_geometry(2);
+    g.window = 5;
+    g.window_layers[0] = 0b101;
+    SharingRig live({20, 20}, {330, 340}, g), alone({20, 20}, {330, 340});
+    check_equal(live.serve_with(1), alone.serve_by_hand());
 }
 
 TEST(a_cancelled_lane_leaves_the_others_of_its_prefix_alone) {
