@@ -214,9 +214,13 @@ def test_a_query_that_is_no_number_spoils_itself_alone() -> None:
     before = store.attend([0, 150])[0]
     others = [0, 1, 3, 4, 5, 6, 7]
     store.q[2, 9] = np.nan
-    across_simd(
-        lambda: np.testing.assert_allclose(store.attend([0, 150])[0][others], before[others], atol=1e-4)
-    )
+
+    def check() -> None:
+        got = store.attend([0, 150])[0]
+        assert np.isnan(got[2]).all()
+        np.testing.assert_allclose(got[others], before[others], atol=1e-4)
+
+    across_simd(check)
 
 
 def test_a_team_attends_over_int8() -> None:
@@ -283,14 +287,21 @@ def test_a_token_that_is_no_number_spoils_itself_alone(bad: float) -> None:
     keys = store.keys.copy()
     keys[7, 1, 3] = bad
     before, _ = kept(store, layer=0)
+    whole, later = (store.attend([first, 40], layer=0)[0] for first in (0, 8))
     store.write(0, keys, store.values)
     after, _ = kept(store, layer=0)
     assert np.isnan(after[7, 1]).all()
     mask = np.ones(before.shape, bool)
     mask[7, 1] = False
     np.testing.assert_array_equal(after[mask], before[mask])
-    across_simd(lambda: store.attend([0, 40], layer=0))  # and nothing crashes
-    across_simd(lambda: np.testing.assert_array_equal(*(store.attend([8, 40], layer=0)[0] for _ in range(2))))
+
+    def check() -> None:
+        got = store.attend([0, 40], layer=0)[0]
+        assert np.isnan(got[2:]).all()  # the queries of KV head 1
+        np.testing.assert_allclose(got[:2], whole[:2], atol=1e-4)
+        np.testing.assert_allclose(store.attend([8, 40], layer=0)[0], later, atol=1e-4)
+
+    across_simd(check)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -229,6 +229,23 @@ def test_huge_scores_stay_finite_and_exact(simd: str, dtype: str, score_size: fl
     np.testing.assert_allclose(got_lse, lse, rtol=1e-6)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_query_that_is_no_number_gives_none(dtype: str, bad: float) -> None:
+    """A broken row must be seen to be broken; the others are what they were."""
+    store = Case(num_tokens=150, page_size=64, group=4, dtype=dtype, rounds_queries=True).build()
+    before = store.attend([0, 150])[0]
+    others = [0, 1, 3, 4, 5, 6, 7]
+    store.q[2] = bad
+
+    def check() -> None:
+        got = store.attend([0, 150])[0]
+        assert np.isnan(got[2]).all()
+        np.testing.assert_allclose(got[others], before[others], atol=TOLERANCE)
+
+    across_simd(check)
+
+
 def test_equal_scores_average_the_values(simd: str) -> None:
     store = Case(num_tokens=97, page_size=8).build()
     store.q[:] = 0.0

@@ -43,7 +43,7 @@ struct Run {
     int32_t count;  // tokens
     // What lies this many elements further on is read one tile later: whoever reads an element fetches that one into
     // the second-level cache (the first one may be too small for two tiles). 0 when there is no next tile.
-    ptrdiff_t ahead;
+    ptrdiff_t k_ahead, v_ahead;
     [[no_unique_address]] RunScales<T> scales;
 };
 
@@ -101,7 +101,7 @@ void fill_tile(Tile<T>& tile, const AttendArgs& args, int64_t first) {
         tile.runs[tile.num_runs++] = {args.kv->k_block<T>(page, args.layer, args.first_head) + offset,
                                       args.kv->v_block<T>(page, args.layer, args.first_head) +
                                           size_t(offset) * args.kv->geometry.head_dim,
-                                      static_cast<int32_t>(count), 0,
+                                      static_cast<int32_t>(count), 0, 0,
                                       scales_of<T>(args, page, offset, static_cast<int32_t>(count), args.first_head)};
         tile.num_tokens += static_cast<int32_t>(count);
         t += count;
@@ -117,7 +117,7 @@ void next_head(Tile<T>& tile, const Tile<T>& from, const KvGeometry& kv) {
         Run<T>& run = tile.runs[r] = from.runs[r];
         run.k += kv.head_elements();
         run.v += kv.head_elements();
-        run.ahead = 0;
+        run.k_ahead = run.v_ahead = 0;
         if constexpr (kHasScales<T>) {
             run.scales.k += kv.page_size;
             run.scales.v += kv.page_size;
@@ -128,7 +128,10 @@ void next_head(Tile<T>& tile, const Tile<T>& from, const KvGeometry& kv) {
 
 template <class T>
 void look_ahead(Tile<T>& tile, const Tile<T>& next) {
-    for (int r = 0; r < tile.num_runs && r < next.num_runs; ++r) tile.runs[r].ahead = next.runs[r].v - tile.runs[r].v;
+    for (int r = 0; r < tile.num_runs && r < next.num_runs; ++r) {
+        tile.runs[r].k_ahead = next.runs[r].k - tile.runs[r].k;
+        tile.runs[r].v_ahead = next.runs[r].v - tile.runs[r].v;
+    }
 }
 
 /// Queries as they come: what Ops needs that multiply float32.

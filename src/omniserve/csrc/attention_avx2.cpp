@@ -80,8 +80,8 @@ float reduce_add(__m256 x) {
 /// 2^n by the exponent field. Relative error at most 1e-7 (tested); 0 below -87, before results turn subnormal.
 __m256 exp_nonpositive(__m256 x) {
     const __m256 lowest = _mm256_set1_ps(-87.0f);
-    const __m256 alive = _mm256_cmp_ps(x, lowest, _CMP_GE_OQ);
-    x = _mm256_max_ps(x, lowest);
+    const __m256 alive = _mm256_cmp_ps(x, lowest, _CMP_NLT_UQ);  // what is no number stays none
+    x = _mm256_max_ps(lowest, x);
     const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504088896341f)),
                                      _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693145751953125f), x);     // ln2, upper bits: n * this is exact
@@ -177,7 +177,7 @@ struct Avx2Ops : PlainQueries {
                     float* to = scores + g * kScoreStride + at + t;
                     // Rows of K are one stretch where the run is a whole page.
                     const size_t elements = run.count == page_size ? size_t(page_size) * head_dim : 0;
-                    const Ahead ahead(run.k + run.ahead, elements, pass, pass + 1, passes, head_dim);
+                    const Ahead ahead(run.k + run.k_ahead, elements, pass, pass + 1, passes, head_dim);
                     switch (size) {
                         case 1: chunk_scores<1>(run.k + t, page_size, head_dim, from, scale, to, ahead); break;
                         case 2: chunk_scores<2>(run.k + t, page_size, head_dim, from, scale, to, ahead); break;
@@ -225,7 +225,7 @@ struct Avx2Ops : PlainQueries {
         for (int r = 0; r < tile.num_runs; ++r) {
             const Run<T>& run = tile.runs[r];
             const int units = head_dim / 16, first = part.index * units + dim / 16;
-            Ahead ahead(run.v + run.ahead, size_t(run.count) * head_dim, first, first + kUnits, part.count * units,
+            Ahead ahead(run.v + run.v_ahead, size_t(run.count) * head_dim, first, first + kUnits, part.count * units,
                         run.count);
             const T* v = run.v + dim;
             for (int t = 0; t < run.count; ++t, ++weight, v += head_dim) {

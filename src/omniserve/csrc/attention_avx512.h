@@ -113,8 +113,8 @@ struct Storage<DType::i8> {  // the integers: attend_loop multiplies by their sc
 /// As in attention_avx2.cpp: relative error at most 1e-7 (tested); 0 below -87, before results turn subnormal.
 __m512 exp_nonpositive(__m512 x) {
     const __m512 lowest = _mm512_set1_ps(-87.0f);
-    const __mmask16 alive = _mm512_cmp_ps_mask(x, lowest, _CMP_GE_OQ);
-    x = _mm512_max_ps(x, lowest);
+    const __mmask16 alive = _mm512_cmp_ps_mask(x, lowest, _CMP_NLT_UQ);  // what is no number stays none
+    x = _mm512_max_ps(lowest, x);
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)),
                                           _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145751953125f), x);  // ln2, upper bits: n * this is exact
@@ -244,7 +244,7 @@ struct Avx512Ops : PlainQueries {
                 size = next_part(group - g, kMaxSubgroup);
                 const float* from = q + g * head_dim;
                 float* to = scores + g * kScoreStride + at;
-                const ptrdiff_t ahead = g == 0 ? run.ahead : 0;  // once for all queries
+                const ptrdiff_t ahead = g == 0 ? run.k_ahead : 0;  // once for all queries
                 with_count(size, [&](auto count) { run_scores<count()>(run, ahead, page_size, head_dim, from, scale, to); });
             }
             at += run.count;
@@ -283,7 +283,7 @@ struct Avx512Ops : PlainQueries {
             for (__m512& x : row) x = _mm512_setzero_ps();
         const float* weight = weights;
         for (int r = 0; r < tile.num_runs; ++r) {
-            const ptrdiff_t ahead = is_ahead ? tile.runs[r].ahead : 0;
+            const ptrdiff_t ahead = is_ahead ? tile.runs[r].v_ahead : 0;
             const T* v = tile.runs[r].v + dim;
             for (int t = 0; t < tile.runs[r].count; ++t, ++weight, v += head_dim) {
                 __m512 x[kVecs];

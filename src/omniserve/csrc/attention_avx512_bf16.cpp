@@ -117,7 +117,7 @@ struct DotOps : Avx512Ops<DType::bf16> {
             for (int g = 0, size; g < group; g += size) {
                 size = next_part(group - g, kMaxSubgroup);
                 with_count(size, [&](auto count) {
-                    run_dots<count()>(tile.runs[r], g == 0 ? tile.runs[r].ahead : 0, page_size, head_dim,
+                    run_dots<count()>(tile.runs[r], g == 0 ? tile.runs[r].k_ahead : 0, page_size, head_dim,
                                       q + size_t(g) * (head_dim / 2), scale, scores + g * kScoreStride + at);
                 });
             }

@@ -220,7 +220,7 @@ struct IntegerOps : Avx512Ops<DType::i8> {
                 with_count(size, [&](auto count) {
                     if constexpr (count() <= kMaxDots) {
                         const auto dots = run.count == kColumns ? run_dots<count(), false> : run_dots<count(), true>;
-                        dots(run, g == 0 ? run.ahead : 0, page_size, head_dim, from, scale, to);
+                        dots(run, g == 0 ? run.k_ahead : 0, page_size, head_dim, from, scale, to);
                     }
                 });
             }
@@ -253,7 +253,7 @@ struct IntegerOps : Avx512Ops<DType::i8> {
         sums.clear();
         int at = 0;  // among the terms
         for (int r = 0; r < tile.num_runs; ++r) {
-            const ptrdiff_t ahead = is_ahead ? tile.runs[r].ahead : 0;
+            const ptrdiff_t ahead = is_ahead ? tile.runs[r].v_ahead : 0;
             const auto add = [&](const T* v, int last) OMNI_INLINE {  // tokens 0 .. last; further ones weigh nothing
                 __m512i row[4], x[kVecs];
                 unrolled<4>([&](auto i) OMNI_INLINE {

@@ -76,7 +76,7 @@ struct Storage<DType::i8> {  // the integers: attend_loop multiplies by their sc
 /// As in attention_avx2.cpp: relative error at most 1e-7 (tested); 0 below -87, before results turn subnormal.
 float32x4_t exp_nonpositive(float32x4_t x) {
     const float32x4_t lowest = vdupq_n_f32(-87.0f);
-    const uint32x4_t alive = vcgeq_f32(x, lowest);
+    const uint32x4_t alive = vmvnq_u32(vcltq_f32(x, lowest));  // what is no number stays none
     x = vmaxq_f32(x, lowest);
     const float32x4_t n = vrndnq_f32(vmulq_n_f32(x, 1.44269504088896341f));
     float32x4_t r = vfmsq_n_f32(x, n, 0.693145751953125f);  // ln2, upper bits: n * this is exact
@@ -175,7 +175,7 @@ struct NeonOps : PlainQueries {
                     size = next_part(group - g, kMaxSubgroup);
                     const float* from = q + g * head_dim;
                     float* to = scores + g * kScoreStride + at + t;
-                    const ptrdiff_t ahead = g == 0 && t * sizeof(T) % 64 == 0 ? run.ahead : 0;  // once a cache line
+                    const ptrdiff_t ahead = g == 0 && t * sizeof(T) % 64 == 0 ? run.k_ahead : 0;  // once a cache line
                     switch (size) {
                         case 1: chunk_scores<1>(run.k + t, page_size, head_dim, from, scale, to, ahead); break;
                         case 2: chunk_scores<2>(run.k + t, page_size, head_dim, from, scale, to, ahead); break;
@@ -215,7 +215,7 @@ struct NeonOps : PlainQueries {
         clear<kGroup, kVecs>(sum);
         const float* weight = weights;
         for (int r = 0; r < tile.num_runs; ++r) {
-            const ptrdiff_t ahead = is_ahead ? tile.runs[r].ahead : 0;
+            const ptrdiff_t ahead = is_ahead ? tile.runs[r].v_ahead : 0;
             const T* v = tile.runs[r].v + dim;
             for (int t = 0; t < tile.runs[r].count; ++t, ++weight, v += head_dim) {
                 float32x4_t x[kVecs];

@@ -33,7 +33,7 @@ public:
     /// Nobody enters any more. Called by anyone inside who finds no work left.
     void close() { word_.fetch_and(~kOpen, std::memory_order_relaxed); }
 
-    /// Leaves a closed gate. True for the last one out, after which the gate is free.
+    /// Leaves the gate. True for the last one out, after which the gate is free.
     bool leave() {
         const uint32_t left = word_.fetch_sub(1, std::memory_order_acq_rel) - 1;
         if (left != kClaimed) return false;

@@ -50,12 +50,13 @@ bool HostQueue::claim(const Ring::Item& item) {
 
 void HostQueue::claim_sharers(const Task& task, int limit, std::vector<Task>& sharers) {
     const Ring ring = segment_.layer_ring(task.partition, task.layer);
-    if (ring.size() > 2 * uint64_t(segment_.geometry().max_lanes)) return;
-    ring.for_each([&](const Ring::Item& item) {
-        if (limit == 0 || item.prefix != task.prefix || !claim(item)) return;
-        sharers.push_back({task.layer, static_cast<int32_t>(item.index), item.ticket, item.number, task.partition,
-                           item.prefix});
-        --limit;
+    ring.for_each_of(task.prefix, 2 * uint64_t(segment_.geometry().max_lanes), [&](const Ring::Item& item) {
+        if (claim(item)) {
+            sharers.push_back({task.layer, static_cast<int32_t>(item.index), item.ticket, item.number, task.partition,
+                               item.prefix});
+            --limit;
+        }
+        return limit > 0;
     });
 }
 

@@ -46,9 +46,9 @@ public:
 
     bool pop(Seat& seat, Task& task);
     /// Appends at most `limit` tasks that wait at the same layer as `task`, out of turn, and begin with the same page.
-    /// Their items stay in the ring, to be dropped when they come to its head; a ring that fills up with them (two for
-    /// each lane) gives no more. From there on every lane can push once before an item of its own must have been
-    /// popped, and so can those that others are claiming just now: four for each lane are room enough.
+    /// Their items stay in the ring, to be dropped when they come to its head. Only items among the first 2 * max_lanes
+    /// of a ring are claimed so; what lies behind those is live, one for each lane at most: 3 * max_lanes in all, and
+    /// the ring has room for four.
     void claim_sharers(const Task& task, int limit, std::vector<Task>& sharers);
     /// A frame whose command is to be carried out.
     bool pop_frame(const Seat& seat, int& frame);

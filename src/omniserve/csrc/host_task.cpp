@@ -71,7 +71,7 @@ void TaskRunner::append(const Task& task, int position) {
 
 Job* TaskRunner::claim_job() {
     Job* end = jobs_.get() + num_jobs_;
-    Job* job = std::find_if(jobs_.get(), end, [](Job& each) { return each.gate.try_claim(); });
+    Job* job = std::find_if(jobs_.get(), end, [](Job& each) { return each.gate.is_free() && each.gate.try_claim(); });
     return job == end ? nullptr : job;
 }
 

@@ -91,7 +91,8 @@ void prefetch_token(const PagedKv& kv, int layer, int64_t page, int offset) {
     const KvGeometry& g = kv.geometry;
     const size_t item = item_size(g.dtype), v_row = g.head_dim * item;
     const std::byte* k = kv.layer_of_page(page, layer) + offset * item;
-    for (int row = 0; row < g.num_kv_heads * g.head_dim; ++row) __builtin_prefetch(k + row * g.page_size * item, 1);
+    const size_t k_row = g.page_size * item;
+    for (int row = 0; row < g.num_kv_heads * g.head_dim; ++row) __builtin_prefetch(k + row * k_row, 1);
     const std::byte* v = kv.layer_of_page(page, layer) + g.block_elements() * item + offset * v_row;
     for (int head = 0; head < g.num_kv_heads; ++head, v += g.head_elements() * item)
         for (size_t at = 0; at < v_row; at += 64) __builtin_prefetch(v + at, 1);

@@ -80,11 +80,6 @@ bool Ring::read_behind_head(uint64_t at, Item& item) const {
     return read(at, item) && ends_->head.fetch_add(0, std::memory_order_acq_rel) <= at;
 }
 
-uint64_t Ring::size() const {
-    const uint64_t head = ends_->head.load(std::memory_order_acquire);
-    return ends_->tail.load(std::memory_order_acquire) - head;
-}
-
 bool Ring::peek(Item& item) const { return read(ends_->head.load(std::memory_order_acquire), item); }
 
 bool Ring::pop(Item& item) {

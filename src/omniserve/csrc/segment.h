@@ -7,7 +7,8 @@
 //     host     result and done of a slot; frame state `done`; counters; engine_waiting = 0 (exchange)
 //
 // One row in flight per lane bounds everything: a slot's arrays are rewritten only after its last ticket was
-// acknowledged, and every ring holds as many entries as there are slots (or frames), so that none can overflow.
+// acknowledged, a frame ring holds as many entries as there are frames, and a lane ring four for each slot (rows served
+// out of turn leave theirs behind for a while, see HostQueue::claim_sharers), so that none can overflow.
 //
 // All shared words are lock-free std::atomic. A submission publishes with the release store of a ring's tail, a
 // completion with the store of the slot's done word; whatever lies in the plain arrays is ordered by those two.
@@ -131,15 +132,19 @@ public:
     /// Reads the oldest item without taking it; another consumer may take it at any time.
     bool peek(Item& item) const;
     bool pop(Item& item);
-    /// Number of items, and look(item) for each from the oldest on, none of which is taken. An item that another
-    /// consumer pops meanwhile is left out.
-    uint64_t size() const;
+    /// look(item) for each item of this prefix from the oldest on, none of which is taken, until it returns false. None
+    /// when there are more than `most` items. One that another consumer pops meanwhile is left out.
     template <class Look>
-    void for_each(Look&& look) const {
+    void for_each_of(uint32_t prefix, uint64_t most, Look&& look) const {
         Item item;
+        uint64_t at = ends_->head.load(std::memory_order_acquire);
         const uint64_t tail = ends_->tail.load(std::memory_order_acquire);
-        for (uint64_t at = ends_->head.load(std::memory_order_acquire); at < tail; ++at)
-            if (read_behind_head(at, item)) look(item);
+        if (tail - at > most) return;
+        for (; at < tail; ++at) {
+            // First a look without any order: a wrong one leaves out an item, or ends at the next line.
+            if (entries_[at & mask_].prefix.load(std::memory_order_relaxed) != prefix) continue;
+            if (read_behind_head(at, item) && item.prefix == prefix && !look(item)) return;
+        }
     }
 
 private:

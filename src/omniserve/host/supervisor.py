@@ -58,7 +58,6 @@ class HostSupervisor:
         """cpus: worker i is pinned to the i-th; none: not pinned. lock_memory: KV is never swapped out."""
         self._geometry = geometry
         self._lock_memory = lock_memory
-        self._warnings: list[str] = []
         self._cpus = list(cpus)
         self._threads = threads
         self._early_deaths = 0
@@ -74,6 +73,7 @@ class HostSupervisor:
         return self._warnings
 
     def _start(self) -> None:
+        self._warnings: list[str] = []
         self.segment = LaneSegment(self._geometry)
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         fds = (self.segment.memory_fd, self.segment.event_fd, theirs.fileno())

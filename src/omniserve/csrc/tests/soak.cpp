@@ -110,7 +110,7 @@ StressConfig StressConfig::draw(unsigned seed) {
     StressConfig config{.seed = seed};
     config.num_steps = draw.between(40, 250);
     config.num_threads = draw.between(1, 5);
-    config.simd = draw.of({"auto", "auto", "auto", "avx2", "scalar"});
+    config.simd = draw.of({"auto", "auto", "avx512", "avx512_vnni", "avx2", "scalar"});
     config.long_context = draw.of({0, 100, 700, 1500});
     config.cancel_one_in = draw.of({0, 1, 3, 8});
     config.num_trips = draw.between(0, 4);
