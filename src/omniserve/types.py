@@ -157,11 +157,12 @@ class RequestOutput:
 
     @property
     def metrics(self) -> RequestMetrics:
-        """Over all completions: the first token of any, the slowest tpot, the sum of lane tokens."""
+        """Over all completions: the first token of any, the slowest tpot, the sums of lane and cached tokens."""
         each = [c.metrics for c in self.outputs]
         return RequestMetrics(
             ttft_s=min((m.ttft_s for m in each if m.ttft_s is not None), default=None),
             tpot_s=max((m.tpot_s for m in each if m.tpot_s is not None), default=None),
             num_lane_tokens=sum(m.num_lane_tokens for m in each),
             is_exact=all(m.is_exact for m in each),
+            num_cached_tokens=sum(m.num_cached_tokens for m in each),
         )

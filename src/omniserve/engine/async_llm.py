@@ -18,7 +18,7 @@ from omniserve.engine.messages import Token
 from omniserve.engine.progress import Progress
 from omniserve.errors import ConfigError, RequestError
 from omniserve.model.sources import ensure_model
-from omniserve.model.tokenizer import Tokenizer, load_tokenizer
+from omniserve.model.tokenizer import load_tokenizer
 from omniserve.seeds import derive_seed
 from omniserve.types import Prompt, RequestOutput, SamplingParams, service_class_named
 
