@@ -157,7 +157,7 @@ class RequestOutput:
 
     @property
     def metrics(self) -> RequestMetrics:
-        """Over all completions: the first token of any, the slowest tpot, the sums of lane and cached tokens."""
+        """Over all completions: the first token of any, the slowest tpot, sums of lane and cached tokens."""
         each = [c.metrics for c in self.outputs]
         return RequestMetrics(
             ttft_s=min((m.ttft_s for m in each if m.ttft_s is not None), default=None),

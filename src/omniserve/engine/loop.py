@@ -114,7 +114,7 @@ class Engine:
             )
         )
         request = Request(request_id, kind.rank, kind.best_effort, len(prompt), max_tokens, len(prompt))
-        # Prompt logprobs need the logits of every prompt token: nothing of such a prompt is taken from the cache.
+        # Prompt logprobs need the logits of every prompt token: such a prompt takes nothing from the cache.
         if self._caches_prefixes and params.prompt_logprobs is None:
             sizes = (self.state.limits.page_size, self.state.limits.host_page_size)
             device, host = (PageHashes(size, cache_salt) for size in sizes)
