@@ -75,7 +75,7 @@ cases = st.builds(
 
 # Attention over what was kept
 
-# They multiply integers where pages and head sizes are multiples of 64 (csrc/attention_avx512_vnni.cpp).
+# They multiply integers for several queries where pages and head sizes are multiples of 64.
 INTEGER_SIMD = ["avx512_vnni", "avx512_bf16"]
 QUERY_LEVELS, WEIGHT_LEVELS = 32639, 65535
 TILE = 64  # tokens
@@ -91,7 +91,7 @@ def cost_of_integers(
     """
     case = store.case
     out, lse = np.zeros(store.q.shape), np.zeros(len(store.q))
-    if native.simd() not in INTEGER_SIMD or case.page_size % 64 or case.head_dim % 64:
+    if native.simd() not in INTEGER_SIMD or case.group == 1 or case.page_size % 64 or case.head_dim % 64:
         return out, lse
     first, last = bounds[0], bounds[-1]
     (keys, values), (integers, scales) = kept(store, layer), stored(store, layer)
@@ -172,7 +172,7 @@ def test_integers_cost_no_more_than_their_bound_for_every_group_and_range(
 
 def test_integers_cost_a_hundredth_of_what_int8_costs() -> None:
     """The bound above is for the worst case; this is the ordinary one (root of mean squares)."""
-    for group, head_dim in [(1, 128), (3, 64), (4, 128), (8, 128)]:
+    for group, head_dim in [(2, 128), (3, 64), (4, 128), (8, 128)]:
         store = Case(num_tokens=1000, page_size=64, group=group, head_dim=head_dim, dtype="int8").build()
         exact, _ = reference(store.q, store.keys, store.values, store.case.scale)
         over_kept, _ = reference(store.q, *kept(store), store.case.scale)

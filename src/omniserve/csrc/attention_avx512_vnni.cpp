@@ -12,7 +12,8 @@
 // 32639 * 127, 64 tokens of 65535 * 127.
 //
 // Four rows of 64 bytes - dimensions of K, tokens of V - become four vectors of 16 columns by unpacking; the order of
-// columns is put right once per sum. Pages and head sizes that are no multiples of 64 take the path that widens.
+// columns is put right once per sum. Pages and head sizes that are no multiples of 64 take the path that widens,
+// and so do single queries: memory limits them either way, and widening spreads its loads better.
 #include "attention_avx512.h"
 
 namespace omniserve {
@@ -77,6 +78,13 @@ OMNI_INLINE inline void interleave(const __m512i (&row)[4], __m512i (&x)[2 * kHa
         x[2 * half()] = _mm512_unpacklo_epi16(a, b);
         x[2 * half() + 1] = _mm512_unpackhi_epi16(a, b);
     });
+}
+
+/// Whether a pass fetches what belongs to this row: a pass for half of the columns does so for half of the rows. Fetched
+/// all in one of the passes, they would come in bursts.
+template <int kFirst, int kHalves>
+constexpr bool fetches(int row) {
+    return kHalves == 2 || row % 2 == kFirst;
 }
 
 /// Adds four products a lane. The empty statement keeps gcc from copying a sum to another register in every round.
@@ -176,7 +184,7 @@ struct IntegerOps : Avx512Ops<DType::i8> {
             unrolled<4>([&](auto i) OMNI_INLINE {
                 const T* from = k + i() * ptrdiff_t(page_size);
                 row[i()] = kMasked ? _mm512_maskz_loadu_epi8(mask, from) : _mm512_loadu_si512(from);
-                if constexpr (kFirst == 0) fetch<kColumns>(from + ahead);
+                if constexpr (fetches<kFirst, kHalves>(i())) fetch<kColumns>(from + ahead);
             });
             interleave<kFirst, kHalves>(row, x);
             unrolled<kVecs>([&](auto i) OMNI_INLINE { x[i()] = _mm512_xor_si512(x[i()], _mm512_set1_epi8(-128)); });
@@ -204,7 +212,7 @@ struct IntegerOps : Avx512Ops<DType::i8> {
             chunk_dots<kGroup, 0, 2, kMasked>(run.k, run.count, page_size, head_dim, q, scale, scores, ahead);
         } else {
             chunk_dots<kGroup, 0, 1, kMasked>(run.k, run.count, page_size, head_dim, q, scale, scores, ahead);
-            chunk_dots<kGroup, 1, 1, kMasked>(run.k, run.count, page_size, head_dim, q, scale, scores, 0);
+            chunk_dots<kGroup, 1, 1, kMasked>(run.k, run.count, page_size, head_dim, q, scale, scores, ahead);
         }
     }
 
@@ -218,7 +226,7 @@ struct IntegerOps : Avx512Ops<DType::i8> {
                 const uint32_t* from = q + g * query_stride(head_dim);
                 float* to = scores + g * kScoreStride + at;
                 with_count(size, [&](auto count) {
-                    if constexpr (count() <= kMaxDots) {
+                    if constexpr (count() > 1 && count() <= kMaxDots) {
                         const auto dots = run.count == kColumns ? run_dots<count(), false> : run_dots<count(), true>;
                         dots(run, g == 0 ? run.k_ahead : 0, page_size, head_dim, from, scale, to);
                     }
@@ -259,7 +267,7 @@ struct IntegerOps : Avx512Ops<DType::i8> {
                 unrolled<4>([&](auto i) OMNI_INLINE {
                     const T* from = v + (i() < last ? i() : last) * ptrdiff_t(head_dim);
                     row[i()] = _mm512_loadu_si512(from);
-                    if constexpr (kFirst == 0) fetch<kColumns>(from + ahead);
+                    if constexpr (fetches<kFirst, kHalves>(i())) fetch<kColumns>(from + ahead);
                 });
                 interleave<kFirst, kHalves>(row, x);
                 each<kGroup, 2, 1>([&](auto g, auto term, auto) OMNI_INLINE {
@@ -294,7 +302,7 @@ struct IntegerOps : Avx512Ops<DType::i8> {
                 sum_dots<kGroup, 0, 2>(tile, is_ahead, dim, head_dim, weights, rescale, acc);
             } else {
                 sum_dots<kGroup, 0, 1>(tile, is_ahead, dim, head_dim, weights, rescale, acc);
-                sum_dots<kGroup, 1, 1>(tile, false, dim, head_dim, weights, rescale, acc);
+                sum_dots<kGroup, 1, 1>(tile, is_ahead, dim, head_dim, weights, rescale, acc);
             }
         }
     }
@@ -304,7 +312,7 @@ struct IntegerOps : Avx512Ops<DType::i8> {
         for (int g = 0, size; g < group; g += size) {
             size = next_part(group - g, kMaxDots);
             with_count(size, [&](auto count) {
-                if constexpr (count() <= kMaxDots)
+                if constexpr (count() > 1 && count() <= kMaxDots)
                     sum_group<count()>(tile, g == 0, head_dim, weights + g * kScoreStride, rescale + g,
                                        acc + g * head_dim);
             });
@@ -316,7 +324,7 @@ struct IntegerOps : Avx512Ops<DType::i8> {
 
 void attend_int8_by_dots(const AttendArgs& args) {
     const KvGeometry& kv = args.kv->geometry;
-    if (kv.page_size % kTile == 0 && kv.head_dim % kColumns == 0) attend_loop<IntegerOps>(args);
+    if (args.group > 1 && kv.page_size % kTile == 0 && kv.head_dim % kColumns == 0) attend_loop<IntegerOps>(args);
     else kAvx512Kernels.attend[static_cast<int>(DType::i8)](args);
 }
 
