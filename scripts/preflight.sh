@@ -4,7 +4,8 @@
 #   scripts/preflight.sh              report; exit 1 when something is missing
 #   scripts/preflight.sh --packages   only the names of missing apt packages, on one line; exit 0
 #
-# With --neon first, also what `make test-neon` needs: a compiler for AArch64 and an emulator. PYTHON names the interpreter (default python3). It needs 3.11 or newer, venv and the C headers.
+# With --neon first, also what `make test-neon` needs: a compiler for AArch64 and an emulator. PYTHON names the
+# interpreter (default python3). It needs 3.11 or newer, venv and the C headers.
 set -euo pipefail
 
 python=${PYTHON:-python3}

@@ -48,7 +48,14 @@ CHAT_RATE_PER_S = 0.7
 FREEZE_S = 4.0
 LANES_TIMEOUT_S = 60.0
 # With 32 device tokens a walk, a batch prompt's chunk delays the chat by a few tens of milliseconds.
-SETTINGS: dict[str, Any] = {"host_offload": "always", "max_num_batched_tokens": 32, "max_lanes": NUM_BATCH}
+# The legs send the same prompts again: with a prefix cache the later ones would compute less, and texts
+# "alone" would start from the KV they are to be compared with.
+SETTINGS: dict[str, Any] = {
+    "host_offload": "always",
+    "max_num_batched_tokens": 32,
+    "max_lanes": NUM_BATCH,
+    "enable_prefix_caching": False,
+}
 
 
 @dataclass

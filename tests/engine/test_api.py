@@ -77,6 +77,23 @@ def test_a_prompt_seen_before_is_not_computed_again_unless_its_salt_differs(llm:
         llm.generate([prompt], GREEDY, cache_salt="")
 
 
+def test_prompt_log_probabilities_are_whole_though_the_prompt_is_cached(llm: LLM) -> None:
+    prompt, scored = list(range(200, 250)), replace(GREEDY, prompt_logprobs=0)
+    (before,) = llm.generate([prompt], scored)
+    llm.generate([prompt], GREEDY)
+    (cached,) = llm.generate([prompt], GREEDY)
+    (after,) = llm.generate([prompt], scored)
+    assert [o.metrics.num_cached_tokens for o in (before, cached, after)] == [0, 48, 0]
+    first, second = before.prompt_logprobs, after.prompt_logprobs
+    assert first is not None
+    assert second is not None
+    assert len(second) == len(prompt)
+    for token, one, other in zip(prompt[1:], first[1:], second[1:], strict=True):
+        assert one is not None
+        assert other is not None
+        assert other[token].logprob == pytest.approx(one[token].logprob, abs=1e-4)
+
+
 def test_chat_uses_the_template_and_stops_at_the_end_of_turn(llm: LLM) -> None:
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     (output,) = llm.chat(messages, SamplingParams(temperature=0.0, max_tokens=40))

@@ -21,10 +21,9 @@ from engine.test_scripted_host import (
     TURNS,
     Arrive,
     Turn,
+    carry_out,
     configs,
-    happen,
     scripted_engine,
-    take,
     text_of,
 )
 from omniserve.types import TokenLogprobs
@@ -126,11 +125,7 @@ def test_any_script_of_the_host_gives_the_sampled_text_and_log_probabilities_tha
     run = Sampled(subject, **memory, **config)
     run.sampling = EVERYTHING
     try:
-        for arrival in arrivals:
-            happen(run, arrival)
-        for turn in turns:
-            take(run, turn)
-        run.finish()
+        carry_out(run, arrivals, turns)
         assert_as_alone(run, alone)
     finally:
         run.close()

@@ -129,14 +129,18 @@ def play(subject: Subject, config: dict[str, Any], arrivals: list[Arrive], turns
     """Carry out a script, then serve everything: all texts are exact and every page is free."""
     run = scripted_engine(subject, **config)
     try:
-        for arrival in arrivals:
-            happen(run, arrival)
-        for turn in turns:
-            take(run, turn)
-        run.finish()
+        carry_out(run, arrivals, turns)
         run.assert_exact()
     finally:
         run.close()
+
+
+def carry_out(run: ScriptedEngine, arrivals: list[Arrive], turns: list[Turn]) -> None:
+    for arrival in arrivals:
+        happen(run, arrival)
+    for turn in turns:
+        take(run, turn)
+    run.finish()
 
 
 def take(run: ScriptedEngine, turn: Turn) -> None:

@@ -73,7 +73,8 @@ def measure_throughput(repeats: int) -> dict[int, tuple[Spread, Spread]]:
     peer = Transformers(threads)
     params = SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
     result = {}
-    with LLM(MODEL, host_offload="never", device_threads=threads) as llm:
+    # Every request has the same prompt: a prefix cache would measure what it remembers.
+    with LLM(MODEL, host_offload="never", device_threads=threads, enable_prefix_caching=False) as llm:
         for count in CONCURRENCY:
             ours: list[float] = []
             theirs: list[float] = []
@@ -95,7 +96,7 @@ def measure_lane_rate(repeats: int) -> dict[int, Spread]:
     params = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
     prompt = [(7 * i) % 40000 + 100 for i in range(LANE_CONTEXT)]
     result = {}
-    with LLM(MODEL, host_offload="always", max_lane_rows=32) as llm:
+    with LLM(MODEL, host_offload="always", max_lane_rows=32, enable_prefix_caching=False) as llm:
         for count in LANE_COUNTS:
             rates = []
             for _ in range(repeats):

@@ -50,7 +50,7 @@ def run_bench_host(quick: bool, json_path: str | None, plot_path: str | None) ->
     others = ", ".join(f"{name} {cores:.2f}" for name, cores in report["others_busy_cores"].items())
     console.print(f"cores that others kept busy meanwhile: {others}")
     if json_path:
-        _write(Path(json_path), json.dumps(report, indent=1) + "\n")
+        _write(Path(json_path), as_text(report))
         console.print(f"written to {json_path}")
     if plot_path:
         plot_roofline(report, Path(plot_path))
@@ -105,6 +105,19 @@ def _measure(bench: HostBench, quick: bool, console: Console) -> dict[str, Any]:
         sections["trip"] = measure_trip().as_dict()
         progress.advance(bar)
     return sections
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """JSON, a line for each entry and for each element of a list: hundreds of cases, and a diff to read."""
+
+    def value(entry: object) -> str:
+        if not isinstance(entry, list):
+            return json.dumps(entry)
+        return "[\n" + ",\n".join(f"  {json.dumps(element)}" for element in entry) + "\n ]"
+
+    return (
+        "{\n" + ",\n".join(f" {json.dumps(key)}: {value(entry)}" for key, entry in report.items()) + "\n}\n"
+    )
 
 
 def _write(path: Path, text: str) -> None:

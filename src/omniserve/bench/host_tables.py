@@ -121,7 +121,7 @@ def _scaling(results: list[Report]) -> Table:
 
 def _slots(results: list[Report]) -> Table:
     table = _table(
-        "slots: 400 rows on one thread",
+        f"slots: {results[0]['rows']} rows on one thread",
         "model", "dtype", "way", "us", "MB moved", "GB/s", "memcpy of as much, us", "GB/s", "beyond it, us",
     )  # fmt: skip
     for r in results:

@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "unrolled.h"
 
 namespace omniserve {
 namespace {
@@ -131,6 +132,30 @@ void look_ahead(Tile<T>& tile, const Tile<T>& next) {
     for (int r = 0; r < tile.num_runs && r < next.num_runs; ++r) {
         tile.runs[r].k_ahead = next.runs[r].k - tile.runs[r].k;
         tile.runs[r].v_ahead = next.runs[r].v - tile.runs[r].v;
+    }
+}
+
+/// Size of the next part when `total` is cut into the fewest parts of at most `limit`, as equal as can be.
+inline int next_part(int total, int limit) {
+    const int parts = (total + limit - 1) / limit;
+    return (total + parts - 1) / parts;
+}
+
+/// body(Index<count>) for a count from 1 to kMax.
+template <int kMax, class Body>
+void with_count(int count, Body&& body) {
+    if constexpr (kMax > 1) {
+        if (count < kMax) return with_count<kMax - 1>(count, body);
+    }
+    body(Index<kMax>{});
+}
+
+/// body(first, Index<count>) for every part of `group` queries, at most kMax of them, whose sums fit the registers.
+template <int kMax, class Body>
+void each_subgroup(int group, Body&& body) {
+    for (int first = 0, size; first < group; first += size) {
+        size = next_part(group - first, kMax);
+        with_count<kMax>(size, [&](auto count) { body(first, count); });
     }
 }
 

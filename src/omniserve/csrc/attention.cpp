@@ -91,11 +91,13 @@ void set_simd(std::string_view name) {
     }
     for (const Candidate& candidate : candidates()) {
         if (candidate.name != name) continue;
-        if (!candidate.is_available) throw std::invalid_argument(std::string("simd: this CPU has no ") + candidate.needs);
+        if (!candidate.is_available)
+            throw std::invalid_argument(std::string("simd: this CPU has no ") + candidate.needs);
         active() = candidate.kernels;
         return;
     }
-    throw std::invalid_argument("simd must be auto, scalar, avx2, avx512, avx512_vnni, avx512_bf16 or neon, not " + std::string(name));
+    throw std::invalid_argument("simd must be auto, scalar, avx2, avx512, avx512_vnni, avx512_bf16 or neon, not " +
+                                std::string(name));
 }
 
 size_t scratch_floats(int num_heads, int group, int head_dim) {

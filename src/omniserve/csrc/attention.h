@@ -67,8 +67,8 @@ struct Kernels {
 /// The kernels in use: the best the CPU offers unless set_simd chose.
 const Kernels& kernels();
 
-/// Chooses "scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon" or "auto" for the whole process, between calls. Throws
-/// std::invalid_argument when the name is unknown or the CPU lacks the instructions.
+/// Chooses "scalar", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon" or "auto" for the whole process, between
+/// calls. Throws std::invalid_argument when the name is unknown or the CPU lacks the instructions.
 void set_simd(std::string_view name);
 
 inline void attend(const AttendArgs& args) {
@@ -80,7 +80,7 @@ void clear_states(float* states, const StateShape& shape);
 /// into := into merged with `piece`, head by head.
 void merge_states(float* into, const float* piece, const StateShape& shape);
 
-/// out[num_heads][group][head_dim] = acc / l, zeros for an empty state; lse[num_heads][group] = m + ln(l) when not null.
+/// out[num_heads][group][head_dim] = acc / l, zeros for an empty state; lse[num_heads][group] = m + ln(l) unless null.
 void finish_states(const float* states, const StateShape& shape, float* out, float* lse = nullptr);
 
 }  // namespace omniserve

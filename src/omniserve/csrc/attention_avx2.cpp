@@ -102,12 +102,6 @@ float exp_nonpositive(float x) {
     return _mm_cvtss_f32(_mm256_castps256_ps128(exp_nonpositive(_mm256_set1_ps(x))));
 }
 
-/// Size of the next part when `total` is cut into the fewest parts of at most `limit`, as equal as can be.
-int next_part(int total, int limit) {
-    const int parts = (total + limit - 1) / limit;
-    return (total + parts - 1) / parts;
-}
-
 template <DType kType>
 struct Avx2Ops : PlainQueries {
     using S = Storage<kType>;
@@ -170,24 +164,15 @@ struct Avx2Ops : PlainQueries {
         for (int r = 0; r < tile.num_runs; ++r) {
             const Run<T>& run = tile.runs[r];
             const int passes = (run.count + kChunk - 1) / kChunk * ((group + kMaxSubgroup - 1) / kMaxSubgroup);
-            for (int t = 0, pass = 0; t < run.count; t += kChunk) {
-                for (int g = 0, size; g < group; g += size, ++pass) {
-                    size = next_part(group - g, kMaxSubgroup);
-                    const float* from = q + g * head_dim;
-                    float* to = scores + g * kScoreStride + at + t;
-                    // Rows of K are one stretch where the run is a whole page.
-                    const size_t elements = run.count == page_size ? size_t(page_size) * head_dim : 0;
+            // Rows of K are one stretch where the run is a whole page.
+            const size_t elements = run.count == page_size ? size_t(page_size) * head_dim : 0;
+            for (int t = 0, pass = 0; t < run.count; t += kChunk)
+                each_subgroup<kMaxSubgroup>(group, [&](int g, auto count) {
                     const Ahead ahead(run.k + run.k_ahead, elements, pass, pass + 1, passes, head_dim);
-                    switch (size) {
-                        case 1: chunk_scores<1>(run.k + t, page_size, head_dim, from, scale, to, ahead); break;
-                        case 2: chunk_scores<2>(run.k + t, page_size, head_dim, from, scale, to, ahead); break;
-                        case 3: chunk_scores<3>(run.k + t, page_size, head_dim, from, scale, to, ahead); break;
-                        case 4: chunk_scores<4>(run.k + t, page_size, head_dim, from, scale, to, ahead); break;
-                        case 5: chunk_scores<5>(run.k + t, page_size, head_dim, from, scale, to, ahead); break;
-                        default: chunk_scores<6>(run.k + t, page_size, head_dim, from, scale, to, ahead);
-                    }
-                }
-            }
+                    ++pass;
+                    chunk_scores<count()>(run.k + t, page_size, head_dim, q + g * head_dim, scale,
+                                          scores + g * kScoreStride + at + t, ahead);
+                });
             at += run.count;
         }
     }
@@ -289,19 +274,10 @@ struct Avx2Ops : PlainQueries {
     static void accumulate(const Tile<T>& tile, int head_dim, const float* weights, int group, const float* rescale,
                            float* acc) {
         Subgroup part{0, (group + kMaxSubgroup - 1) / kMaxSubgroup};
-        for (int g = 0, size; g < group; g += size, ++part.index) {
-            size = next_part(group - g, kMaxSubgroup);
-            const float* from = weights + g * kScoreStride;
-            float* to = acc + g * head_dim;
-            switch (size) {
-                case 1: sum_group<1>(tile, part, head_dim, from, rescale + g, to); break;
-                case 2: sum_group<2>(tile, part, head_dim, from, rescale + g, to); break;
-                case 3: sum_group<3>(tile, part, head_dim, from, rescale + g, to); break;
-                case 4: sum_group<4>(tile, part, head_dim, from, rescale + g, to); break;
-                case 5: sum_group<5>(tile, part, head_dim, from, rescale + g, to); break;
-                default: sum_group<6>(tile, part, head_dim, from, rescale + g, to);
-            }
-        }
+        each_subgroup<kMaxSubgroup>(group, [&](int g, auto count) {
+            sum_group<count()>(tile, part, head_dim, weights + g * kScoreStride, rescale + g, acc + g * head_dim);
+            ++part.index;
+        });
     }
 };
 

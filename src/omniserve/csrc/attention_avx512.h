@@ -8,7 +8,6 @@
 
 #include "attend_loop.h"
 #include "kernels.h"
-#include "unrolled.h"
 
 namespace omniserve {
 namespace {
@@ -130,27 +129,6 @@ __m512 exp_nonpositive(__m512 x) {
     return _mm512_maskz_scalef_ps(alive, y, n);
 }
 
-/// Size of the next part when `total` is cut into the fewest parts of at most `limit`, as equal as can be.
-int next_part(int total, int limit) {
-    const int parts = (total + limit - 1) / limit;
-    return (total + parts - 1) / parts;
-}
-
-/// body(Index<count>) for a count from 1 to kMaxSubgroup.
-template <class Body>
-void with_count(int count, Body&& body) {
-    switch (count) {
-        case 1: return body(Index<1>{});
-        case 2: return body(Index<2>{});
-        case 3: return body(Index<3>{});
-        case 4: return body(Index<4>{});
-        case 5: return body(Index<5>{});
-        case 6: return body(Index<6>{});
-        case 7: return body(Index<7>{});
-        default: return body(Index<8>{});
-    }
-}
-
 template <DType kType>
 struct Avx512Ops : PlainQueries {
     using S = Storage<kType>;
@@ -228,10 +206,11 @@ struct Avx512Ops : PlainQueries {
                 }
             }
             count = left < 32 ? left : 32;
-            if (count == 32) chunk_scores<kGroup, 2, false>(k, count, page_size, head_dim, q, scale, scores + t, ahead);
-            else if (count > 16) chunk_scores<kGroup, 2, true>(k, count, page_size, head_dim, q, scale, scores + t, ahead);
-            else if (count == 16) chunk_scores<kGroup, 1, false>(k, count, page_size, head_dim, q, scale, scores + t, ahead);
-            else chunk_scores<kGroup, 1, true>(k, count, page_size, head_dim, q, scale, scores + t, ahead);
+            float* to = scores + t;
+            if (count == 32) chunk_scores<kGroup, 2, false>(k, count, page_size, head_dim, q, scale, to, ahead);
+            else if (count > 16) chunk_scores<kGroup, 2, true>(k, count, page_size, head_dim, q, scale, to, ahead);
+            else if (count == 16) chunk_scores<kGroup, 1, false>(k, count, page_size, head_dim, q, scale, to, ahead);
+            else chunk_scores<kGroup, 1, true>(k, count, page_size, head_dim, q, scale, to, ahead);
         }
     }
 
@@ -240,13 +219,11 @@ struct Avx512Ops : PlainQueries {
         int at = 0;
         for (int r = 0; r < tile.num_runs; ++r) {
             const Run<T>& run = tile.runs[r];
-            for (int g = 0, size; g < group; g += size) {
-                size = next_part(group - g, kMaxSubgroup);
-                const float* from = q + g * head_dim;
-                float* to = scores + g * kScoreStride + at;
+            each_subgroup<kMaxSubgroup>(group, [&](int g, auto count) {
                 const ptrdiff_t ahead = g == 0 ? run.k_ahead : 0;  // once for all queries
-                with_count(size, [&](auto count) { run_scores<count()>(run, ahead, page_size, head_dim, from, scale, to); });
-            }
+                run_scores<count()>(run, ahead, page_size, head_dim, q + g * head_dim, scale,
+                                    scores + g * kScoreStride + at);
+            });
             at += run.count;
         }
     }
@@ -307,8 +284,8 @@ struct Avx512Ops : PlainQueries {
             for (int i = 0; i < kVecs; ++i) {
                 float* to = acc + g * head_dim + dim + i * kLanes;
                 const __mmask16 mask = first_lanes(num_dims - i * kLanes);
-                _mm512_mask_storeu_ps(to, mask,
-                                      _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, to), _mm512_set1_ps(rescale[g]), row[i]));
+                const __m512 before = _mm512_maskz_loadu_ps(mask, to);
+                _mm512_mask_storeu_ps(to, mask, _mm512_fmadd_ps(before, _mm512_set1_ps(rescale[g]), row[i]));
             }
         }
     }
@@ -334,13 +311,9 @@ struct Avx512Ops : PlainQueries {
 
     static void accumulate(const Tile<T>& tile, int head_dim, const float* weights, int group, const float* rescale,
                            float* acc) {
-        for (int g = 0, size; g < group; g += size) {
-            size = next_part(group - g, kMaxSubgroup);
-            const bool is_ahead = g == 0;  // fetches once for all queries
-            const float* from = weights + g * kScoreStride;
-            float* to = acc + g * head_dim;
-            with_count(size, [&](auto count) { sum_group<count()>(tile, is_ahead, head_dim, from, rescale + g, to); });
-        }
+        each_subgroup<kMaxSubgroup>(group, [&](int g, auto count) {
+            sum_group<count()>(tile, g == 0, head_dim, weights + g * kScoreStride, rescale + g, acc + g * head_dim);
+        });
     }
 };
 

@@ -1,8 +1,9 @@
 // AVX-512 path with BF16: scores of bfloat16 keys by the dot product instruction, two dimensions at a time.
 //
 // A product of two bfloat16 numbers is exact in float32 and the sums are float32, so nothing is lost as long as the
-// queries are bfloat16 numbers themselves, which those of a bfloat16 model are. Others take the path that widens. Values
-// are widened as ever: their weights are no bfloat16 numbers. (The instruction takes subnormal numbers for zero.)
+// queries are bfloat16 numbers themselves, which those of a bfloat16 model are. Others take the path that widens.
+// Values are widened as ever: their weights are no bfloat16 numbers. (The instruction takes subnormal numbers for
+// zero.)
 //
 // The half of the work that becomes cheaper matters from about 5 queries a KV head on, where arithmetic and not memory
 // is the limit.
@@ -114,13 +115,10 @@ struct DotOps : Avx512Ops<DType::bf16> {
                        float* scores) {
         int at = 0;
         for (int r = 0; r < tile.num_runs; at += tile.runs[r++].count)
-            for (int g = 0, size; g < group; g += size) {
-                size = next_part(group - g, kMaxSubgroup);
-                with_count(size, [&](auto count) {
-                    run_dots<count()>(tile.runs[r], g == 0 ? tile.runs[r].k_ahead : 0, page_size, head_dim,
-                                      q + size_t(g) * (head_dim / 2), scale, scores + g * kScoreStride + at);
-                });
-            }
+            each_subgroup<kMaxSubgroup>(group, [&](int g, auto count) {
+                run_dots<count()>(tile.runs[r], g == 0 ? tile.runs[r].k_ahead : 0, page_size, head_dim,
+                                  q + g * query_stride(head_dim), scale, scores + g * kScoreStride + at);
+            });
     }
 };
 

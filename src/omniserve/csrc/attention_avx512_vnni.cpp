@@ -1,7 +1,7 @@
 // AVX-512 path with VNNI: attention over int8 KV by the dot product instruction, four products of bytes a lane.
 //
-// One operand of vpdpbusd is unsigned, the other signed, and the sums are exact. Queries and weights, which are no bytes,
-// are rounded to integers of 16 bits, 256 * high + low, each term a byte:
+// One operand of vpdpbusd is unsigned, the other signed, and the sums are exact. Queries and weights, which are no
+// bytes, are rounded to integers of 16 bits, 256 * high + low, each term a byte:
 //
 //     scores   K as it is kept + 128, unsigned; queries signed, in 32639ths of the query's largest magnitude. What the
 //              128 add is the same for all tokens: the sums start at minus that.
@@ -9,7 +9,7 @@
 //
 // So a query's element and a weight lose at most half of such a part: what that costs is bounded and tested
 // (tests/host/test_int8.py), and far below what int8 itself costs. Sums of a tile fit 32 bits: 256 dimensions of
-// 32639 * 127, 64 tokens of 65535 * 127.
+// 32639 * 127, 64 tokens of 65535 * 127; on the way there they may wrap, which exact sums undo.
 //
 // Four rows of 64 bytes - dimensions of K, tokens of V - become four vectors of 16 columns by unpacking; the order of
 // columns is put right once per sum. Pages and head sizes that are no multiples of 64 take the path that widens,
@@ -80,8 +80,8 @@ OMNI_INLINE inline void interleave(const __m512i (&row)[4], __m512i (&x)[2 * kHa
     });
 }
 
-/// Whether a pass fetches what belongs to this row: a pass for half of the columns does so for half of the rows. Fetched
-/// all in one of the passes, they would come in bursts.
+/// Whether a pass fetches what belongs to this row: a pass for half of the columns does so for half of the rows.
+/// Fetched all in one of the passes, they would come in bursts.
 template <int kFirst, int kHalves>
 constexpr bool fetches(int row) {
     return kHalves == 2 || row % 2 == kFirst;
@@ -140,7 +140,8 @@ __mmask8 first_eight(int count) {
 #define OMNI_ALONE __attribute__((noinline))
 
 struct IntegerOps : Avx512Ops<DType::i8> {
-    // A query: terms of four dimensions each, high and low, then where its low sums start and what kQueryLevels is worth.
+    // A query: terms of four dimensions each, high and low, then where its low sums start and what kQueryLevels is
+    // worth.
     static int query_stride(int head_dim) { return head_dim / 2 + 2; }
 
     static void round_query(const float* q, int head_dim, uint32_t* to) {
@@ -167,8 +168,8 @@ struct IntegerOps : Avx512Ops<DType::i8> {
 
     /// Scores of `count` tokens, at most 64 and exactly that unless kMasked, those of the chosen halves.
     template <int kGroup, int kFirst, int kHalves, bool kMasked>
-    OMNI_ALONE static void chunk_dots(const T* k, int count, int page_size, int head_dim, const uint32_t* q, float scale,
-                           float* scores, ptrdiff_t ahead) {
+    OMNI_ALONE static void chunk_dots(const T* k, int count, int page_size, int head_dim, const uint32_t* q,
+                                      float scale, float* scores, ptrdiff_t ahead) {
         constexpr int kVecs = 2 * kHalves;
         const ptrdiff_t stride = query_stride(head_dim);
         const __mmask64 mask = kMasked ? (uint64_t{1} << count) - 1 : ~uint64_t{0};
@@ -221,17 +222,11 @@ struct IntegerOps : Avx512Ops<DType::i8> {
         int at = 0;
         for (int r = 0; r < tile.num_runs; at += tile.runs[r++].count) {
             const Run<T>& run = tile.runs[r];
-            for (int g = 0, size; g < group; g += size) {
-                size = next_part(group - g, kMaxDots);
-                const uint32_t* from = q + g * query_stride(head_dim);
-                float* to = scores + g * kScoreStride + at;
-                with_count(size, [&](auto count) {
-                    if constexpr (count() > 1 && count() <= kMaxDots) {
-                        const auto dots = run.count == kColumns ? run_dots<count(), false> : run_dots<count(), true>;
-                        dots(run, g == 0 ? run.k_ahead : 0, page_size, head_dim, from, scale, to);
-                    }
-                });
-            }
+            each_subgroup<kMaxDots>(group, [&](int g, auto count) {
+                const auto dots = run.count == kColumns ? run_dots<count(), false> : run_dots<count(), true>;
+                dots(run, g == 0 ? run.k_ahead : 0, page_size, head_dim, q + g * query_stride(head_dim), scale,
+                     scores + g * kScoreStride + at);
+            });
         }
     }
 
@@ -255,7 +250,7 @@ struct IntegerOps : Avx512Ops<DType::i8> {
     /// Values of 64 dimensions from `dim` on, those of the chosen halves, summed over the tile for kGroup queries.
     template <int kGroup, int kFirst, int kHalves>
     OMNI_ALONE static void sum_dots(const Tile<T>& tile, bool is_ahead, int dim, int head_dim, const Weights* weights,
-                         const float* rescale, float* acc) {
+                                    const float* rescale, float* acc) {
         constexpr int kVecs = 2 * kHalves;
         DotSums<kGroup, kFirst, kHalves> sums;
         sums.clear();
@@ -309,14 +304,9 @@ struct IntegerOps : Avx512Ops<DType::i8> {
 
     static void accumulate(const Tile<T>& tile, int head_dim, const float* weights, int group, const float* rescale,
                            float* acc) {
-        for (int g = 0, size; g < group; g += size) {
-            size = next_part(group - g, kMaxDots);
-            with_count(size, [&](auto count) {
-                if constexpr (count() > 1 && count() <= kMaxDots)
-                    sum_group<count()>(tile, g == 0, head_dim, weights + g * kScoreStride, rescale + g,
-                                       acc + g * head_dim);
-            });
-        }
+        each_subgroup<kMaxDots>(group, [&](int g, auto count) {
+            sum_group<count()>(tile, g == 0, head_dim, weights + g * kScoreStride, rescale + g, acc + g * head_dim);
+        });
     }
 };
 

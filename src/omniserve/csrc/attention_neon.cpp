@@ -98,12 +98,6 @@ float exp_nonpositive(float x) { return vgetq_lane_f32(exp_nonpositive(vdupq_n_f
 
 void prefetch(const void* at) { __builtin_prefetch(at, 0, 2); }  // into the second-level cache
 
-/// Size of the next part when `total` is cut into the fewest parts of at most `limit`, as equal as can be.
-int next_part(int total, int limit) {
-    const int parts = (total + limit - 1) / limit;
-    return (total + parts - 1) / parts;
-}
-
 /// sum[g] += weight[g * stride] * x, for kGroup queries.
 template <int kGroup, int kVecs>
 void add_products(const float* weight, ptrdiff_t stride, const float32x4_t* x, float32x4_t (*sum)[kVecs]) {
@@ -170,22 +164,12 @@ struct NeonOps : PlainQueries {
         int at = 0;
         for (int r = 0; r < tile.num_runs; ++r) {
             const Run<T>& run = tile.runs[r];
-            for (int t = 0; t < run.count; t += kChunk) {
-                for (int g = 0, size; g < group; g += size) {
-                    size = next_part(group - g, kMaxSubgroup);
-                    const float* from = q + g * head_dim;
-                    float* to = scores + g * kScoreStride + at + t;
+            for (int t = 0; t < run.count; t += kChunk)
+                each_subgroup<kMaxSubgroup>(group, [&](int g, auto count) {
                     const ptrdiff_t ahead = g == 0 && t * sizeof(T) % 64 == 0 ? run.k_ahead : 0;  // once a cache line
-                    switch (size) {
-                        case 1: chunk_scores<1>(run.k + t, page_size, head_dim, from, scale, to, ahead); break;
-                        case 2: chunk_scores<2>(run.k + t, page_size, head_dim, from, scale, to, ahead); break;
-                        case 3: chunk_scores<3>(run.k + t, page_size, head_dim, from, scale, to, ahead); break;
-                        case 4: chunk_scores<4>(run.k + t, page_size, head_dim, from, scale, to, ahead); break;
-                        case 5: chunk_scores<5>(run.k + t, page_size, head_dim, from, scale, to, ahead); break;
-                        default: chunk_scores<6>(run.k + t, page_size, head_dim, from, scale, to, ahead);
-                    }
-                }
-            }
+                    chunk_scores<count()>(run.k + t, page_size, head_dim, q + g * head_dim, scale,
+                                          scores + g * kScoreStride + at + t, ahead);
+                });
             at += run.count;
         }
     }
@@ -250,20 +234,9 @@ struct NeonOps : PlainQueries {
 
     static void accumulate(const Tile<T>& tile, int head_dim, const float* weights, int group, const float* rescale,
                            float* acc) {
-        for (int g = 0, size; g < group; g += size) {
-            size = next_part(group - g, kMaxSubgroup);
-            const bool is_ahead = g == 0;  // fetches once for all queries
-            const float* from = weights + g * kScoreStride;
-            float* to = acc + g * head_dim;
-            switch (size) {
-                case 1: sum_group<1>(tile, is_ahead, head_dim, from, rescale + g, to); break;
-                case 2: sum_group<2>(tile, is_ahead, head_dim, from, rescale + g, to); break;
-                case 3: sum_group<3>(tile, is_ahead, head_dim, from, rescale + g, to); break;
-                case 4: sum_group<4>(tile, is_ahead, head_dim, from, rescale + g, to); break;
-                case 5: sum_group<5>(tile, is_ahead, head_dim, from, rescale + g, to); break;
-                default: sum_group<6>(tile, is_ahead, head_dim, from, rescale + g, to);
-            }
-        }
+        each_subgroup<kMaxSubgroup>(group, [&](int g, auto count) {  // the first one fetches for all
+            sum_group<count()>(tile, g == 0, head_dim, weights + g * kScoreStride, rescale + g, acc + g * head_dim);
+        });
     }
 };
 

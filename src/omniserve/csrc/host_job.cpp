@@ -147,19 +147,18 @@ int64_t Job::attend_piece(const Segment& segment, const PagedKv& arena, int inde
     return (piece.last - piece.first) * int64_t(arena.geometry.token_bytes()) * piece.num_heads / g.num_kv_heads;
 }
 
-/// Merges the shared pieces into the row's states: its part of them, taken out of those of all sharers.
-void Job::add_shared(const LaneGeometry& g, int row, float* states) {
+/// Merges the shared pieces into the row's states: its part of them, taken out of those of all sharers into `part`.
+void Job::add_shared(const LaneGeometry& g, int row, float* states, float* part) {
     const int group = g.group(), all = num_sharers_ * group, head_dim = g.head_dim;
     const size_t floats = state_floats(group, head_dim);
-    std::vector<float> part(floats);
     for (const Piece& piece : pieces_) {
         if (piece.row != Piece::kShared) break;  // they come first
         const float* from = states_.data() + piece.states;
         const float *m = from + size_t(all) * head_dim + row * group, *l = m + all;
-        std::memcpy(part.data(), from + size_t(row) * group * head_dim, size_t(group) * head_dim * sizeof(float));
-        std::copy(m, m + group, part.data() + size_t(group) * head_dim);
-        std::copy(l, l + group, part.data() + size_t(group) * head_dim + group);
-        merge_states(states + piece.first_head * floats, part.data(), {1, group, head_dim});
+        std::memcpy(part, from + size_t(row) * group * head_dim, size_t(group) * head_dim * sizeof(float));
+        std::copy(m, m + group, part + size_t(group) * head_dim);
+        std::copy(l, l + group, part + size_t(group) * head_dim + group);
+        merge_states(states + piece.first_head * floats, part, {1, group, head_dim});
     }
 }
 
@@ -172,7 +171,8 @@ void Job::finish(const Segment& segment, float* scratch) {
         float* states = states_.data() + pieces_[at].states;  // every row has a piece: its own token is never shared
         for (++at; at < pieces_.size() && pieces_[at].row == row; ++at)
             merge_states(states, states_.data() + pieces_[at].states, shape);
-        if (row < num_sharers_) add_shared(g, row, states);
+        // A shared piece's scratch holds more than the part of one row.
+        if (row < num_sharers_) add_shared(g, row, states, scratch + g.q_elements());
         store_result(segment, rows_[row].task.slot, states, scratch);
     }
 }

@@ -46,8 +46,7 @@ public:
 
     const std::vector<Row>& rows() const { return rows_; }
     int num_pieces() const { return static_cast<int>(pieces_.size()); }
-    /// Tokens that several rows share, and how many rows.
-    int64_t shared_tokens() const { return shared_tokens_; }
+    /// Rows that share tokens, 0 when none do.
     int num_sharers() const { return num_sharers_; }
     /// Tokens whose KV is read, each once.
     int64_t distinct_tokens() const;
@@ -71,7 +70,7 @@ private:
     void add_piece(const LaneGeometry& g, Piece piece);
     void gather_queries(const Segment& segment);
     int queries_of(const LaneGeometry& g, const Piece& piece) const;
-    void add_shared(const LaneGeometry& g, int row, float* states);
+    void add_shared(const LaneGeometry& g, int row, float* states, float* part);
 
     std::vector<Row> rows_;
     std::vector<Piece> pieces_;

@@ -39,21 +39,22 @@ int HostQueue::next_nonempty(int partition, int from) const {
     return -1;
 }
 
-bool HostQueue::claim(const Ring::Item& item) {
+bool HostQueue::claim(int partition, int layer, const Ring::Item& item, Task& task) {
     std::atomic<uint64_t>& claimed = claimed_[item.index];
     uint64_t last = claimed.load(std::memory_order_relaxed);
-    while (last < item.ticket)
-        if (claimed.compare_exchange_weak(last, item.ticket, std::memory_order_acq_rel, std::memory_order_relaxed))
-            return true;
-    return false;
+    do {
+        if (last >= item.ticket) return false;
+    } while (!claimed.compare_exchange_weak(last, item.ticket, std::memory_order_acq_rel, std::memory_order_relaxed));
+    task = {layer, static_cast<int32_t>(item.index), item.ticket, item.number, partition, item.prefix};
+    return true;
 }
 
 void HostQueue::claim_sharers(const Task& task, int limit, std::vector<Task>& sharers) {
     const Ring ring = segment_.layer_ring(task.partition, task.layer);
     ring.for_each_of(task.prefix, 2 * uint64_t(segment_.geometry().max_lanes), [&](const Ring::Item& item) {
-        if (claim(item)) {
-            sharers.push_back({task.layer, static_cast<int32_t>(item.index), item.ticket, item.number, task.partition,
-                               item.prefix});
+        Task sharer;
+        if (claim(task.partition, task.layer, item, sharer)) {
+            sharers.push_back(sharer);
             --limit;
         }
         return limit > 0;
@@ -63,11 +64,8 @@ void HostQueue::claim_sharers(const Task& task, int limit, std::vector<Task>& sh
 bool HostQueue::pop_layer(int partition, int layer, Task& task) {
     Ring ring = segment_.layer_ring(partition, layer);
     Ring::Item item;
-    while (ring.pop(item)) {
-        if (!claim(item)) continue;  // served out of turn
-        task = {layer, static_cast<int32_t>(item.index), item.ticket, item.number, partition, item.prefix};
-        return true;
-    }
+    while (ring.pop(item))
+        if (claim(partition, layer, item, task)) return true;  // else served out of turn
     // Empty: clear the bit, then look again. A push that came before the clear is seen now; one that comes after it
     // sets the bit itself.
     const uint64_t bit = uint64_t{1} << (layer % 64);
@@ -89,9 +87,10 @@ bool HostQueue::can_meet(int layer, const Ring::Item& item, uint64_t began_ns) c
 bool HostQueue::pop_by_deadline(int partition, int current_layer, Task& task) {
     const int num_layers = segment_.geometry().num_layers;
     const int start = current_layer % num_layers;
+    const uint64_t began_ns = segment_.header().attention_began_ns.load(std::memory_order_relaxed);
     Ring::Item item;
     const bool is_deferred = current_layer < num_layers && segment_.layer_ring(partition, start).peek(item) &&
-                             !can_meet(start, item, segment_.header().attention_began_ns.load(std::memory_order_relaxed));
+                             !can_meet(start, item, began_ns);
     // From the current layer on, then the layers before it, whose turn comes in the next walk.
     const auto pop_between = [&](int first, int last) {
         for (int layer = next_nonempty(partition, first); layer >= 0 && layer < last;

@@ -69,8 +69,8 @@ private:
         std::atomic<int32_t> workers{0};  // a hint: it decides who serves, never whether
     };
 
-    /// True for one caller per row in flight.
-    bool claim(const Ring::Item& item);
+    /// True for one caller per row in flight, who gets it as a task.
+    bool claim(int partition, int layer, const Ring::Item& item, Task& task);
     bool pop_layer(int partition, int layer, Task& task);
     bool pop_partition(int partition, Task& task);
     bool pop_by_deadline(int partition, int current_layer, Task& task);

@@ -96,7 +96,7 @@ struct RingEntry {
     std::atomic<uint32_t> index;   // slot or frame
     std::atomic<uint64_t> ticket;  // 0 in a frame ring
     std::atomic<uint64_t> number;  // counts submissions over all partitions and layers (or frames), in order
-    std::atomic<uint32_t> prefix;  // first page of the lane's table: lanes that share tokens share it; 0 in a frame ring
+    std::atomic<uint32_t> prefix;  // first page of the lane's table, the same for lanes that share tokens; 0 for frames
 };
 
 struct alignas(kLine) RingEnds {

@@ -1,7 +1,8 @@
 // Loops that the front end unrolls, so that arrays of vectors become registers whatever is done with them.
 //
-// A pragma unrolls later in the compiler, after the pass that splits arrays into scalars: it is enough, and compiles many
-// times faster, as long as nothing takes an array's address. Everything is in an unnamed namespace, see attend_loop.h.
+// A pragma unrolls later in the compiler, after the pass that splits arrays into scalars: it is enough, and compiles
+// many times faster, as long as nothing takes an array's address. Everything is in an unnamed namespace, see
+// attend_loop.h.
 #pragma once
 
 #include <utility>

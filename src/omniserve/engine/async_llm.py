@@ -110,9 +110,17 @@ class AsyncLLM:
         cache_salt: str | None = None,
     ) -> None:
         """Raise RequestError when the engine would refuse this request."""
+        self._checked_bad_words(prompt, params, service_class, cache_salt)
+
+    def _checked_bad_words(
+        self, prompt: Sequence[int], params: SamplingParams, service_class: str, cache_salt: str | None
+    ) -> list[list[int]]:
+        """`check`, and the bad words as tokens, which it needs."""
         service_class_named(service_class)
         check_cache_salt(cache_salt)
-        self._client.info.acceptance.check(prompt, params, self.encode_bad_words(params))
+        bad_words = self.encode_bad_words(params)
+        self._client.info.acceptance.check(prompt, params, bad_words)
+        return bad_words
 
     async def submit(
         self,
@@ -143,8 +151,7 @@ class AsyncLLM:
         cache_salt: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """`submit` for a tokenised prompt whose time counts from `arrived_s` (time.monotonic())."""
-        self.check(ids, params, service_class, cache_salt)
-        bad_words = self.encode_bad_words(params)
+        bad_words = self._checked_bad_words(ids, params, service_class, cache_salt)
         name = request_id if request_id is not None else f"request-{next(self._names)}"
         if name in self._running:
             raise RequestError("request_id", f"{name!r} is running already")

@@ -25,7 +25,8 @@ LaneGeometry sharing_geometry(int lanes) {
 struct SharingRig : Rig {
     SharingRig(std::vector<int> shared, std::vector<int> tokens)
         : SharingRig(shared, tokens, sharing_geometry(int(shared.size()))) {}
-    SharingRig(std::vector<int> shared, std::vector<int> tokens, const LaneGeometry& g) : Rig(g), rows(random_rows(geometry, int(shared.size()), random)) {
+    SharingRig(std::vector<int> shared, std::vector<int> tokens, const LaneGeometry& g)
+        : Rig(g), rows(random_rows(geometry, int(shared.size()), random)) {
         fill_arena();
         for (int slot = 0; slot < int(shared.size()); ++slot) {
             std::vector<int32_t> table;
