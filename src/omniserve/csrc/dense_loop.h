@@ -11,39 +11,58 @@ namespace {
 
 constexpr int kAhead = 8192;  // bytes of weights that are fetched ahead
 
+/// Inputs that lie side by side in a panel.
+template <DType kType>
+constexpr int kInputsOf = kType == DType::bf16 ? 2 : 1;
+
+/// Adds kInputs inputs, from `k` on, to the sums. w: their weights.
+template <class Ops, DType kType, int kInputs, int kRows, int kVecs>
+OMNI_INLINE inline void add_inputs(const std::byte* w, const float* x, ptrdiff_t x_stride, int k,
+                                   typename Ops::Floats (&sum)[kRows][kVecs]) {
+    constexpr int kStep = kInputsOf<kType>, kVecBytes = Ops::kLanes * kStep * int(item_size(kType));
+    typename Ops::Floats weights[kVecs][kStep];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) Ops::template Weights<kType>::load(w + v * kVecBytes, weights[v]);
+#pragma GCC unroll 2
+    for (int step = 0; step < kInputs; ++step) {
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+            const auto factor = Ops::broadcast(x[r * x_stride + k + step]);
+#pragma GCC unroll 8
+            for (int v = 0; v < kVecs; ++v) sum[r][v] = Ops::fused(weights[v][step], factor, sum[r][v]);
+        }
+    }
+}
+
 /// Sums of kRows rows over inputs [first, last), for kVecs vectors of outputs from `vec` on.
 template <class Ops, DType kType, int kRows, int kVecs>
-OMNI_INLINE inline void block(const PanelArgs& a, int row, int vec, int first, int last) {
-    using Vec = typename Ops::Floats;
-    using W = typename Ops::template Weights<kType>;
-    constexpr int kStep = kType == DType::bf16 ? 2 : 1;  // inputs that lie side by side
-    constexpr int kVecBytes = Ops::kLanes * kStep * int(item_size(kType));
-    constexpr int kRowBytes = kPanel * kStep * int(item_size(kType));
-    const std::byte* w = static_cast<const std::byte*>(a.weights) + size_t(first) / kStep * kRowBytes + vec * kVecBytes;
+void block(const PanelArgs& a, int row, int vec, int first, int last) {
+    constexpr int kStep = kInputsOf<kType>, kItem = int(item_size(kType));
+    constexpr int kRowBytes = kPanel * kStep * kItem;
+    const std::byte* w = static_cast<const std::byte*>(a.weights) + size_t(first) / kStep * kRowBytes +
+                         vec * Ops::kLanes * kStep * kItem;
     const float* x = static_cast<const float*>(a.x) + row * a.x_stride;
-    Vec sum[kRows][kVecs];
-    each<kRows, kVecs, 1>([&](auto r, auto v, auto) OMNI_INLINE { sum[r()][v()] = Ops::broadcast(0.0f); });
-    const auto add = [&](int k, auto count) OMNI_INLINE {
-        Vec weights[kVecs][kStep];
-        unrolled<kVecs>([&](auto v) OMNI_INLINE { W::load(w + v() * kVecBytes, weights[v()]); });
-        if (vec == 0)
-            for (int line = 0; line < kRowBytes; line += 64) __builtin_prefetch(w + kAhead + line, 0, 2);
-        each<count(), kRows, 1>([&](auto step, auto r, auto) OMNI_INLINE {
-            const Vec factor = Ops::broadcast(x[r() * a.x_stride + k + step()]);
-            unrolled<kVecs>([&](auto v) OMNI_INLINE {
-                sum[r()][v()] = Ops::fused(weights[v()][step()], factor, sum[r()][v()]);
-            });
-        });
-        w += kRowBytes;
-    };
+    typename Ops::Floats sum[kRows][kVecs];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < kVecs; ++v) sum[r][v] = Ops::broadcast(0.0f);
     int k = first;
-    for (; k + kStep <= last; k += kStep) add(k, Index<kStep>{});
-    if (k < last) add(k, Index<1>{});
+    for (; k + kStep <= last; k += kStep, w += kRowBytes) {
+        if (vec == 0)
+#pragma GCC unroll 4
+            for (int line = 0; line < kRowBytes; line += 64) __builtin_prefetch(w + kAhead + line, 0, 2);
+        add_inputs<Ops, kType, kStep>(w, x, a.x_stride, k, sum);
+    }
+    if (k < last) add_inputs<Ops, kType, 1>(w, x, a.x_stride, k, sum);
     float* to = a.sums + row * kPanel + vec * Ops::kLanes;
-    each<kRows, kVecs, 1>([&](auto r, auto v, auto) OMNI_INLINE {
-        float* total = to + r() * kPanel + v() * Ops::kLanes;
-        Ops::store(total, first == 0 ? sum[r()][v()] : Ops::add(Ops::load(total), sum[r()][v()]));
-    });
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r, to += kPanel)
+#pragma GCC unroll 8
+        for (int v = 0; v < kVecs; ++v) {
+            float* total = to + v * Ops::kLanes;
+            Ops::store(total, first == 0 ? sum[r][v] : Ops::add(Ops::load(total), sum[r][v]));
+        }
 }
 
 /// As many vectors of outputs at a time as keep the sums in registers.
@@ -55,24 +74,28 @@ void rows_of(const PanelArgs& a, int row, int first, int last) {
     for (int vec = 0; vec < kAll; vec += kVecs) block<Ops, kType, kRows, kVecs>(a, row, vec, first, last);
 }
 
-template <class Ops, DType kType, int kMaxRows = Ops::kRows>
-void some_rows(const PanelArgs& a, int row, int count, int first, int last) {
-    if constexpr (kMaxRows > 0) {
-        if (count == kMaxRows) rows_of<Ops, kType, kMaxRows>(a, row, first, last);
-        else some_rows<Ops, kType, kMaxRows - 1>(a, row, count, first, last);
-    }
+/// Rows from `row` on, the most that one of the loops takes; returns how many.
+template <class Ops, DType kType>
+int some_rows(const PanelArgs& a, int row, int first, int last) {
+    const int left = a.num_rows - row;
+    int taken = 0;
+    const auto take = [&](auto count) {
+        if (taken == 0 && count() <= Ops::kRows && count() <= left) {
+            if constexpr (count() <= Ops::kRows) rows_of<Ops, kType, count()>(a, row, first, last);
+            taken = count();
+        }
+    };
+    take(Index<12>{}), take(Index<8>{}), take(Index<6>{}), take(Index<4>{}), take(Index<2>{}), take(Index<1>{});
+    return taken;
 }
 
-/// One panel for all rows, Ops::kRows at a time: x of a block of inputs stays in the nearest cache, and the panel's
-/// weights of that block for the rows after the first ones.
+/// One panel for all rows, up to Ops::kRows at a time: x of a block of inputs stays in the nearest cache, and the
+/// panel's weights of that block for the rows after the first ones.
 template <class Ops, DType kType>
 void panel(const PanelArgs& a) {
     for (int first = 0; first < a.num_in; first += kBlock) {
         const int last = first + kBlock < a.num_in ? first + kBlock : a.num_in;
-        for (int row = 0; row < a.num_rows; row += Ops::kRows) {
-            const int left = a.num_rows - row;
-            some_rows<Ops, kType>(a, row, left < Ops::kRows ? left : Ops::kRows, first, last);
-        }
+        for (int row = 0; row < a.num_rows;) row += some_rows<Ops, kType>(a, row, first, last);
     }
 }
 
