@@ -175,6 +175,7 @@ def make_engine(
         split.host_threads,
         kv_dtype_there,
         caches_prefixes=config.enable_prefix_caching,
+        quantization=decoder.quantization,
     )
 
 
@@ -234,6 +235,11 @@ def load_engine(config: EngineConfig, path: Path, arrivals: Callable[[], bool] =
         os.sched_setaffinity(0, split.device_cpus)
     torch.set_num_threads(split.device_threads)
     decoder = load_decoder(
-        path, dtype, max_model_len=max_model_len, load_format=config.load_format, show_progress=True
+        path,
+        dtype,
+        max_model_len=max_model_len,
+        load_format=config.load_format,
+        show_progress=True,
+        quantization=config.quantization,
     )
     return make_engine(config, decoder, max_model_len, split, arrivals)

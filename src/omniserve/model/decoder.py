@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from omniserve.config import Quantization
 from omniserve.errors import ModelError
 from omniserve.model.families import ModelConfig
 from omniserve.model.linear import Linear
@@ -71,6 +72,7 @@ class DecoderWeights:
     lm_head: Linear  # H -> vocab
     layers: list[LayerWeights]
     num_bytes: int
+    quantization: Quantization = "none"
 
 
 class Decoder:
@@ -99,6 +101,7 @@ class Decoder:
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
         self.weight_bytes = weights.num_bytes
+        self.quantization = weights.quantization
         self._weights = weights
         self._layers = weights.layers
         self._all_reduce = all_reduce

@@ -13,13 +13,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from omniserve.config import LoadFormat
+from omniserve.config import LoadFormat, Quantization
 from omniserve.errors import ModelError
 from omniserve.model.checkpoint import DummyTensors, LazyTensor, TensorSource, open_checkpoint
 from omniserve.model.decoder import AllReduce, Decoder, DecoderWeights, LayerWeights, Shard, identity
 from omniserve.model.families import ModelConfig, read_model_config
 from omniserve.model.linear import Linear, PackedLinear, make_linear
 from omniserve.model.mlp import ExpertsMlp, GatedMlp, Mlp
+from omniserve.model.quantized_linear import Int4Linear, Int8Linear, check_quantization
 from omniserve.model.sources import ensure_model
 from omniserve.model.tensors import expected_tensors
 
@@ -48,14 +49,17 @@ def load_decoder(
     max_model_len: int | None = None,
     load_format: LoadFormat = "auto",
     show_progress: bool = False,
+    quantization: Quantization = "none",
 ) -> Decoder:
     """The decoder of checkpoint folder `path`, this shard's slice, converted to `dtype` on `device`.
 
     `max_model_len` bounds positions (None: as many as the checkpoint is good for). `all_reduce` sums a
     tensor over the shards and returns one that the caller may write. `load_format` "dummy" needs config.json
     alone and makes random weights. `show_progress` draws a bar on standard error when it is a terminal and
-    there is much to load. Raises ModelError naming missing, unexpected or misshapen tensors.
+    there is much to load. `quantization` rounds each matrix as soon as it is merged. Raises ModelError naming
+    missing, unexpected or misshapen tensors, ConfigError where this machine cannot quantise.
     """
+    check_quantization(quantization, torch.device(device))
     config = read_model_config(path)
     shapes = expected_tensors(config)
     source: TensorSource
@@ -65,7 +69,7 @@ def load_decoder(
         source = open_checkpoint(path, config)
     total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize // shard.size
     with source, _progress(total, show_progress, path.name) as advance:
-        filler = _Filler(config, source, shard, dtype, torch.device(device), advance)
+        filler = _Filler(config, source, shard, dtype, torch.device(device), advance, quantization)
         weights = filler.decoder_weights()
         filler.refuse_unexpected()
     limit = config.max_position_embeddings if max_model_len is None else max_model_len
@@ -83,6 +87,7 @@ class _Filler:
         dtype: torch.dtype,
         device: torch.device,
         advance: Advance,
+        quantization: Quantization,
     ) -> None:
         self.config = config
         self.source = source
@@ -90,6 +95,7 @@ class _Filler:
         self.dtype = dtype
         self.device = device
         self.advance = advance
+        self.quantization = quantization
         self.shapes = expected_tensors(config)
         self.used: set[str] = set()
         self.num_bytes = 0
@@ -110,12 +116,16 @@ class _Filler:
             head_weight = embedding
         else:
             head_weight = self._whole(family.lm_head)
-        lm_head = make_linear(head_weight)
-        if c.tie_word_embeddings and isinstance(lm_head, PackedLinear):
-            self.num_bytes += head_weight.nbytes
+        lm_head = self._lm_head(head_weight)
         del head_weight
         layers = [self._layer(layer) for layer in range(c.num_layers)]
-        return DecoderWeights(embedding, final_norm, lm_head, layers, self.num_bytes)
+        return DecoderWeights(embedding, final_norm, lm_head, layers, self.num_bytes, self.quantization)
+
+    def _lm_head(self, weight: Tensor) -> Linear:
+        """int8 also where the rest is int4: its rounding errs in the logits themselves."""
+        lm_head = make_linear(weight) if self.quantization == "none" else Int8Linear(weight, None)
+        self._count_kept(lm_head, weight, self.config.tie_word_embeddings)
+        return lm_head
 
     def refuse_unexpected(self) -> None:
         """Raise when the checkpoint holds tensors that this family has no place for: it is something else."""
@@ -184,7 +194,7 @@ class _Filler:
     def _column_parallel(self, parts: list[tuple[str, slice]], has_bias: bool) -> Linear:
         """Projections under each other: of each of `parts` (name, own rows) its own rows."""
         weight = self._merged(parts, ".weight")
-        return make_linear(weight, self._merged(parts, ".bias") if has_bias else None)
+        return self._projection(weight, self._merged(parts, ".bias") if has_bias else None)
 
     def _merged(self, parts: list[tuple[str, slice]], suffix: str) -> Tensor:
         row_shape = self.shapes[parts[0][0] + suffix][1:]
@@ -202,7 +212,25 @@ class _Filler:
         weight = self._empty((lazy.shape[0], own.stop - own.start))
         self._fill(weight, lazy, columns=own)
         bias = self._whole(name + ".bias") if has_bias else None
-        return make_linear(weight, bias if self.shard.rank == 0 else None)
+        return self._projection(weight, bias if self.shard.rank == 0 else None)
+
+    def _projection(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        match self.quantization:
+            case "none":
+                linear: Linear = make_linear(weight, bias)
+            case "int8":
+                linear = Int8Linear(weight, bias)
+            case "int4":
+                linear = Int4Linear(weight, bias)
+        self._count_kept(linear, weight)
+        return linear
+
+    def _count_kept(self, linear: Linear, weight: Tensor, is_tied: bool = False) -> None:
+        """`weight` was counted when it was made. Tied: it stays in memory beside what `linear` holds."""
+        if isinstance(linear, Int8Linear | Int4Linear):
+            self.num_bytes += linear.num_bytes - (0 if is_tied else weight.nbytes)
+        elif is_tied and isinstance(linear, PackedLinear):
+            self.num_bytes += weight.nbytes
 
     def _whole(self, name: str) -> Tensor:
         lazy = self._open(name)
