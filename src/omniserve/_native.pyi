@@ -118,7 +118,7 @@ class PagedKv:
         """
 
 class ThreadTeam:
-    """``num_threads`` threads, the caller included, that share each `paged_attention`.
+    """``num_threads`` threads, the caller included, that share each `paged_attention` and `dense`.
 
     Member i > 0 is pinned to cpus[i % len(cpus)], or inherits the creator's affinity.
     """
@@ -147,6 +147,80 @@ def paged_attention(
     the query's own token included (0 gives zeros). With a window a query attends to the last `window` of them
     alone. Query head h uses KV head
     h // (num_heads // num_kv_heads).
+    """
+
+class DenseWeight:
+    """A weight [num_out][num_in] of type from_dtype, rows ``stride`` elements apart, packed into own memory.
+
+    dtype: "float32", "bfloat16", "float16", or "int8" with a scale an output (its largest magnitude / 127).
+    """
+
+    def __init__(
+        self, address: int, from_dtype: str, stride: int, num_out: int, num_in: int, dtype: str
+    ) -> None: ...
+    @property
+    def num_out(self) -> int: ...
+    @property
+    def num_in(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def bytes(self) -> int: ...
+
+def dense(
+    team: ThreadTeam,
+    weight: DenseWeight,
+    n: int,
+    x_addr: int,
+    x_stride: int,
+    y_addr: int,
+    y_stride: int,
+    dtype: str,
+    bias_addr: int = 0,
+    gate: DenseWeight | None = None,
+    gate_bias_addr: int = 0,
+) -> None:
+    """y [n][num_out] = x [n][num_in] W^T + bias; x and y of ``dtype`` (no int8), bias float32, 0: none.
+
+    With a gate (same shape and type), y = silu(x gate^T + gate bias) * (x W^T + bias).
+
+    Sums are float32, in one order for any n and any number of threads: a row's result depends on that row
+    alone. With bfloat16 rows and weights, on a CPU with AVX-512 BF16, they are sums of pairs of inputs.
+    """
+
+def rms_norm(
+    n: int,
+    groups: int,
+    size: int,
+    x_addr: int,
+    x_stride: int,
+    weight_addr: int,
+    eps: float,
+    y_addr: int,
+    y_stride: int,
+    dtype: str,
+) -> None:
+    """Of each row the ``groups`` parts of ``size`` elements: x / sqrt(mean(x^2) + eps), times weight.
+
+    weight is [groups][size], everything of ``dtype``; arithmetic is float32, rounded before the weight is
+    applied and after it, as transformers does. y may be x.
+    """
+
+def rotate_heads(
+    n: int,
+    heads: int,
+    head_dim: int,
+    x_addr: int,
+    x_stride: int,
+    cos_addr: int,
+    sin_addr: int,
+    positions_addr: int,
+    dtype: str,
+) -> None:
+    """Rotary embedding of the first ``heads`` heads of each row, in place.
+
+    cos and sin are [positions][head_dim] of ``dtype``, positions int64 [n]: x * cos + (x with its halves
+    swapped) * sin, where sin is negative in its first half.
     """
 
 def attention_pieces(

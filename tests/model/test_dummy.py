@@ -12,7 +12,9 @@ import torch
 from conftest import TINY_CONFIG
 from model.reference import decoder_logits
 from omniserve import LLM, ConfigError, ModelError, RequestError, SamplingParams
+from omniserve.model import loading
 from omniserve.model.decoder import Shard
+from omniserve.model.linear import Linear, PlainLinear
 from omniserve.model.loading import load_decoder
 
 PROMPT = list(range(20))
@@ -23,6 +25,11 @@ MOE: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 64,
 }
+
+
+def weight_of(linear: Linear) -> torch.Tensor:
+    assert isinstance(linear, PlainLinear)
+    return linear._weight
 
 
 @pytest.fixture
@@ -44,19 +51,15 @@ def test_a_configuration_is_enough_and_the_weights_are_the_same_each_time(
 
 
 def test_shards_hold_slices_of_the_same_weights(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from omniserve.model import linear
-
-    monkeypatch.setattr(linear, "_can_pack", lambda weight: False)
+    monkeypatch.setattr(loading, "make_linear", lambda weight, bias, team: PlainLinear(weight, bias))
+    monkeypatch.setattr(loading, "make_gated", lambda gate, up, biases, team: PlainLinear(gate, biases))
     whole = load_decoder(bare, load_format="dummy")
     parts = [load_decoder(bare, shard=Shard(rank, 2), load_format="dummy") for rank in range(2)]
     for layer in range(whole.num_layers):
-        o = torch.cat([part._layers[layer].o._weight for part in parts], dim=1)  # type: ignore[attr-defined]
-        assert torch.equal(o, whole._layers[layer].o._weight)  # type: ignore[attr-defined]
-        gate = [
-            part._layers[layer].mlp.gate_up._weight[: part.config.intermediate_size // 2] for part in parts
-        ]  # type: ignore[attr-defined]
-        expected = whole._layers[layer].mlp.gate_up._weight[: whole.config.intermediate_size]  # type: ignore[attr-defined]
-        assert torch.equal(torch.cat(gate), expected)
+        o = torch.cat([weight_of(part._layers[layer].o) for part in parts], dim=1)
+        assert torch.equal(o, weight_of(whole._layers[layer].o))
+        gate = torch.cat([weight_of(part._layers[layer].mlp.gate_up) for part in parts])
+        assert torch.equal(gate, weight_of(whole._layers[layer].mlp.gate_up))
 
 
 def test_without_load_format_dummy_absent_weights_and_tokenizer_are_errors(bare: Path) -> None:

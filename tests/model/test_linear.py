@@ -1,34 +1,104 @@
-"""Packed projections equal plain ones."""
+"""Packed projections equal plain ones, and each row its own whatever rows are beside it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
 
-from omniserve.model.linear import PackedLinear, PlainLinear, make_linear
+import omniserve._native as _native
+from omniserve.model.linear import DenseLinear, PlainGated, PlainLinear, WeightDType, make_gated, make_linear
 
-CAN_PACK = isinstance(make_linear(torch.zeros(8, 8)), PackedLinear)
-
-
-@pytest.mark.skipif(not CAN_PACK, reason="this build of torch has no oneDNN")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("num_rows", [1, 2, 7, 33, 300])
-def test_packed_equals_plain(dtype: torch.dtype, has_bias: bool, num_rows: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(96, 72, generator=generator).to(dtype)
-    bias = torch.randn(96, generator=generator).to(dtype) if has_bias else None
-    x = torch.randn(num_rows, 100, generator=generator).to(dtype)[:, 5:77]
-    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    unit = torch.finfo(dtype).eps * float(exact.abs().max())
-    for linear in (PackedLinear(weight, bias), PlainLinear(weight, bias)):
-        y = linear(x)
-        assert y.dtype == dtype
-        torch.testing.assert_close(y.double(), exact, rtol=0, atol=10 * unit)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.skipif(not CAN_PACK, reason="this build of torch has no oneDNN")
+def instruction_sets() -> list[str]:
+    """Those that this CPU has."""
+    found = []
+    for name in ("scalar", "avx2", "avx512", "avx512_bf16", "neon"):
+        try:
+            _native.set_simd(name)
+        except ValueError:
+            continue
+        found.append(name)
+    _native.set_simd("auto")
+    return found
+
+
+@pytest.fixture(params=instruction_sets())
+def simd(request: pytest.FixtureRequest) -> Iterator[str]:
+    _native.set_simd(request.param)
+    yield request.param
+    _native.set_simd("auto")
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def kept_values(weight: torch.Tensor, kept: WeightDType) -> torch.Tensor:
+    """What a weight is worth once it is kept in another type, float64."""
+    if kept == "int8":
+        scale = weight.float().abs().amax(1, keepdim=True) / 127
+        return ((weight.float() / scale).round() * scale).double()
+    return weight.to(getattr(torch, kept)).double()
+
+
+def assert_close(y: torch.Tensor, exact: torch.Tensor, units: int = 10) -> None:
+    unit = torch.finfo(y.dtype).eps * float(exact.abs().max())
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=units * unit)
+
+
+@pytest.mark.parametrize("kept", ["float32", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(96, 72), (33, 71), (31, 1100)], ids=str)
+def test_a_product_equals_the_plain_one_with_the_weights_that_are_kept(
+    simd: str, shape: tuple[int, int], dtype: torch.dtype, kept: WeightDType
+) -> None:
+    num_out, num_in = shape
+    weight, bias = random(num_out, num_in).to(dtype), random(num_out, seed=1).to(dtype)
+    linear = DenseLinear(weight, bias, _native.ThreadTeam(2), kept)
+    for n in (1, 2, 3, 7, 13, 30):
+        x = random(n, num_in + 9, seed=n).to(dtype)[:, 4 : num_in + 4]
+        assert_close(linear(x), x.double() @ kept_values(weight, kept).T + bias.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gated_product_is_silu_of_one_times_the_other(simd: str, dtype: torch.dtype) -> None:
+    gate, up = random(50, 72).to(dtype), random(50, 72, seed=1).to(dtype)
+    biases = random(50, seed=2).to(dtype), random(50, seed=3).to(dtype)
+    x = (4 * random(9, 72, seed=4)).to(dtype)  # far to both sides of zero
+    expected = F.silu(F.linear(x.double(), gate.double(), biases[0].double()))
+    expected *= F.linear(x.double(), up.double(), biases[1].double())
+    assert_close(make_gated(gate, up, biases)(x), expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 40),
+    num_in=st.integers(1, 1200),
+    threads=st.integers(1, 3),
+    kept=st.sampled_from(["float32", "bfloat16", "int8"]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_a_row_is_bit_for_bit_the_same_beside_any_other_rows(
+    n: int, num_in: int, threads: int, kept: WeightDType, dtype: torch.dtype
+) -> None:
+    weight, x = random(70, num_in).to(dtype), random(n, num_in, seed=1).to(dtype)
+    together = DenseLinear(weight, None, _native.ThreadTeam(threads), kept)(x)
+    alone = DenseLinear(weight, None, _native.ThreadTeam(1), kept)
+    for row in range(n):
+        assert torch.equal(alone(x[row : row + 1])[0], together[row])
+
+
+def test_no_rows_give_no_rows() -> None:
+    assert make_linear(random(8, 8))(torch.empty(0, 8)).shape == (0, 8)
+
+
 def test_a_packed_weight_is_a_copy() -> None:
     weight = torch.ones(16, 16)
     linear = make_linear(weight)
@@ -36,7 +106,20 @@ def test_a_packed_weight_is_a_copy() -> None:
     assert torch.equal(linear(torch.ones(2, 16)), torch.full((2, 16), 16.0))
 
 
+def test_int8_of_a_row_of_zeros_is_zero() -> None:
+    assert torch.equal(make_linear(torch.zeros(3, 5), kept="int8")(torch.ones(1, 5)), torch.zeros(1, 3))
+
+
+def test_a_gate_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match="gate must have the shape"):
+        make_gated(random(8, 8), random(9, 8))(random(1, 8))
+
+
 def test_types_without_a_packed_kernel_run_plainly() -> None:
-    linear = make_linear(torch.ones(4, 4, dtype=torch.float64))
+    weight = torch.ones(4, 4, dtype=torch.float64)
+    linear, gated = make_linear(weight), make_gated(weight, weight)
     assert isinstance(linear, PlainLinear)
-    assert torch.equal(linear(torch.ones(1, 4, dtype=torch.float64)), torch.full((1, 4), 4.0).double())
+    assert isinstance(gated, PlainGated)
+    x = torch.ones(1, 4, dtype=torch.float64)
+    assert torch.equal(linear(x), torch.full((1, 4), 4.0).double())
+    assert torch.equal(gated(x), F.silu(linear(x)) * linear(x))

@@ -101,15 +101,25 @@ def test_float32_logits_equal_those_of_transformers(tiny_llama: TinyLlama, varia
     torch.testing.assert_close(got, expected, rtol=0, atol=3e-5 * float(expected.abs().max()))
 
 
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 @pytest.mark.parametrize("variant", ["plain", "biases", "groups of 3", "qwen3", "mixtral", "qwen3 moe"])
 def test_bfloat16_is_as_near_to_float32_as_transformers_is(tiny_llama: TinyLlama, variant: str) -> None:
     path = tiny_llama(**VARIANTS[variant])
-    with torch.inference_mode():
-        exact = transformers_model(path)(torch.tensor([PROMPT])).logits[0]
-        theirs = transformers_model(path, torch.bfloat16)(torch.tensor([PROMPT])).logits[0].float()
-    ours = decoder_logits(load_decoder(path, torch.bfloat16), PROMPT)
-    # Both round at every step; the mean error is a statistic of thousands of logits and hardly moves.
-    assert (ours - exact).abs().mean() < 1.3 * (theirs - exact).abs().mean()
+    wide, narrow = transformers_model(path), transformers_model(path, torch.bfloat16)
+    decoder = load_decoder(path, torch.bfloat16)
+    ours, theirs = 0.0, 0.0
+    for seed in range(
+        8
+    ):  # one prompt says little of a mixture: a router that nearly ties sends a row elsewhere
+        ids = torch.randint(0, decoder.config.vocab_size, (len(PROMPT),), generator=seeded(seed))
+        with torch.inference_mode():
+            exact, rounded = wide(ids[None]).logits[0], narrow(ids[None]).logits[0].float()
+        ours += float((decoder_logits(decoder, ids.tolist()) - exact).abs().mean())
+        theirs += float((rounded - exact).abs().mean())
+    assert ours < 1.3 * theirs
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import omniserve._native as _native
+from omniserve.dtypes import dtype_name
 from omniserve.policy.plan import DeviceRows
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """The name the native part uses: "float32", "bfloat16" or "float16"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def kv_geometry(
@@ -129,12 +125,11 @@ class CpuAttention:
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
-        threads: int,
-        cpus: Sequence[int],
+        team: _native.ThreadTeam,
         window: int = 0,
         window_layers: Sequence[int] = (),
     ) -> None:
-        """`threads` threads, the caller included, pinned to `cpus` unless that is empty.
+        """team: the device's threads, the caller among them.
 
         In `window_layers` a token attends to the last `window` tokens alone, itself included.
         """
@@ -145,7 +140,7 @@ class CpuAttention:
         self.scale = head_dim**-0.5
         self.window = window if window_layers else 0
         self.window_layers = frozenset(window_layers)
-        self.team = _native.ThreadTeam(threads, list(cpus))
+        self.team = team
 
     def run(self, layer: int, batch: DeviceBatch, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         """Append k, v [n, kvh hd] to the pages, attend with q [n, h hd] and write out [n, h hd]."""

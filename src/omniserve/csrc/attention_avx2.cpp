@@ -338,6 +338,8 @@ const Kernels kAvx2Kernels = {
     to_f32,
     from_f32,
     stream_sum,
+    &kAvx2Dense,
+    nullptr,
 };
 
 }  // namespace omniserve

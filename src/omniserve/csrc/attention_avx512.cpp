@@ -64,6 +64,8 @@ const Kernels kAvx512Kernels = {
     to_f32,
     from_f32,
     stream_sum,
+    &kAvx512Dense,
+    nullptr,
 };
 
 }  // namespace omniserve

@@ -296,6 +296,8 @@ const Kernels kNeonKernels = {
     to_f32,
     from_f32,
     stream_sum,
+    &kNeonDense,
+    nullptr,
 };
 
 }  // namespace omniserve

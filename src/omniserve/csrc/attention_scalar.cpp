@@ -109,6 +109,8 @@ const Kernels kScalarKernels = {
     to_f32,
     from_f32,
     stream_sum,
+    &kScalarDense,
+    nullptr,
 };
 
 }  // namespace omniserve

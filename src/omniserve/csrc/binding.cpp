@@ -12,11 +12,13 @@
 #include <memory>
 
 #include "attention.h"
+#include "dense.h"
 #include "errors.h"
 #include "host_workers.h"
 #include "lane_port.h"
 #include "paged_attention.h"
 #include "park.h"
+#include "row_ops.h"
 #include "stream_read.h"
 
 namespace nb = nanobind;
@@ -155,6 +157,51 @@ void bind_kernel(nb::module_& m) {
           },
           "team"_a, "kv"_a, "layer"_a, "n"_a, "q_addr"_a, "tables_addr"_a, "table_stride"_a, "context_lens_addr"_a,
           "out_addr"_a, "num_heads"_a, "scale"_a, "window"_a = 0);
+    nb::class_<DenseWeight>(m, "DenseWeight")
+        .def("__init__",
+             [](DenseWeight* self, Address weights, const std::string& from, ptrdiff_t stride, int num_out, int num_in,
+                const std::string& dtype) {
+                 const DType kept = parse_kv_dtype("dtype", dtype), given = parse_dtype("from_dtype", from);
+                 nb::gil_scoped_release release;
+                 new (self) DenseWeight(at<void>(weights), given, stride, num_out, num_in, kept);
+             },
+             "address"_a, "from_dtype"_a, "stride"_a, "num_out"_a, "num_in"_a, "dtype"_a)
+        .def_prop_ro("num_out", &DenseWeight::num_out)
+        .def_prop_ro("num_in", &DenseWeight::num_in)
+        .def_prop_ro("dtype", [](const DenseWeight& w) { return dtype_name(w.dtype()); })
+        .def_prop_ro("bytes", &DenseWeight::bytes);
+    m.def("dense",
+          [](ThreadTeam& team, const DenseWeight& weight, int n, Address x, ptrdiff_t x_stride, Address y,
+             ptrdiff_t y_stride, const std::string& dtype, Address bias, const DenseWeight* gate, Address gate_bias) {
+              const DenseArgs args{&weight,  n, at<void>(x), x_stride, at<void>(y), y_stride, parse_dtype("dtype", dtype),
+                                   at<float>(bias), gate, at<float>(gate_bias)};
+              without_gil([&] { dense(team, args); });
+          },
+          "team"_a, "weight"_a, "n"_a, "x_addr"_a, "x_stride"_a, "y_addr"_a, "y_stride"_a, "dtype"_a,
+          "bias_addr"_a = 0, "gate"_a = nb::none(), "gate_bias_addr"_a = 0);
+    m.def("rms_norm",
+          [](int n, int groups, int size, Address x, ptrdiff_t x_stride, Address weight, float eps, Address y,
+             ptrdiff_t y_stride, const std::string& dtype) {
+              const DType type = parse_dtype("dtype", dtype);
+              const auto run = [&] {
+                  rms_norm(n, groups, size, {at<void>(x), x_stride, type}, at<void>(weight), eps,
+                           {at<void>(y), y_stride, type});
+              };
+              n <= 16 ? run() : without_gil(run);  // a few rows take a few microseconds
+          },
+          "n"_a, "groups"_a, "size"_a, "x_addr"_a, "x_stride"_a, "weight_addr"_a, "eps"_a, "y_addr"_a, "y_stride"_a,
+          "dtype"_a);
+    m.def("rotate_heads",
+          [](int n, int heads, int head_dim, Address x, ptrdiff_t x_stride, Address cos, Address sin, Address positions,
+             const std::string& dtype) {
+              const RowSpan rows{at<void>(x), x_stride, parse_dtype("dtype", dtype)};
+              const auto run = [&] {
+                  rotate_heads(n, heads, head_dim, rows, at<void>(cos), at<void>(sin), at<int64_t>(positions));
+              };
+              n <= 16 ? run() : without_gil(run);
+          },
+          "n"_a, "heads"_a, "head_dim"_a, "x_addr"_a, "x_stride"_a, "cos_addr"_a, "sin_addr"_a, "positions_addr"_a,
+          "dtype"_a);
     m.def("attention_pieces", &attention_pieces, "kv"_a, "layer"_a, "q"_a, "table"_a, "bounds"_a, "scale"_a);
     m.def("exp_nonpositive",
           [](nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu> x) {

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import omniserve._native as _native
-from omniserve.attention.cpu import CpuAttention, CpuKvStore, dtype_name, kv_geometry
+from omniserve.attention.cpu import CpuAttention, CpuKvStore, kv_geometry
 from omniserve.config import (
     DEVICE_MEMORY_SHARE,
     HOST_MEMORY_SHARE,
@@ -18,6 +18,7 @@ from omniserve.config import (
     memory_limit_bytes,
     split_cpus,
 )
+from omniserve.dtypes import DTYPES, dtype_name
 from omniserve.engine.acceptance import Acceptance
 from omniserve.engine.cpu_executor import CpuExecutor
 from omniserve.engine.loop import Engine
@@ -35,8 +36,6 @@ MAX_DEFAULT_MODEL_LEN = 8192
 NUM_FRAMES = 32
 # What the attention kernel takes.
 MIN_HEAD_DIM, MAX_HEAD_DIM = 64, 256
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def choose_dtype(config: EngineConfig, model: ModelConfig) -> torch.dtype:
@@ -150,7 +149,7 @@ def make_engine(
     limits = make_limits(config, decoder.config, decoder.dtype, max_model_len, host_partitions)
     executor = CpuExecutor(
         decoder,
-        _device_attention(config, decoder, limits, split),
+        _device_attention(config, decoder, limits),
         max_rows=config.max_num_batched_tokens,
         max_lane_rows=config.max_lane_rows,
         max_lanes=config.max_lanes,
@@ -179,9 +178,7 @@ def make_engine(
     )
 
 
-def _device_attention(
-    config: EngineConfig, decoder: Decoder, limits: Limits, split: CpuSplit
-) -> CpuAttention:
+def _device_attention(config: EngineConfig, decoder: Decoder, limits: Limits) -> CpuAttention:
     layers, heads, kv_heads = decoder.num_layers, decoder.num_heads, decoder.num_kv_heads
     kv_dtype = dtype_name(decoder.dtype)
     geometry = kv_geometry(layers, kv_heads, decoder.head_dim, config.page_size, kv_dtype)
@@ -191,8 +188,7 @@ def _device_attention(
         heads,
         kv_heads,
         decoder.head_dim,
-        split.device_threads,
-        split.device_cpus,
+        decoder.team,
         decoder.config.window,
         decoder.config.window_layers,
     )
@@ -241,5 +237,6 @@ def load_engine(config: EngineConfig, path: Path, arrivals: Callable[[], bool] =
         load_format=config.load_format,
         show_progress=True,
         quantization=config.quantization,
+        team=_native.ThreadTeam(split.device_threads, list(split.device_cpus)),
     )
     return make_engine(config, decoder, max_model_len, split, arrivals)

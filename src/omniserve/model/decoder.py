@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import omniserve._native as _native
 from omniserve.config import Quantization
+from omniserve.dtypes import dtype_name
 from omniserve.errors import ModelError
 from omniserve.model.families import ModelConfig
 from omniserve.model.linear import Linear
@@ -88,9 +90,11 @@ class Decoder:
         config: ModelConfig,
         weights: DecoderWeights,
         max_model_len: int,
+        team: _native.ThreadTeam,
         shard: Shard = Shard(),
         all_reduce: AllReduce = identity,
     ) -> None:
+        """team: the threads of a CPU device, the caller among them."""
         self.config = config
         self.shard = shard
         self.num_layers = config.num_layers
@@ -98,6 +102,7 @@ class Decoder:
         self.num_kv_heads = config.num_kv_heads // shard.size
         self.head_dim = config.head_dim
         self.max_model_len = max_model_len
+        self.team = team
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
         self.weight_bytes = weights.num_bytes
@@ -105,11 +110,12 @@ class Decoder:
         self._weights = weights
         self._layers = weights.layers
         self._all_reduce = all_reduce
-        self._eps = torch.tensor(config.rms_norm_eps, dtype=torch.float32, device=self.device)
+        self._eps = config.rms_norm_eps
+        self._dtype_name = dtype_name(self.dtype)
         self._num_rotated = (self.num_heads + self.num_kv_heads) * self.head_dim
         self._q_size = self.num_heads * self.head_dim
         rope = rope_table(config.head_dim, config.rope_theta, config.rope_scaling, max_model_len)
-        self._rope_table = rope.to(self.device, self.dtype)
+        self._cos, self._sin = rope.to(self.device, self.dtype).contiguous().unbind(0)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Rows x [n, H] of token ids [n] (int64 or int32)."""
@@ -118,21 +124,25 @@ class Decoder:
     def pre_attention(self, layer: int, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Norm, merged QKV projection, norms of q and k where the family has them, rotary embedding.
 
-        x [n, H]; positions [n] int64, each below max_model_len. Returns q [n, h hd], k [n, kvh hd],
-        v [n, kvh hd] as views of one buffer (equal row strides).
+        x [n, H]; positions [n] int64, contiguous, each below max_model_len. Returns q [n, h hd],
+        k [n, kvh hd], v [n, kvh hd] as views of one buffer (equal row strides).
         """
         weights = self._layers[layer]
-        normed = self._rms_norm(x, weights.input_norm)
-        qkv = weights.qkv(normed)
-        heads = qkv[:, : self._num_rotated].view(-1, self.num_heads + self.num_kv_heads, self.head_dim)
+        qkv = weights.qkv(self._rms_norm(x, weights.input_norm))
+        num_rotated = self.num_heads + self.num_kv_heads
         if weights.qk_norm is not None:
-            heads.copy_(self._rms_norm(heads, weights.qk_norm))
-        qk = heads.view(-1, self.num_heads + self.num_kv_heads, 2, self.head_dim // 2)
-        # x * cos + rotate_half(x) * sin, in place: the table holds cos twice, then -sin and sin, so that
-        # rotate_half is the two halves swapped.
-        cos, sin = self._rope_table.index_select(1, positions).unbind(0)
-        swapped = qk.flip(2)
-        qk.mul_(cos).addcmul_(swapped, sin)
+            self._norm_parts(qkv, num_rotated, weights.qk_norm, qkv)
+        _native.rotate_heads(
+            x.shape[0],
+            num_rotated,
+            self.head_dim,
+            qkv.data_ptr(),
+            qkv.stride(0),
+            self._cos.data_ptr(),
+            self._sin.data_ptr(),
+            positions.data_ptr(),
+            self._dtype_name,
+        )
         q_size, rotated = self._q_size, self._num_rotated
         return qkv[:, :q_size], qkv[:, q_size:rotated], qkv[:, rotated:]
 
@@ -153,10 +163,22 @@ class Decoder:
         return self._weights.lm_head(normed).float()
 
     def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x / sqrt(mean(x^2) + eps) over the last dimension in float32, rounded to the model's dtype, then
-        times weight, like transformers. F.rms_norm on CPU makes whole-row temporaries and rounds the other
-        way in bfloat16."""
-        wide = x.float()
-        sum_of_squares = torch.linalg.vecdot(wide, wide).unsqueeze_(-1)
-        scale = torch.add(self._eps, sum_of_squares, alpha=1.0 / x.shape[-1]).rsqrt_()
-        return (wide * scale).to(self.dtype).mul_(weight)
+        """x / sqrt(mean(x^2) + eps) * weight over the last dimension of x [n, H]."""
+        normed = torch.empty_like(x)
+        self._norm_parts(x, 1, weight, normed)
+        return normed
+
+    def _norm_parts(self, x: Tensor, groups: int, weight: Tensor, out: Tensor) -> None:
+        """The first `groups` parts of each row, as long as weight's last dimension, each on its own."""
+        _native.rms_norm(
+            x.shape[0],
+            groups,
+            weight.shape[-1],
+            x.data_ptr(),
+            x.stride(0),
+            weight.data_ptr(),
+            self._eps,
+            out.data_ptr(),
+            out.stride(0),
+            self._dtype_name,
+        )

@@ -1,34 +1,63 @@
 """y = x W^T + b with weights laid out once for the device at hand.
 
-On CPU the weight is repacked for oneDNN. Against `F.linear` (MKL) on one AVX-512 AMD core that is 1.5 to 2
-times as fast at one row and 2.5 to 3 times at 8 to 32 rows, though each call costs some 20 microseconds more.
-Eight rows then cost little more than one, which is what makes riding along cheap; and a row's
-result does not depend on the number of rows beside it, save where that number is 1 in some shapes.
+On CPU that is the project's own kernel (csrc/dense.h): a few rows cost little more than one, which is what
+makes riding along cheap, and a row's result is the same whatever rows are beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Linear = Callable[[Tensor], Tensor]
-
-# Number of rows that oneDNN is told to lay weights out for. Measured with 1, 8, 32 and 128 rows: the layout
-# it chooses for 1 row is slower with every one of them.
-_EXPECTED_ROWS = 32
+import omniserve._native as _native
+from omniserve.dtypes import DTYPES, dtype_name
 
 
-def make_linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
+class Linear(Protocol):
+    """A projection; `num_bytes` is the memory of its weight and bias."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+# How a weight may be kept: as it comes, or in another type, with rows and sums as they were.
+WeightDType = Literal["float32", "bfloat16", "float16", "int8"]
+
+
+def make_linear(
+    weight: Tensor,
+    bias: Tensor | None = None,
+    team: _native.ThreadTeam | None = None,
+    kept: WeightDType | None = None,
+) -> Linear:
     """The projection x [n, in] -> [n, out] of weight [out, in] and bias [out], all of one dtype.
 
+    team: threads for a weight on CPU, the caller among them; None: the caller alone. kept: see DenseLinear.
     `weight` may be dropped by the caller afterwards: the packed form is a copy. Rows of x may be strided.
     """
-    if _can_pack(weight):
-        return PackedLinear(weight, bias)
+    if weight.device.type == "cpu" and weight.dtype in DTYPES.values():
+        return DenseLinear(weight, bias, team or _native.ThreadTeam(1), kept)
     return PlainLinear(weight, bias)
+
+
+def make_gated(
+    gate: Tensor,
+    up: Tensor,
+    biases: tuple[Tensor, Tensor] | None = None,
+    team: _native.ThreadTeam | None = None,
+    kept: WeightDType | None = None,
+) -> Linear:
+    """silu(x gate^T) * (x up^T), each product with its bias: [n, in] -> [n, out]. See make_linear."""
+    gate_bias, up_bias = biases or (None, None)
+    first, second = make_linear(gate, gate_bias, team, kept), make_linear(up, up_bias, team, kept)
+    if isinstance(first, DenseLinear) and isinstance(second, DenseLinear):
+        return DenseGated(first, second)
+    return PlainGated(first, second)
 
 
 class PlainLinear:
@@ -40,31 +69,96 @@ class PlainLinear:
         self._weight = weight
         self._bias = bias
 
+    @property
+    def num_bytes(self) -> int:
+        return self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
+
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self._weight, self._bias)
 
 
-class PackedLinear:
-    """oneDNN on a repacked weight."""
+class PlainGated:
+    """torch's own kernels for the device."""
 
-    __slots__ = ("_bias", "_run", "_weight")
+    __slots__ = ("_gate", "_up")
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        ops = torch.ops.mkldnn
-        self._weight = ops._reorder_linear_weight(weight, _EXPECTED_ROWS)
-        self._bias = bias
-        self._run: Callable[..., Tensor] = ops._linear_pointwise.default
+    def __init__(self, gate: Linear, up: Linear) -> None:
+        self._gate = gate
+        self._up = up
+
+    @property
+    def num_bytes(self) -> int:
+        return self._gate.num_bytes + self._up.num_bytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._run(x, self._weight, self._bias, "none", (), "")
+        return F.silu(self._gate(x)).mul_(self._up(x))
 
 
-def _can_pack(weight: Tensor) -> bool:
-    ops = torch.ops.mkldnn
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return False
-    if not (hasattr(ops, "_linear_pointwise") and hasattr(ops, "_reorder_linear_weight")):
-        return False
-    if weight.dtype == torch.bfloat16:
-        return bool(ops._is_mkldnn_bf16_supported())
-    return weight.dtype == torch.float32
+class DenseLinear:
+    """The native kernel on a packed weight. Sums are float32; rows and results have the type of `weight`.
+
+    kept: the type the packed weight is stored in; None: its own. One rounded to bfloat16 or int8 gives what
+    plain arithmetic gives with the rounded weight.
+    """
+
+    __slots__ = ("_bias", "bias_addr", "dtype", "team", "weight")
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        team: _native.ThreadTeam,
+        kept: WeightDType | None = None,
+    ) -> None:
+        num_out, num_in = weight.shape
+        self.dtype = dtype_name(weight.dtype)
+        self.team = team
+        self._bias = None if bias is None else bias.float().contiguous()
+        self.bias_addr = 0 if self._bias is None else self._bias.data_ptr()
+        weight = weight if weight.stride(1) == 1 else weight.contiguous()
+        self.weight = _native.DenseWeight(
+            weight.data_ptr(), self.dtype, weight.stride(0), num_out, num_in, kept or self.dtype
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weight.bytes + (0 if self._bias is None else self._bias.nbytes)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _dense(x, self)
+
+
+class DenseGated:
+    """The native kernel on a gate's and a weight's panels in turn."""
+
+    __slots__ = ("_gate", "_up")
+
+    def __init__(self, gate: DenseLinear, up: DenseLinear) -> None:
+        self._gate = gate
+        self._up = up
+
+    @property
+    def num_bytes(self) -> int:
+        return self._gate.num_bytes + self._up.num_bytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _dense(x, self._up, self._gate)
+
+
+def _dense(x: Tensor, linear: DenseLinear, gate: DenseLinear | None = None) -> Tensor:
+    n, num_out = x.shape[0], linear.weight.num_out
+    y = torch.empty(n, num_out, dtype=x.dtype)
+    _native.dense(
+        linear.team,
+        linear.weight,
+        n,
+        x.data_ptr(),
+        x.stride(0),
+        y.data_ptr(),
+        num_out,
+        linear.dtype,
+        linear.bias_addr,
+        None if gate is None else gate.weight,
+        0 if gate is None else gate.bias_addr,
+    )
+    return y

@@ -13,12 +13,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+import omniserve._native as _native
 from omniserve.config import LoadFormat, Quantization
 from omniserve.errors import ModelError
 from omniserve.model.checkpoint import DummyTensors, LazyTensor, TensorSource, open_checkpoint
 from omniserve.model.decoder import AllReduce, Decoder, DecoderWeights, LayerWeights, Shard, identity
 from omniserve.model.families import ModelConfig, read_model_config
-from omniserve.model.linear import Linear, PackedLinear, make_linear
+from omniserve.model.linear import Linear, PlainGated, make_gated, make_linear
 from omniserve.model.mlp import ExpertsMlp, GatedMlp, Mlp
 from omniserve.model.quantized_linear import Int4Linear, Int8Linear, check_quantization
 from omniserve.model.sources import ensure_model
@@ -49,6 +50,7 @@ def load_decoder(
     max_model_len: int | None = None,
     load_format: LoadFormat = "auto",
     show_progress: bool = False,
+    team: _native.ThreadTeam | None = None,
     quantization: Quantization = "none",
 ) -> Decoder:
     """The decoder of checkpoint folder `path`, this shard's slice, converted to `dtype` on `device`.
@@ -56,8 +58,9 @@ def load_decoder(
     `max_model_len` bounds positions (None: as many as the checkpoint is good for). `all_reduce` sums a
     tensor over the shards and returns one that the caller may write. `load_format` "dummy" needs config.json
     alone and makes random weights. `show_progress` draws a bar on standard error when it is a terminal and
-    there is much to load. `quantization` rounds each matrix as soon as it is merged. Raises ModelError naming
-    missing, unexpected or misshapen tensors, ConfigError where this machine cannot quantise.
+    there is much to load. `team` are the threads of a CPU device (None: as many as torch has).
+    `quantization` rounds each matrix as soon as it is read. Raises ModelError naming missing, unexpected or
+    misshapen tensors, ConfigError where this machine cannot quantise.
     """
     check_quantization(quantization, torch.device(device))
     config = read_model_config(path)
@@ -69,11 +72,12 @@ def load_decoder(
         source = open_checkpoint(path, config)
     total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize // shard.size
     with source, _progress(total, show_progress, path.name) as advance:
-        filler = _Filler(config, source, shard, dtype, torch.device(device), advance, quantization)
+        team = team or _native.ThreadTeam(torch.get_num_threads())
+        filler = _Filler(config, source, shard, dtype, torch.device(device), advance, team, quantization)
         weights = filler.decoder_weights()
         filler.refuse_unexpected()
     limit = config.max_position_embeddings if max_model_len is None else max_model_len
-    return Decoder(config, weights, limit, shard, all_reduce)
+    return Decoder(config, weights, limit, team, shard, all_reduce)
 
 
 class _Filler:
@@ -87,15 +91,17 @@ class _Filler:
         dtype: torch.dtype,
         device: torch.device,
         advance: Advance,
+        team: _native.ThreadTeam,
         quantization: Quantization,
     ) -> None:
         self.config = config
+        self.team = team
+        self.quantization = quantization
         self.source = source
         self.shard = shard
         self.dtype = dtype
         self.device = device
         self.advance = advance
-        self.quantization = quantization
         self.shapes = expected_tensors(config)
         self.used: set[str] = set()
         self.num_bytes = 0
@@ -108,24 +114,19 @@ class _Filler:
 
     def decoder_weights(self) -> DecoderWeights:
         c, family = self.config, self.config.family
-        embedding = self._whole(family.embedding)
-        final_norm = self._whole(family.final_norm)
+        embedding = self._kept(self._whole(family.embedding))
+        final_norm = self._kept(self._whole(family.final_norm))
         if c.tie_word_embeddings:
             # Some checkpoints write the tied tensor twice.
             self.used.add(family.lm_head)
             head_weight = embedding
         else:
             head_weight = self._whole(family.lm_head)
-        lm_head = self._lm_head(head_weight)
+        # int8 also where the rest is int4: its rounding errs in the logits themselves.
+        lm_head = self._linear(head_weight, quantization="int8" if self.quantization == "int4" else None)
         del head_weight
         layers = [self._layer(layer) for layer in range(c.num_layers)]
         return DecoderWeights(embedding, final_norm, lm_head, layers, self.num_bytes, self.quantization)
-
-    def _lm_head(self, weight: Tensor) -> Linear:
-        """int8 also where the rest is int4: its rounding errs in the logits themselves."""
-        lm_head = make_linear(weight) if self.quantization == "none" else Int8Linear(weight, None)
-        self._count_kept(lm_head, weight, self.config.tie_word_embeddings)
-        return lm_head
 
     def refuse_unexpected(self) -> None:
         """Raise when the checkpoint holds tensors that this family has no place for: it is something else."""
@@ -146,12 +147,12 @@ class _Filler:
         prefix = f.layer_prefix.format(layer=layer)
         qkv = [(prefix + f.q, self.q_rows), (prefix + f.k, self.kv_rows), (prefix + f.v, self.kv_rows)]
         return LayerWeights(
-            input_norm=self._whole(prefix + f.input_norm),
+            input_norm=self._kept(self._whole(prefix + f.input_norm)),
             qkv=self._column_parallel(qkv, c.qkv_bias),
             o=self._row_parallel(prefix + f.o, self.q_rows, c.o_bias),
-            post_norm=self._whole(prefix + f.post_norm),
+            post_norm=self._kept(self._whole(prefix + f.post_norm)),
             mlp=self._mlp(layer, prefix),
-            qk_norm=self._qk_norm(prefix) if f.has_qk_norm else None,
+            qk_norm=self._kept(self._qk_norm(prefix)) if f.has_qk_norm else None,
         )
 
     def _qk_norm(self, prefix: str) -> Tensor:
@@ -171,7 +172,7 @@ class _Filler:
         names, size = f.experts, c.experts.intermediate_size
         projections = (names.gate, names.up, names.down)
         return ExpertsMlp(
-            router=self._whole(prefix + names.router),
+            router=self._kept(self._whole(prefix + names.router)),
             experts=[
                 self._gated_mlp(prefix + names.expert.format(expert=expert), projections, size)
                 for expert in range(c.experts.count)
@@ -184,9 +185,8 @@ class _Filler:
         own = self.shard.of(size, "intermediate_size")
         gate, up, down = (prefix + name for name in names)
         return GatedMlp(
-            gate_up=self._column_parallel([(gate, own), (up, own)], self.config.mlp_bias),
+            gate_up=self._gated([(gate, own), (up, own)], self.config.mlp_bias),
             down=self._row_parallel(down, own, self.config.mlp_bias),
-            size=own.stop - own.start,
         )
 
     # ------------------------------------------------------------ one tensor
@@ -194,7 +194,18 @@ class _Filler:
     def _column_parallel(self, parts: list[tuple[str, slice]], has_bias: bool) -> Linear:
         """Projections under each other: of each of `parts` (name, own rows) its own rows."""
         weight = self._merged(parts, ".weight")
-        return self._projection(weight, self._merged(parts, ".bias") if has_bias else None)
+        return self._linear(weight, self._merged(parts, ".bias") if has_bias else None)
+
+    def _gated(self, parts: list[tuple[str, slice]], has_bias: bool) -> Linear:
+        """The gate and what it multiplies, of each of `parts` (name, own rows) its own rows."""
+        gate, up = (self._merged([part], ".weight") for part in parts)
+        biases = None
+        if has_bias:
+            biases = self._merged(parts[:1], ".bias"), self._merged(parts[1:], ".bias")
+        if self.quantization == "none":
+            return self._counted(make_gated(gate, up, biases, self.team))
+        gate_bias, up_bias = biases or (None, None)
+        return PlainGated(self._linear(gate, gate_bias), self._linear(up, up_bias))
 
     def _merged(self, parts: list[tuple[str, slice]], suffix: str) -> Tensor:
         row_shape = self.shapes[parts[0][0] + suffix][1:]
@@ -212,25 +223,7 @@ class _Filler:
         weight = self._empty((lazy.shape[0], own.stop - own.start))
         self._fill(weight, lazy, columns=own)
         bias = self._whole(name + ".bias") if has_bias else None
-        return self._projection(weight, bias if self.shard.rank == 0 else None)
-
-    def _projection(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        match self.quantization:
-            case "none":
-                linear: Linear = make_linear(weight, bias)
-            case "int8":
-                linear = Int8Linear(weight, bias)
-            case "int4":
-                linear = Int4Linear(weight, bias)
-        self._count_kept(linear, weight)
-        return linear
-
-    def _count_kept(self, linear: Linear, weight: Tensor, is_tied: bool = False) -> None:
-        """`weight` was counted when it was made. Tied: it stays in memory beside what `linear` holds."""
-        if isinstance(linear, Int8Linear | Int4Linear):
-            self.num_bytes += linear.num_bytes - (0 if is_tied else weight.nbytes)
-        elif is_tied and isinstance(linear, PackedLinear):
-            self.num_bytes += weight.nbytes
+        return self._linear(weight, bias if self.shard.rank == 0 else None)
 
     def _whole(self, name: str) -> Tensor:
         lazy = self._open(name)
@@ -262,9 +255,28 @@ class _Filler:
         return lazy
 
     def _empty(self, shape: tuple[int, ...]) -> Tensor:
-        tensor = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def _kept(self, tensor: Tensor) -> Tensor:
         self.num_bytes += tensor.nbytes
         return tensor
+
+    def _linear(
+        self, weight: Tensor, bias: Tensor | None = None, quantization: Quantization | None = None
+    ) -> Linear:
+        """quantization: another than that of the model."""
+        match quantization or self.quantization:
+            case "none":
+                linear: Linear = make_linear(weight, bias, self.team)
+            case "int8":
+                linear = Int8Linear(weight, bias)
+            case "int4":
+                linear = Int4Linear(weight, bias)
+        return self._counted(linear)
+
+    def _counted(self, linear: Linear) -> Linear:
+        self.num_bytes += linear.num_bytes
+        return linear
 
 
 def _count(names: list[str], what: str) -> str:

@@ -19,17 +19,13 @@ Mlp = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class GatedMlp:
-    """down(silu(gate(x)) * up(x)). `size` is this shard's intermediate size."""
+    """down(silu(gate(x)) * up(x))."""
 
-    gate_up: Linear  # H -> 2 size
-    down: Linear  # size -> H
-    size: int
+    gate_up: Linear  # H -> this shard's intermediate size: silu(gate) * up
+    down: Linear  # that -> H
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate_up = self.gate_up(x)
-        gate = gate_up[:, : self.size]
-        F.silu(gate, inplace=True).mul_(gate_up[:, self.size :])
-        return self.down(gate)
+        return self.down(self.gate_up(x))
 
 
 @dataclass(frozen=True, slots=True)

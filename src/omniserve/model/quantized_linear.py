@@ -65,8 +65,8 @@ class Int8Linear:
 
     @property
     def num_bytes(self) -> int:
-        """Of all but the bias."""
-        return sum(tensor.nbytes for tensor in (self._weight, self._scales, self._zeros))
+        """Of weight and bias."""
+        return _bytes_of(self._weight, self._scales, self._zeros, self._bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         num_rows = x.shape[0]
@@ -128,13 +128,17 @@ class Int4Linear:
 
     @property
     def num_bytes(self) -> int:
-        """Of all but the bias."""
-        return sum(tensor.nbytes for tensor in (self._weight, self._scales_and_zeros))
+        """Of weight and bias."""
+        return _bytes_of(self._weight, self._scales_and_zeros, self._bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         narrow = x.to(torch.bfloat16).contiguous()
         y: Tensor = self._run(narrow, self._weight, GROUP_COLUMNS, self._scales_and_zeros).to(x.dtype)
         return y if self._bias is None else y.add_(self._bias)
+
+
+def _bytes_of(*tensors: Tensor | None) -> int:
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 @cache

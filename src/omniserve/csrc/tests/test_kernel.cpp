@@ -7,13 +7,13 @@
 #include <cstring>
 #include <limits>
 #include <random>
-#include <string_view>
 #include <vector>
 
 #include "attention.h"
 #include "check.h"
 #include "paged_attention.h"
 #include "stream_read.h"
+#include "tolerance.h"
 
 using namespace omniserve;
 
@@ -105,15 +105,7 @@ struct Store {
     std::vector<int32_t> table;
 };
 
-/// Where int8 KV is multiplied as integers, what queries and weights of 16 bits cost these stores; its bound is tested
-/// by tests/host/test_int8.py.
-double tolerance(const Store& store) {
-    const KvGeometry& g = store.kv.geometry;
-    const std::string_view path = kernels().name;
-    const bool has_integers = path == "avx512_vnni" || path == "avx512_bf16";
-    const bool fits = store.group > 1 && g.page_size % 64 == 0 && g.head_dim % 64 == 0;
-    return has_integers && g.dtype == DType::i8 && fits ? 2e-4 : 3e-6;
-}
+double tolerance(const Store& store) { return testing::attention_tolerance(store.kv.geometry, store.group); }
 
 void check_all_heads(const Store& store, int first, int last, int step) {
     const int head_dim = store.kv.geometry.head_dim;
