@@ -15,13 +15,13 @@ from torch import Tensor
 
 import omniserve._native as _native
 from omniserve.config import LoadFormat, Quantization
-from omniserve.errors import ModelError
+from omniserve.errors import ConfigError, ModelError
 from omniserve.model.checkpoint import DummyTensors, LazyTensor, TensorSource, open_checkpoint
 from omniserve.model.decoder import AllReduce, Decoder, DecoderWeights, LayerWeights, Shard, identity
 from omniserve.model.families import ModelConfig, read_model_config
-from omniserve.model.linear import Linear, PlainGated, make_gated, make_linear
+from omniserve.model.linear import Linear, PlainGated, WeightDType, make_gated, make_linear
 from omniserve.model.mlp import ExpertsMlp, GatedMlp, Mlp
-from omniserve.model.quantized_linear import Int4Linear, Int8Linear, check_quantization
+from omniserve.model.quantized_linear import Int4Linear
 from omniserve.model.sources import ensure_model
 from omniserve.model.tensors import expected_tensors
 
@@ -60,9 +60,10 @@ def load_decoder(
     alone and makes random weights. `show_progress` draws a bar on standard error when it is a terminal and
     there is much to load. `team` are the threads of a CPU device (None: as many as torch has).
     `quantization` rounds each matrix as soon as it is read. Raises ModelError naming missing, unexpected or
-    misshapen tensors, ConfigError where this machine cannot quantise.
+    misshapen tensors, ConfigError for quantised weights off the CPU.
     """
-    check_quantization(quantization, torch.device(device))
+    if quantization != "none" and torch.device(device).type != "cpu":
+        raise ConfigError(f"quantization: {quantization!r} runs on the cpu device alone, not on {device}")
     config = read_model_config(path)
     shapes = expected_tensors(config)
     source: TensorSource
@@ -97,6 +98,8 @@ class _Filler:
         self.config = config
         self.team = team
         self.quantization = quantization
+        # The output matrix is int8 also where the rest is int4: its rounding errs in the logits themselves.
+        self.kept: WeightDType | None = None if quantization == "none" else "int8"
         self.source = source
         self.shard = shard
         self.dtype = dtype
@@ -122,8 +125,7 @@ class _Filler:
             head_weight = embedding
         else:
             head_weight = self._whole(family.lm_head)
-        # int8 also where the rest is int4: its rounding errs in the logits themselves.
-        lm_head = self._linear(head_weight, quantization="int8" if self.quantization == "int4" else None)
+        lm_head = self._counted(make_linear(head_weight, None, self.team, self.kept))
         del head_weight
         layers = [self._layer(layer) for layer in range(c.num_layers)]
         return DecoderWeights(embedding, final_norm, lm_head, layers, self.num_bytes, self.quantization)
@@ -202,10 +204,10 @@ class _Filler:
         biases = None
         if has_bias:
             biases = self._merged(parts[:1], ".bias"), self._merged(parts[1:], ".bias")
-        if self.quantization == "none":
-            return self._counted(make_gated(gate, up, biases, self.team))
-        gate_bias, up_bias = biases or (None, None)
-        return PlainGated(self._linear(gate, gate_bias), self._linear(up, up_bias))
+        if self.quantization == "int4":
+            gate_bias, up_bias = biases or (None, None)
+            return PlainGated(self._linear(gate, gate_bias), self._linear(up, up_bias))
+        return self._counted(make_gated(gate, up, biases, self.team, self.kept))
 
     def _merged(self, parts: list[tuple[str, slice]], suffix: str) -> Tensor:
         row_shape = self.shapes[parts[0][0] + suffix][1:]
@@ -261,18 +263,10 @@ class _Filler:
         self.num_bytes += tensor.nbytes
         return tensor
 
-    def _linear(
-        self, weight: Tensor, bias: Tensor | None = None, quantization: Quantization | None = None
-    ) -> Linear:
-        """quantization: another than that of the model."""
-        match quantization or self.quantization:
-            case "none":
-                linear: Linear = make_linear(weight, bias, self.team)
-            case "int8":
-                linear = Int8Linear(weight, bias)
-            case "int4":
-                linear = Int4Linear(weight, bias)
-        return self._counted(linear)
+    def _linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        if self.quantization == "int4":
+            return self._counted(Int4Linear(weight, bias))
+        return self._counted(make_linear(weight, bias, self.team, self.kept))
 
     def _counted(self, linear: Linear) -> Linear:
         self.num_bytes += linear.num_bytes
