@@ -133,11 +133,18 @@ def _generate(options: argparse.Namespace) -> int:
                 print(_as_json(output, completion) if options.json else completion.text)
         num_lossy = sum(not output.metrics.is_exact for output in outputs)
         if num_lossy:
-            lossy = f"{num_lossy} of {len(outputs)} texts come from int8 KV on the host and are not exact"
-            print(f"omniserve: {lossy}", file=sys.stderr)
+            count = f"{num_lossy} of {len(outputs)} texts"
+            origin = _what_is_lossy(llm.config)
+            print(f"omniserve: {count} come from {origin} and are not exact", file=sys.stderr)
         if options.stats:
             print(json.dumps(llm.stats(), indent=2), file=sys.stderr)
     return 0
+
+
+def _what_is_lossy(config: EngineConfig) -> str:
+    if config.quantization != "none":
+        return f"{config.quantization} weights"
+    return f"{config.host_kv_dtype} KV on the host"
 
 
 def _as_json(output: RequestOutput, completion: CompletionOutput) -> str:

@@ -14,6 +14,7 @@ Reentry = Literal["same_iteration", "next_iteration", "wait"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
 HostKvDTypeName = Literal["auto", "int8"]
+Quantization = Literal["none", "int8", "int4"]
 
 # Shares of the memory limit used when the caller sets none. The weights, the Python processes and the
 # page cache need the rest.
@@ -97,6 +98,9 @@ class EngineConfig:
     load_format       "auto", or "dummy": random weights of the model's shape; needs no weight files.
     dtype             of weights, activations and KV. "auto" is float32 on the CPU device, whatever the
                       checkpoint holds; "float16" computes matrix products in torch's own half kernels.
+    quantization      of the weights of matrix products, rounded while they are loaded: "none", "int8" or
+                      "int4" (docs/models.md, "Quantisation"). LOSSY: every text is then outside the exactness
+                      promise and marked (`metrics.is_exact` is False). Activations and KV stay in `dtype`.
     device            "cpu" or "auto" (CUDA is not there yet: "cuda" is refused).
     device_threads    threads of dense modules, prefill and LS attention; None: half of the cores, all
                       of them when host_offload is "never".
@@ -135,6 +139,7 @@ class EngineConfig:
     revision: str | None = None
     load_format: LoadFormat = "auto"
     dtype: DTypeName = "auto"
+    quantization: Quantization = "none"
     device: Literal["auto", "cpu"] = "auto"
     device_threads: int | None = None
     host_threads: int | None = None
@@ -161,6 +166,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         self._check_choice("dtype", DTypeName)
+        self._check_choice("quantization", Quantization)
         self._check_choice("load_format", LoadFormat)
         self._check_choice("host_kv_dtype", HostKvDTypeName)
         self._check_choice("host_offload", HostOffload)

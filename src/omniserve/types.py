@@ -72,8 +72,8 @@ class RequestMetrics:
     tpot_s leaves the first token out; None when fewer than two tokens came.
     num_lane_tokens: tokens decoded with host attention (the rest were decoded on the device).
     num_cached_tokens: prompt tokens whose KV was found in the prefix cache, not computed.
-    is_exact: False once a token was decoded from lossy KV (host_kv_dtype="int8"): the text is then outside
-    the exactness promise.
+    is_exact: False once a token was decoded from lossy KV (host_kv_dtype="int8") or rounded weights
+    (quantization): the text is then outside the exactness promise.
     """
 
     ttft_s: float | None = None

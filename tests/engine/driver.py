@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.reference import Reference
 from omniserve.attention.cpu import dtype_name, kv_geometry
-from omniserve.config import EngineConfig, split_cpus
+from omniserve.config import EngineConfig, Quantization, split_cpus
 from omniserve.engine import cpu_executor
 from omniserve.engine.build import make_engine
 from omniserve.engine.cpu_executor import CpuExecutor
@@ -37,9 +37,17 @@ BE = "best_effort"
 class Subject:
     """A model under test and its reference."""
 
-    def __init__(self, path: Path, dtype: torch.dtype = torch.float32, max_model_len: int = 2048) -> None:
-        self.decoder = load_decoder(path, dtype, max_model_len=max_model_len)
-        self.reference = Reference(path, dtype)
+    def __init__(
+        self,
+        path: Path,
+        dtype: torch.dtype = torch.float32,
+        max_model_len: int = 2048,
+        quantization: Quantization = "none",
+        reference_path: Path | None = None,
+    ) -> None:
+        """reference_path: where the reference's weights are, if they are others than in `path`."""
+        self.decoder = load_decoder(path, dtype, max_model_len=max_model_len, quantization=quantization)
+        self.reference = Reference(reference_path or path, dtype)
         self.max_model_len = max_model_len
 
     def kv_bytes(self, num_pages: int, page_size: int) -> int:

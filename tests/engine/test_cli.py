@@ -54,6 +54,15 @@ def test_texts_from_int8_kv_are_marked_on_standard_error() -> None:
     assert result.stderr == ("omniserve: 1 of 1 texts come from int8 KV on the host and are not exact\n")
 
 
+def test_texts_from_rounded_weights_are_marked_on_standard_error() -> None:
+    result = omniserve(
+        "generate", "One, two,", "--json", "--max-tokens", "3", "--quantization", "int8", *SMALL
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["metrics"]["is_exact"] is False
+    assert result.stderr == "omniserve: 1 of 1 texts come from int8 weights and are not exact\n"
+
+
 def test_generate_reads_prompts_from_standard_input_and_prints_json() -> None:
     result = omniserve("generate", "--json", "--max-tokens", "3", *SMALL, stdin="One, two,\n\nA, B,\n")
     outputs = [json.loads(line) for line in result.stdout.splitlines()]
@@ -68,6 +77,7 @@ def test_generate_reads_prompts_from_standard_input_and_prints_json() -> None:
         (["generate", "x", "--model", "nothing"], 1, "smollm2-135m"),
         (["generate", "x", "--reentry", "later"], 2, "same_iteration"),
         (["generate", "x", "--host-kv-dtype", "float16"], 2, "int8"),
+        (["generate", "x", "--quantization", "awq"], 2, "int4"),
         (["generate", "x", "--page-size", "many"], 2, "page-size"),
         (["model", "fetch", "nothing"], 1, "smollm2-135m"),
         (["dance"], 2, "COMMAND"),

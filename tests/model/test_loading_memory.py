@@ -60,13 +60,18 @@ def sample(stop):
         look()
 
 torch.set_num_threads(1)
-loading.load_decoder(Path(sys.argv[2]))  # a small one first: libraries take their own memory
-loading.make_linear = watched(loading.make_linear)
+quantization = sys.argv[3]
+# A small one first: libraries take their own memory.
+loading.load_decoder(Path(sys.argv[2]), quantization=quantization)
+for name in ("make_linear", "make_gated", "Int4Linear.__init__"):
+    owner, _, method = name.rpartition(".")
+    owner = getattr(loading, owner) if owner else loading
+    setattr(owner, method, watched(getattr(owner, method)))
 checkpoint._Slice.read = watched(checkpoint._Slice.read)
 before, stop = anonymous(), threading.Event()
 sampler = threading.Thread(target=sample, args=(stop,))
 sampler.start()
-decoder = loading.load_decoder(Path(sys.argv[1]))
+decoder = loading.load_decoder(Path(sys.argv[1]), quantization=quantization)
 stop.set()
 sampler.join()
 print(decoder.weight_bytes, peak - before, anonymous() - before)
@@ -92,13 +97,36 @@ def large(tiny_llama: TinyLlama, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.mark.slow
 def test_loading_takes_the_weights_and_about_one_merged_tensor(large: Path, tiny_llama: TinyLlama) -> None:
-    command = [sys.executable, "-c", LOADER, str(large), str(tiny_llama())]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    num_bytes, peak, after = map(int, done.stdout.split())
+    num_bytes, peak, after = loaded(large, tiny_llama(), "none")
     assert num_bytes == sum(size for _, size in tensor_bytes(large))
     assert peak >= after >= num_bytes  # it sees the weights
     print(f"peak {(peak - num_bytes) / 2**20:.0f} MiB above the weights; largest tensor {LARGEST >> 20} MiB")
     assert peak <= num_bytes + LARGEST + PIECE + OVERHEAD, (peak - num_bytes) / 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("quantization", "bits"), [("int8", 8), ("int4", 5)])
+def test_rounded_weights_are_never_in_memory_unrounded_all_at_once(
+    large: Path, tiny_llama: TinyLlama, quantization: str, bits: int
+) -> None:
+    num_bytes, peak, after = loaded(large, tiny_llama(), quantization)
+    sizes = dict(tensor_bytes(large))
+    embedding, head = sizes.pop("model.embed_tokens.weight"), sizes.pop("lm_head.weight")
+    expected = embedding + head // 4 + sum(sizes.values()) * bits // 32
+    assert num_bytes == pytest.approx(expected, rel=0.01)
+    assert peak >= after >= num_bytes
+    above = (peak - num_bytes) / 2**20
+    print(f"{quantization}: peak {above:.0f} MiB above {num_bytes / 2**20:.0f} MiB of weights")
+    # The largest tensor in float32 and, while torch packs it, once more in int32.
+    assert peak <= num_bytes + 2 * LARGEST + PIECE + OVERHEAD
+
+
+def loaded(large: Path, small: Path, quantization: str) -> tuple[int, int, int]:
+    """Bytes of the weights, and resident: at the peak of loading and after it."""
+    command = [sys.executable, "-c", LOADER, str(large), str(small), quantization]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    num_bytes, peak, after = map(int, done.stdout.split())
+    return num_bytes, peak, after
 
 
 def tensor_bytes(folder: Path) -> list[tuple[str, int]]:

@@ -174,6 +174,7 @@ def make_engine(
         split.host_threads,
         kv_dtype_there,
         caches_prefixes=config.enable_prefix_caching,
+        quantization=decoder.quantization,
     )
 
 
@@ -235,6 +236,7 @@ def load_engine(config: EngineConfig, path: Path, arrivals: Callable[[], bool] =
         max_model_len=max_model_len,
         load_format=config.load_format,
         show_progress=True,
+        quantization=config.quantization,
         team=_native.ThreadTeam(split.device_threads, list(split.device_cpus)),
     )
     return make_engine(config, decoder, max_model_len, split, arrivals)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from omniserve.config import Quantization
 from omniserve.engine.acceptance import Acceptance, check_cache_salt
 from omniserve.engine.executor import Executor
 from omniserve.engine.page_hashes import PageHashes
@@ -64,6 +65,7 @@ class Engine:
         host_kv_dtype: str | None = None,
         clock: Callable[[], float] = time.monotonic,
         caches_prefixes: bool = True,
+        quantization: Quantization = "none",
     ) -> None:
         self.executor = executor
         self.host = host
@@ -72,6 +74,7 @@ class Engine:
         self.seed = seed
         self._host_threads = max(1, host_threads)
         self._host_kv_dtype = host_kv_dtype
+        self._quantization = quantization
         self.state = State(limits)
         self._clock = clock
         self._caches_prefixes = caches_prefixes
@@ -237,6 +240,10 @@ class Engine:
 
     # ------------------------------------------------------------ facts
 
+    def is_exact(self, by_lane: bool) -> bool:
+        """Whether a token comes from nothing that was rounded: neither weights nor, by a lane, KV."""
+        return self._quantization == "none" and not (by_lane and self.state.limits.host_kv_is_lossy)
+
     def stats(self) -> dict[str, Any]:
         """Counters and gauges as plain data. Seconds, pages, tokens; see docs/design.md for each name."""
         elapsed = max(self._clock() - self._started_s, 1e-9)
@@ -254,6 +261,7 @@ class Engine:
         stats["host_memory"] = {} if self.host is None else self.host.segment.memory_usage()
         stats["host_warnings"] = [] if self.host is None else list(self.host.warnings)
         stats["host_kv_dtype"] = self._host_kv_dtype
+        stats["quantization"] = self._quantization
         stats["requests"] = {
             phase.value: len(state.in_phase(phase)) for phase in Phase if phase is not Phase.FINISHED
         } | {Phase.WAITING.value: len(state.waiting)}

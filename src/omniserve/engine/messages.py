@@ -64,8 +64,8 @@ class Refused(msgspec.Struct, tag=True):
 class Token(msgspec.Struct, array_like=True):
     """One new token of a request; `finish_reason` is set on its last one.
 
-    is_exact: not decoded from lossy KV. num_cached: prompt tokens found in the prefix cache.
-    prompt_logprobs: with the first token, if asked for.
+    is_exact: neither from lossy KV nor from rounded weights. num_cached: prompt tokens found in the prefix
+    cache. prompt_logprobs: with the first token, if asked for.
     """
 
     request_id: int

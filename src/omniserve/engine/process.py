@@ -132,7 +132,7 @@ class EngineLoop:
         tokens = []
         for token in output.tokens:
             caller_id = self._caller_ids[token.request_id]
-            is_exact = not (token.by_lane and self.engine.state.limits.host_kv_is_lossy)
+            is_exact = self.engine.is_exact(token.by_lane)
             num_cached = output.num_cached[token.request_id]
             new = Token(caller_id, token.token_id, token.by_lane, token.finish_reason, is_exact, num_cached)
             if isinstance(token, ChosenToken):

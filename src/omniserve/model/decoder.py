@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import omniserve._native as _native
+from omniserve.config import Quantization
 from omniserve.dtypes import dtype_name
 from omniserve.errors import ModelError
 from omniserve.model.families import ModelConfig
@@ -73,6 +74,7 @@ class DecoderWeights:
     lm_head: Linear  # H -> vocab
     layers: list[LayerWeights]
     num_bytes: int
+    quantization: Quantization = "none"
 
 
 class Decoder:
@@ -104,6 +106,7 @@ class Decoder:
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
         self.weight_bytes = weights.num_bytes
+        self.quantization = weights.quantization
         self._weights = weights
         self._layers = weights.layers
         self._all_reduce = all_reduce

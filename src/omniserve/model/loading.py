@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 import omniserve._native as _native
-from omniserve.config import LoadFormat
-from omniserve.errors import ModelError
+from omniserve.config import LoadFormat, Quantization
+from omniserve.errors import ConfigError, ModelError
 from omniserve.model.checkpoint import DummyTensors, LazyTensor, TensorSource, open_checkpoint
 from omniserve.model.decoder import AllReduce, Decoder, DecoderWeights, LayerWeights, Shard, identity
 from omniserve.model.families import ModelConfig, read_model_config
-from omniserve.model.linear import Linear, make_gated, make_linear
+from omniserve.model.linear import Linear, PlainGated, WeightDType, make_gated, make_linear
 from omniserve.model.mlp import ExpertsMlp, GatedMlp, Mlp
+from omniserve.model.quantized_linear import Int4Linear
 from omniserve.model.sources import ensure_model
 from omniserve.model.tensors import expected_tensors
 
@@ -50,15 +51,19 @@ def load_decoder(
     load_format: LoadFormat = "auto",
     show_progress: bool = False,
     team: _native.ThreadTeam | None = None,
+    quantization: Quantization = "none",
 ) -> Decoder:
     """The decoder of checkpoint folder `path`, this shard's slice, converted to `dtype` on `device`.
 
     `max_model_len` bounds positions (None: as many as the checkpoint is good for). `all_reduce` sums a
     tensor over the shards and returns one that the caller may write. `load_format` "dummy" needs config.json
     alone and makes random weights. `show_progress` draws a bar on standard error when it is a terminal and
-    there is much to load. `team` are the threads of a CPU device (None: as many as torch has). Raises
-    ModelError naming missing, unexpected or misshapen tensors.
+    there is much to load. `team` are the threads of a CPU device (None: as many as torch has).
+    `quantization` rounds each matrix as soon as it is read. Raises ModelError naming missing, unexpected or
+    misshapen tensors, ConfigError for quantised weights off the CPU.
     """
+    if quantization != "none" and torch.device(device).type != "cpu":
+        raise ConfigError(f"quantization: {quantization!r} runs on the cpu device alone, not on {device}")
     config = read_model_config(path)
     shapes = expected_tensors(config)
     source: TensorSource
@@ -69,7 +74,7 @@ def load_decoder(
     total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize // shard.size
     with source, _progress(total, show_progress, path.name) as advance:
         team = team or _native.ThreadTeam(torch.get_num_threads())
-        filler = _Filler(config, source, shard, dtype, torch.device(device), advance, team)
+        filler = _Filler(config, source, shard, dtype, torch.device(device), advance, team, quantization)
         weights = filler.decoder_weights()
         filler.refuse_unexpected()
     limit = config.max_position_embeddings if max_model_len is None else max_model_len
@@ -88,9 +93,13 @@ class _Filler:
         device: torch.device,
         advance: Advance,
         team: _native.ThreadTeam,
+        quantization: Quantization,
     ) -> None:
         self.config = config
         self.team = team
+        self.quantization = quantization
+        # The output matrix is int8 also where the rest is int4: its rounding errs in the logits themselves.
+        self.kept: WeightDType | None = None if quantization == "none" else "int8"
         self.source = source
         self.shard = shard
         self.dtype = dtype
@@ -116,10 +125,10 @@ class _Filler:
             head_weight = embedding
         else:
             head_weight = self._whole(family.lm_head)
-        lm_head = self._linear(head_weight)
+        lm_head = self._counted(make_linear(head_weight, None, self.team, self.kept))
         del head_weight
         layers = [self._layer(layer) for layer in range(c.num_layers)]
-        return DecoderWeights(embedding, final_norm, lm_head, layers, self.num_bytes)
+        return DecoderWeights(embedding, final_norm, lm_head, layers, self.num_bytes, self.quantization)
 
     def refuse_unexpected(self) -> None:
         """Raise when the checkpoint holds tensors that this family has no place for: it is something else."""
@@ -195,7 +204,10 @@ class _Filler:
         biases = None
         if has_bias:
             biases = self._merged(parts[:1], ".bias"), self._merged(parts[1:], ".bias")
-        return self._counted(make_gated(gate, up, biases, self.team))
+        if self.quantization == "int4":
+            gate_bias, up_bias = biases or (None, None)
+            return PlainGated(self._linear(gate, gate_bias), self._linear(up, up_bias))
+        return self._counted(make_gated(gate, up, biases, self.team, self.kept))
 
     def _merged(self, parts: list[tuple[str, slice]], suffix: str) -> Tensor:
         row_shape = self.shapes[parts[0][0] + suffix][1:]
@@ -252,7 +264,9 @@ class _Filler:
         return tensor
 
     def _linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        return self._counted(make_linear(weight, bias, self.team))
+        if self.quantization == "int4":
+            return self._counted(Int4Linear(weight, bias))
+        return self._counted(make_linear(weight, bias, self.team, self.kept))
 
     def _counted(self, linear: Linear) -> Linear:
         self.num_bytes += linear.num_bytes
