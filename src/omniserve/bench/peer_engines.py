@@ -11,9 +11,8 @@ shapes    pairs [sequences, tokens of each, output included] of all that will be
 
 A message is one line of JSON. The first goes out when a first token has come back: {"version": ...}. Then,
 for each {"prompts": [[token id, ...], ...], "max_tokens": n} on standard input, {"seconds": s, "outputs":
-[[token id, ...], ...]}: greedy, n tokens for each prompt whatever they are. Prompts of one message are equally
-long.
-Whatever else is printed goes to standard error. The end of standard input ends the process.
+[[token id, ...], ...]}: greedy, n tokens for each prompt whatever they are. Prompts of one message are
+equally long. Whatever else is printed goes to standard error. The end of standard input ends the process.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class Case:
 
 
 def warm_ups(cases: Sequence[Case]) -> list[Case]:
-    """What an engine computes before it is measured: a few tokens of every batch, the shortest long prompt."""
+    """What an engine computes before it is measured: a few tokens of every batch, one long prompt."""
     batches = [c for c in cases if not c.is_prefill]
     long_prompts = sorted((c for c in cases if c.is_prefill), key=lambda c: c.prompt_tokens)
     return [

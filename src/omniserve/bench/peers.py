@@ -6,7 +6,7 @@ over wall time measured inside the peer's process: output tokens of short prompt
 prompt tokens of one long prompt with a single output token.
 
 Each round starts every peer in a process of its own, warms it up, takes the cases one after the other with
-the peers in turns, one computing at a time, and ends them all. The peer that was second begins the next round.
+the peers in turns, one computing at a time, and ends them all. Who was second begins the next round.
 Start-up lasts until a first token has come back; the files may be in the page cache or not. What else kept
 the CPUs busy while a peer computed is reported: near zero when nothing disturbs the run.
 
