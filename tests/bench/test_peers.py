@@ -89,7 +89,7 @@ def test_a_rate_counts_the_tokens_that_are_the_work() -> None:
 
 
 def test_every_batch_size_is_warmed_up_and_one_long_prompt() -> None:
-    cases = peers.cases_of((1, 64), (4096, 1024))
+    cases = peers.cases_of((1, 64), 64, (4096, 1024))
     assert warm_ups(cases) == [Case(1, 10, 4), Case(64, 10, 4), Case(1, 1024, 1)]
 
 

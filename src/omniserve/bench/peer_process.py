@@ -40,8 +40,10 @@ class PeerProcess:
         # -P: the folder of peer_engines.py is no place to import from. A session of its own: all that the
         # engine starts ends with it.
         command = [str(python), "-P", peer_engines.__file__, json.dumps(dict(settings))]
-        threads = str(settings["threads"])
-        environment = os.environ | {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+        # Threads are a setting; a number from outside would stand beside it.
+        environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {
+            "HF_HUB_OFFLINE": "1"
+        }
         began_s = time.perf_counter()
         with log.open("w") as stderr:
             try:

@@ -14,8 +14,8 @@ omniserve      host_offload="never", no prefix cache, chunks of 512 tokens; its 
                omniserve-bf16 (`--bf16`): the same with bfloat16 weights, activations and KV
 transformers   batched generate() of the release that the project uses, on torch's default CPU kernels; all
                prompts are equally long, so nothing is padded
-vllm           the CPU build, its threads bound to the same CPUs, no core reserved, prefix cache off; compiled
-               graphs (not eager), chunk size and processes are the defaults of its LLM class
+vllm           the CPU build, its threads bound to the same CPUs, no core reserved, prefix cache off, Intel's
+               OpenMP preloaded; compilation, chunk size and processes are the defaults of its LLM class
 llama-f32      llama.cpp as llama-cpp-python compiles it here (for this CPU, with OpenMP), the same weights as
                a float32 GGUF file, float32 KV; sequences share batches of up to 2048 tokens, 512 at once
 llama-q4       the same on the 4-bit file that the model was made from (Q4_1, embedding Q8_0), float16 KV:
@@ -53,6 +53,7 @@ CONCURRENCY = (1, 8, 32, 64)
 LONG_PROMPTS = (1024, 4096)
 QUICK_CONCURRENCY = (1, 8)
 QUICK_LONG_PROMPTS = (1024,)
+QUICK_OUTPUT_TOKENS = 16
 ROUNDS = 3
 MIN_WIDTH = 170  # of the table where the terminal does not say
 
@@ -83,9 +84,9 @@ PEERS: dict[str, Peer] = {
 OTHERS = tuple(name for name in PEERS if name not in (OURS, OURS_BF16))
 
 
-def cases_of(concurrency: Sequence[int], long_prompts: Sequence[int]) -> list[Case]:
+def cases_of(concurrency: Sequence[int], output_tokens: int, long_prompts: Sequence[int]) -> list[Case]:
     return [
-        *(Case(count, SHORT_PROMPT_TOKENS, OUTPUT_TOKENS) for count in concurrency),
+        *(Case(count, SHORT_PROMPT_TOKENS, output_tokens) for count in concurrency),
         *(Case(1, length, 1) for length in long_prompts),
     ]
 
@@ -150,7 +151,10 @@ def main(arguments: Sequence[str]) -> int:
     if not console.is_terminal:
         console = Console(width=max(console.width, MIN_WIDTH))
     concurrency = options.concurrency or (QUICK_CONCURRENCY if options.quick else CONCURRENCY)
-    cases = cases_of(concurrency, QUICK_LONG_PROMPTS if options.quick else LONG_PROMPTS)
+    if options.quick:
+        cases = cases_of(concurrency, QUICK_OUTPUT_TOKENS, QUICK_LONG_PROMPTS)
+    else:
+        cases = cases_of(concurrency, OUTPUT_TOKENS, LONG_PROMPTS)
     names = [OURS, *([OURS_BF16] if options.bf16 else []), *dict.fromkeys(options.peers)]
     rounds = options.rounds or (1 if options.quick else ROUNDS)
     report = compare(names, cases, options.threads or available_cpus().count, rounds, console)
@@ -177,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"one round, {QUICK_CONCURRENCY} at once, a prompt of {QUICK_LONG_PROMPTS}",
+        help="one round, fewer cases and output tokens: shows that everything works, and no more",
     )
     return parser
 
