@@ -18,7 +18,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-parity test-native test-neon soak lint format types bench-core bench-host clean distclean
+.PHONY: help setup demo test test-fast test-parity test-native test-neon soak lint format types bench-core bench-host bench-peers clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,19 +56,23 @@ format: setup  ## let ruff rewrite what it can
 types: setup  ## mypy --strict
 	$(BIN)/mypy --strict src
 
-bench-core: setup  ## start-up, tokens/s, lane tokens/s, cost of lane rows (several minutes)
+bench-core: setup  ## start-up, lane tokens/s, cost of lane rows (several minutes)
 	$(BIN)/python -m omniserve.bench.core
 
 bench-host: setup $(PLOTS)  ## host attention beside the memory's streaming rate and torch (several minutes)
 	$(BIN)/omniserve bench-host --json results/host.json --plot results/host.svg
 
-clean:  ## build outputs and caches, not the virtual environment
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+bench-peers: setup  ## our engine beside transformers, vLLM and llama.cpp, which it installs (half an hour; PEERS=--quick)
+	$(BIN)/python -m omniserve.bench.peers $(PEERS)
+
+clean:  ## build outputs and caches, not the virtual environments
+	if [ -d build ]; then find build -mindepth 1 -maxdepth 1 ! -name peers -exec rm -rf {} +; fi
+	rm -rf dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f $(INSTALLED)
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean  ## the virtual environment too (a full download to get it back)
-	rm -rf $(VENV)
+distclean: clean  ## the virtual environments too (a full download to get them back)
+	rm -rf $(VENV) build
 
 # Build tools and every dependency first: the project is then built without isolation, hence without a second torch.
 $(DEPS): pyproject.toml constraints.txt scripts/requirements.py

@@ -1,6 +1,6 @@
 """First figures of the engine: `python -m omniserve.bench.core [--out FILE]`.
 
-Comparisons alternate the two sides within one run, at equal threads; medians over repeats with their range.
+Medians over repeats with their range. How fast others are is told by peers.py.
 """
 
 from __future__ import annotations
@@ -17,12 +17,9 @@ from rich.table import Table
 
 from omniserve import LLM, SamplingParams
 from omniserve.bench.measure import Spread, machine, seconds_of
-from omniserve.config import EngineConfig, available_cpus, split_cpus
+from omniserve.config import EngineConfig, split_cpus
 
 MODEL = "smollm2-135m"
-PROMPT = "The quick brown fox jumps over the lazy dog and then"
-OUTPUT_TOKENS = 64
-CONCURRENCY = (1, 8, 32)
 LANE_ROWS = (0, 1, 4, 8, 16)
 LANE_COUNTS = (1, 8, 32)
 LANE_CONTEXT = 256
@@ -39,53 +36,6 @@ def measure_startup(repeats: int) -> Spread:
 
     start()  # fills the page cache
     return Spread([seconds_of(start) for _ in range(repeats)])
-
-
-# ---------------------------------------------------------------- beside transformers
-
-
-class Transformers:
-    """Batched greedy generation by transformers on the same weights, left-padded, all threads."""
-
-    def __init__(self, threads: int) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        from omniserve.model.sources import ensure_model
-
-        torch.set_num_threads(threads)
-        path = ensure_model(MODEL)
-        self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-
-    def generate(self, count: int) -> None:
-        inputs = self.tokenizer([PROMPT] * count, return_tensors="pt", padding=True)
-        output = self.model.generate(
-            **inputs, do_sample=False, max_new_tokens=OUTPUT_TOKENS, min_new_tokens=OUTPUT_TOKENS
-        )
-        assert output.shape[1] == inputs["input_ids"].shape[1] + OUTPUT_TOKENS
-
-
-def measure_throughput(repeats: int) -> dict[int, tuple[Spread, Spread]]:
-    """Output tokens/s at each concurrency: ours without a host on all cores, and transformers."""
-    threads = available_cpus().count
-    peer = Transformers(threads)
-    params = SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
-    result = {}
-    # Every request has the same prompt: a prefix cache would measure what it remembers.
-    with LLM(MODEL, host_offload="never", device_threads=threads, enable_prefix_caching=False) as llm:
-        for count in CONCURRENCY:
-            ours: list[float] = []
-            theirs: list[float] = []
-            for repeat in range(repeats + 1):
-                own_s = seconds_of(lambda: llm.generate([PROMPT] * count, params))  # noqa: B023
-                peer_s = seconds_of(lambda: peer.generate(count))  # noqa: B023
-                if repeat:  # the first round warms both up
-                    ours.append(count * OUTPUT_TOKENS / own_s)
-                    theirs.append(count * OUTPUT_TOKENS / peer_s)
-            result[count] = (Spread(ours), Spread(theirs))
-    return result
 
 
 # ---------------------------------------------------------------- lanes
@@ -199,20 +149,6 @@ def report_walks(console: Console, repeats: int) -> dict[str, Any]:
     return report
 
 
-def report_throughput(console: Console, repeats: int) -> dict[str, Any]:
-    rates = measure_throughput(repeats)
-    rows = [
-        (str(count), str(ours), str(theirs), f"{ours.median / theirs.median:.2f}x")
-        for count, (ours, theirs) in rates.items()
-    ]
-    title = f"output tokens/s, {OUTPUT_TOKENS} tokens each, all cores"
-    console.print(_table(title, ("concurrent", "omniserve", "transformers.generate", "ratio"), rows))
-    return {
-        str(c): {"omniserve": ours.as_dict(), "transformers": theirs.as_dict()}
-        for c, (ours, theirs) in rates.items()
-    }
-
-
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(title=title)
     for name in columns:
@@ -226,7 +162,6 @@ PARTS: dict[str, Callable[[Console, int], dict[str, Any]]] = {
     "startup_s": report_startup,
     "lane_tokens_per_s": report_lanes,
     "walk_s": report_walks,
-    "output_tokens_per_s": report_throughput,
 }
 
 

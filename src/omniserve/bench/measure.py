@@ -7,7 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,13 @@ def pinned(cpus: Sequence[int]) -> Iterator[None]:
 
 
 class Others:
-    """Watches what everything but this process does to the CPUs, from its creation on."""
+    """Watches what everybody else does to the CPUs, from its creation on.
 
-    def __init__(self) -> None:
+    own_s: CPU seconds so far of what is not somebody else; those of this process without it.
+    """
+
+    def __init__(self, own_s: Callable[[], float] | None = None) -> None:
+        self._own_s = own_s or _process_busy_s
         self._began_s, self._before_s = time.perf_counter(), self._busy_s()
 
     def cores(self) -> float:
@@ -88,11 +92,33 @@ class Others:
         busy_s = self._busy_s() - self._before_s
         return max(0.0, busy_s / max(1e-9, time.perf_counter() - self._began_s))
 
-    @staticmethod
-    def _busy_s() -> float:
-        ours = os.times()
+    def _busy_s(self) -> float:
         ticks = busy_ticks(Path("/proc/stat").read_text())
-        return ticks / os.sysconf("SC_CLK_TCK") - ours.user - ours.system
+        return ticks / os.sysconf("SC_CLK_TCK") - self._own_s()
+
+
+def _process_busy_s() -> float:
+    ours = os.times()
+    return ours.user + ours.system
+
+
+def tree_busy_s(root: int) -> float:
+    """CPU seconds so far of process `root` and its living descendants."""
+    parents, ticks = {}, {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with suppress(OSError):  # ended meanwhile
+                # The command's name stands in brackets and may hold anything.
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+                parents[int(folder.name)] = int(fields[1])
+                ticks[int(folder.name)] = int(fields[11]) + int(fields[12])
+
+    def is_descendant(process: int) -> bool:
+        while process in parents and process != root:
+            process = parents[process]
+        return process == root
+
+    return sum(n for process, n in ticks.items() if is_descendant(process)) / os.sysconf("SC_CLK_TCK")
 
 
 def busy_ticks(stat: str) -> int:

