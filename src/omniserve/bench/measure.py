@@ -78,7 +78,7 @@ def pinned(cpus: Sequence[int]) -> Iterator[None]:
 
 
 class Others:
-    """Watches what everything but this process does to the CPUs, from its creation on."""
+    """What everything but this process and its ended children does to the CPUs, from its creation on."""
 
     def __init__(self) -> None:
         self._began_s, self._before_s = time.perf_counter(), self._busy_s()
@@ -92,7 +92,8 @@ class Others:
     def _busy_s() -> float:
         ours = os.times()
         ticks = busy_ticks(Path("/proc/stat").read_text())
-        return ticks / os.sysconf("SC_CLK_TCK") - ours.user - ours.system
+        own_s = ours.user + ours.system + ours.children_user + ours.children_system
+        return ticks / os.sysconf("SC_CLK_TCK") - own_s
 
 
 def busy_ticks(stat: str) -> int:

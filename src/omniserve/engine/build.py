@@ -28,6 +28,7 @@ from omniserve.model.decoder import Decoder
 from omniserve.model.families import ModelConfig, read_model_config
 from omniserve.model.loading import load_decoder
 from omniserve.policy.latency import CostModel, FixedBudget
+from omniserve.policy.latency_model import LatencyModel
 from omniserve.policy.request import Limits
 
 MAX_DEFAULT_MODEL_LEN = 8192
@@ -140,6 +141,7 @@ def make_engine(
     host: Callable[..., Host] = HostSupervisor,
     cost: CostModel | None = None,
     host_partitions: int | None = None,
+    latency: LatencyModel | None = None,
 ) -> Engine:
     """Build an engine around loaded weights. `host(geometry, cpus, threads, lock_memory)` makes the host.
 
@@ -160,7 +162,7 @@ def make_engine(
     the_host: Host | None = None
     kv_dtype_there: str | None = None
     if config.host_offload != "never":
-        geometry = _lane_geometry(config, decoder, limits, max_model_len)
+        geometry = lane_geometry(config, decoder, limits, max_model_len)
         the_host = host(geometry, split.host_cpus, split.host_threads, config.host_mlock)
         kv_dtype_there = geometry.host_kv_dtype
     cost = cost or FixedBudget(config.max_num_batched_tokens, config.max_lane_rows, config.pass_budget_s)
@@ -175,6 +177,7 @@ def make_engine(
         split.host_threads,
         kv_dtype_there,
         caches_prefixes=config.enable_prefix_caching,
+        latency=latency,
     )
 
 
@@ -197,7 +200,7 @@ def _device_attention(
     )
 
 
-def _lane_geometry(
+def lane_geometry(
     config: EngineConfig, decoder: Decoder, limits: Limits, max_model_len: int
 ) -> _native.LaneGeometry:
     """Sizes of the lanes' segment. KV is in the model's dtype on both sides, or int8 on the host."""
@@ -236,4 +239,9 @@ def load_engine(config: EngineConfig, path: Path, arrivals: Callable[[], bool] =
     decoder = load_decoder(
         path, dtype, max_model_len=max_model_len, load_format=config.load_format, show_progress=True
     )
-    return make_engine(config, decoder, max_model_len, split, arrivals)
+    latency = None
+    if config.calibrate == "always":
+        from omniserve.engine.calibration import ensure_profile  # it builds an engine itself
+
+        latency = ensure_profile(config, decoder, split, max_model_len)
+    return make_engine(config, decoder, max_model_len, split, arrivals, latency=latency)
