@@ -65,40 +65,36 @@ class Profiler:
         """Measure everything. `key` says what the result holds for."""
         others, began = Others(), time.perf_counter()
         self._until = began + self.budget_s
-        overhead, row_overhead = self._engine_overhead()
-        geometry = self.sandbox.host.segment.geometry
-        threads, cpus = self.split.host_threads, self.split.host_cpus
-        rates = NO_HOST
-        if threads:
+        overhead = self._engine_overhead()
+        rates, passes = NO_HOST, [(1, 0.0)]
+        if self.split.host_threads:
             rates = measure_host(self.config, self.sandbox.decoder, self.split, self.sandbox.max_model_len)
-        with host_load(geometry, LOAD_BYTES, threads, cpus) as load:
+        geometry = self.sandbox.host.segment.geometry
+        with host_load(geometry, LOAD_BYTES, self.split.host_threads, self.split.host_cpus) as load:
             dense = self._dense(load)
             head = self._head(load)
-            walks = self._walks(load)
-            self.sandbox.use_lanes(True)
-            passes = self.sandbox.pass_s()
-            lanes = self._lane_walks(load)
-        idle, idle_errors = self._fitted(walks[0] + lanes[0], dense[0], head[0])
-        busy, busy_errors = self._fitted(walks[1] + lanes[1], dense[1], head[1])
-        idle, busy = (
-            replace(costs, overhead_s=costs.overhead_s + overhead, row_overhead_s=row_overhead)
-            for costs in (idle, busy)
-        )
+            samples = self._walks(load)
+            if load.is_there:
+                self.sandbox.use_lanes(True)
+                passes = self.sandbox.pass_s()
+                samples = [a + b for a, b in zip(samples, self._lane_walks(load), strict=True)]
+        costs: list[WalkCosts] = []
         residuals: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        for share, samples, errors in (
-            (0, walks[0] + lanes[0], idle_errors),
-            (1, walks[1] + lanes[1], busy_errors),
-        ):
-            for sample, error in zip(samples, errors, strict=True):
-                residuals[kind_of(sample.load, share)].append(round(error, 5))
+        for state, walks in enumerate(samples):
+            found, errors = fit_costs(walks, dense[state], head[state], self.sandbox.decoder.num_layers)
+            costs.append(
+                replace(found, overhead_s=found.overhead_s + overhead[0], row_overhead_s=overhead[1])
+            )
+            for walk, error in zip(walks, errors, strict=True):
+                residuals[kind_of(walk.load, state)].append(round(error, 5))
         source = {
             "how": "measured on this machine",
             "seconds": round(time.perf_counter() - began, 1),
-            "walks": sum(map(len, walks)) + sum(map(len, lanes)),
+            "walks": sum(map(len, samples)),
             "points": len(dense[0].rows),
             "cores_of_others": round(others.cores(), 2),
         }
-        return self._result(key, idle, busy, passes, rates, residuals, source)
+        return self._result(key, costs[0], costs[-1], passes, rates, residuals, source)
 
     def _result(
         self,
@@ -131,11 +127,11 @@ class Profiler:
 
     # ------------------------------------------------------------ staircases
 
-    def _dense(self, load: HostLoad) -> tuple[Staircase, Staircase]:
+    def _dense(self, load: HostLoad) -> list[Staircase]:
         self.sandbox.dense_s(1)
         return self._staircases("dense modules", self.sandbox.dense_s, self.max_rows, load, _STEPS, _ROUNDS)
 
-    def _head(self, load: HostLoad) -> tuple[Staircase, Staircase]:
+    def _head(self, load: HostLoad) -> list[Staircase]:
         self.sandbox.head_s(1)
         most = min(self.max_rows, self.config.max_num_seqs + self.config.max_lane_rows)
         return self._staircases("logits", self.sandbox.head_s, most, load, _HEAD / 2, _HEAD / 2)
@@ -148,7 +144,7 @@ class Profiler:
         load: HostLoad,
         search_share: float,
         rounds_share: float,
-    ) -> tuple[Staircase, Staircase]:
+    ) -> list[Staircase]:
         """Beside an idle and a busy host, at the same points: steps are searched beside an idle one."""
         until = self._deadline(search_share)
 
@@ -158,28 +154,25 @@ class Profiler:
 
         points = find_steps(measured, max_rows, TOLERANCE, lambda found: time.perf_counter() < until)
         until = self._deadline(rounds_share)
-        times: tuple[dict[int, list[float]], ...] = ({n: [] for n in points}, {n: [] for n in points})
+        times: list[dict[int, list[float]]] = [{n: [] for n in points} for _ in range(1 + load.is_there)]
         for number in _rounds(until):
-            for is_busy in _both(load):
+            for state in _states(load):
                 for n in points:
                     if number == 0 or time.perf_counter() < until:
-                        times[is_busy][n].append(measure(n))
+                        times[state][n].append(measure(n))
             self._tell(what)
         self._done += search_share + rounds_share
         rows = tuple(points)
-        idle, busy = (
-            Staircase(rows, never_falling([statistics.median(found[n]) for n in rows])) for found in times
-        )
-        return idle, busy
+        return [Staircase(rows, never_falling([statistics.median(t[n]) for n in rows])) for t in times]
 
     # ------------------------------------------------------------ whole walks
 
-    def _walks(self, load: HostLoad) -> tuple[list[WalkSample], list[WalkSample]]:
+    def _walks(self, load: HostLoad) -> list[list[WalkSample]]:
         """Random mixes of decodes and chunks, each beside an idle and a busy host."""
         self.sandbox.use_lanes(False)
         return self._sampled("walks", load, _WALKS, self._mix, _MIN_WALKS)
 
-    def _lane_walks(self, load: HostLoad) -> tuple[list[WalkSample], list[WalkSample]]:
+    def _lane_walks(self, load: HostLoad) -> list[list[WalkSample]]:
         """Walks with lanes: so many start in each that every layer has some in the end; fewer; more."""
         turn = 0
         most = self.config.max_lane_rows
@@ -197,16 +190,15 @@ class Profiler:
 
     def _sampled(
         self, what: str, load: HostLoad, share: float, mix: Callable[[], Mix], at_least: int
-    ) -> tuple[list[WalkSample], list[WalkSample]]:
+    ) -> list[list[WalkSample]]:
         until = self._deadline(share)
-        found: tuple[list[WalkSample], list[WalkSample]] = ([], [])
+        found: list[list[WalkSample]] = [[] for _ in range(1 + load.is_there)]
         for number in range(1 << 30):
             if number >= at_least and time.perf_counter() >= until:
                 break
             wanted = mix()
-            for is_busy in _both(load):
-                walk, seconds = self.sandbox.walk(wanted)
-                found[is_busy].append(WalkSample(walk, seconds))
+            for state in _states(load):
+                found[state].append(WalkSample(*self.sandbox.walk(wanted)))
             self._tell(what)
         self._done += share
         return found
@@ -232,11 +224,6 @@ class Profiler:
 
     def _upto(self, most: int) -> int:
         return max(1, min(most, round(float(np.exp(self._random.uniform(0, np.log(most + 0.5)))))))
-
-    def _fitted(
-        self, samples: list[WalkSample], dense: Staircase, head: Staircase
-    ) -> tuple[WalkCosts, list[float]]:
-        return fit_costs(samples, dense, head, self.sandbox.decoder.num_layers)
 
     def _engine_overhead(self) -> tuple[float, float]:
         """Of the loop around a walk, and of each request in it: the line through one and a few requests."""
@@ -267,14 +254,15 @@ def _rounds(until: float) -> Iterable[int]:
         number += 1
 
 
-def _both(load: HostLoad) -> Iterable[int]:
-    """0 beside an idle host, then 1 beside a busy one."""
+def _states(load: HostLoad) -> Iterable[int]:
+    """0 beside an idle host, then 1 beside a busy one where there is a host."""
     yield 0
-    load.go()
-    try:
-        yield 1
-    finally:
-        load.rest()
+    if load.is_there:
+        load.go()
+        try:
+            yield 1
+        finally:
+            load.rest()
 
 
 def profile(

@@ -62,6 +62,10 @@ class HostLoad:
     def __init__(self, process: subprocess.Popen[bytes] | None) -> None:
         self._process = process
 
+    @property
+    def is_there(self) -> bool:
+        return self._process is not None
+
     def rest(self) -> None:
         self._signal(signal.SIGSTOP)
 

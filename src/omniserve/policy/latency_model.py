@@ -6,7 +6,6 @@ Pure: a fit (plain data, from engine/profiler.py or policy/hardware_profiles.py)
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -107,13 +106,13 @@ class LatencyFit:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> LatencyFit:
+    def from_json(cls, data: object) -> LatencyFit:
         """Raises ValueError for another version or anything that is no such fit."""
         import msgspec
 
-        if data.get("schema") != SCHEMA:
-            raise ValueError(f"schema: {data.get('schema')!r} is not {SCHEMA!r}")
-        return msgspec.convert(dict(data), cls)  # its ValidationError is a ValueError
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            raise ValueError(f"no latency profile of schema {SCHEMA!r}")
+        return msgspec.convert(data, cls)  # its ValidationError is a ValueError
 
 
 class LatencyModel:
@@ -198,7 +197,7 @@ class LatencyModel:
         return self.fit.to_json()
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], quantile: float = 0.95) -> LatencyModel:
+    def from_json(cls, data: object, quantile: float = 0.95) -> LatencyModel:
         """Raises ValueError for data that is no fit of this version."""
         return cls(LatencyFit.from_json(data), quantile)
 
