@@ -44,8 +44,10 @@ MODEL = "smollm2-135m"
 MODEL_LEN = 2048
 WALKS = 200  # of a kind, at least
 REPEATS = 200  # of the one plan
+MOST_STEPS = 30  # times the walks wanted: some kind may hardly come up on this machine
+TURN_STEPS = 20
 # Requests of the workload: prompt and output tokens, contexts of lanes; token budgets of its walks.
-PROMPT, OUTPUT, LANE_PROMPT = (8, 1500), (4, 60), (64, 1500)
+PROMPT, OUTPUT, LANE_PROMPTS = (8, 1500), (4, 60), ((16, 64), (256, 1500))
 BUDGETS = (16, 32, 64)
 Pairs = list[tuple[float, float]]
 
@@ -102,14 +104,14 @@ class Workload:
         self.engine = engine
         self.rng = rng
 
-    def keep_up(self, num_chats: int, num_lanes: int) -> None:
+    def keep_up(self, num_chats: int, num_lanes: int, lane_prompt: tuple[int, int]) -> None:
         """Requests enough of both classes, and another token budget now and then."""
         requests = self.engine.state.requests.values()
         chats = sum(not r.best_effort for r in requests)
         for _ in range(num_chats - chats):
             self._add("latency_sensitive", PROMPT)
         for _ in range(num_lanes - (len(requests) - chats)):
-            self._add("best_effort", LANE_PROMPT)
+            self._add("best_effort", lane_prompt)
         if self.rng.random() < 0.05:
             budget = self.engine.cost
             assert isinstance(budget, FixedBudget)
@@ -139,31 +141,46 @@ def run_workload(
     rng = random.Random(1)
     limits = make_limits(config, decoder.config, decoder.dtype, MODEL_LEN)
     geometry = lane_geometry(config, decoder, limits, MODEL_LEN)
-    with host_load(geometry, LOAD_BYTES, split.host_threads, split.host_cpus) as load:
-        for num_lanes in (0, 24):
-            with _engine(config, decoder, split, model) as engine, console.status("measuring ..."):
-                workload = Workload(engine, rng)
-                _turns(workload, model, load, num_lanes, num_walks)
+    with (
+        console.status("measuring walks without lanes ..."),
+        _engine(config, decoder, split, model) as engine,
+        host_load(geometry, LOAD_BYTES, split.host_threads, split.host_cpus) as load,
+    ):
+        _without_lanes(Workload(engine, rng), model, load, num_walks)
+    model.busy = False
+    with console.status("measuring walks with lanes ..."), _engine(config, decoder, split, model) as engine:
+        _with_lanes(Workload(engine, rng), model, num_walks)
     return watched
 
 
-def _turns(workload: Workload, model: WatchedModel, load: HostLoad, num_lanes: int, num_walks: int) -> None:
-    """Some steps beside an idle host, some beside a busy one, in turns.
-
-    Decodes and chunks come from the leg without lanes: with lanes about, nearly every walk has some.
-    """
-    wanted = ("lanes",) if num_lanes else ("decode", "chunk")
-    kinds = {f"{what}, host {host}" for what in wanted for host in ("idle", "busy")}
-    if num_lanes:  # beside an engine whose lanes keep it busy the host is idle only by chance
-        kinds.discard("lanes, host idle")
-    while any(len(model.watched.after.get(kind, ())) < num_walks for kind in kinds):
+def _without_lanes(workload: Workload, model: WatchedModel, load: HostLoad, num_walks: int) -> None:
+    """Decodes and chunks: some steps beside an idle host, some beside a busy one, in turns."""
+    for is_busy in _turns(model, ("decode", "chunk"), num_walks):
+        model.busy = is_busy
+        load.go() if is_busy else load.rest()
         chats = workload.rng.randint(1, 12)
-        model.busy = workload.rng.random() < 0.5
-        load.go() if model.busy else load.rest()
-        for _ in range(20):
-            workload.keep_up(chats, num_lanes)
+        for _ in range(TURN_STEPS):
+            workload.keep_up(chats, 0, LANE_PROMPTS[0])
             workload.step()
     load.rest()
+
+
+def _with_lanes(workload: Workload, model: WatchedModel, num_walks: int) -> None:
+    """Few short lanes and many long ones in turns: how busy the host is follows from them."""
+    for is_long in _turns(model, ("lanes",), num_walks):
+        chats, lanes = workload.rng.randint(1, 12), 24 if is_long else 3
+        for _ in range(TURN_STEPS):
+            workload.keep_up(chats, lanes, LANE_PROMPTS[is_long])
+            workload.step()
+
+
+def _turns(model: WatchedModel, wanted: Sequence[str], num_walks: int) -> Iterator[bool]:
+    """False and True in turns until there are `num_walks` of each kind wanted, or many more of others."""
+    kinds = [f"{what}, host {host}" for what in wanted for host in ("idle", "busy")]
+    for turn in range(MOST_STEPS * num_walks // TURN_STEPS):
+        if all(len(model.watched.after.get(kind, ())) >= num_walks for kind in kinds):
+            return
+        yield turn % 2 == 1
 
 
 def noise_floor(config: EngineConfig, decoder: Decoder, split: CpuSplit, repeats: int) -> Pairs:
@@ -188,8 +205,8 @@ def as_report(watched: Watched, floor: Pairs) -> dict[str, Any]:
     report: dict[str, Any] = {"noise_floor": accuracy(floor), "kinds": {}}
     for kind in kinds:
         report["kinds"][kind] = _row(watched.before[kind], watched.after[kind], watched.covered[kind])
-    together = [[x for kind in kinds for x in side[kind]] for side in (watched.before, watched.after)]
-    report["overall"] = _row(*together, [x for kind in kinds for x in watched.covered[kind]])
+    before, after = ([x for kind in kinds for x in side[kind]] for side in (watched.before, watched.after))
+    report["overall"] = _row(before, after, [x for kind in kinds for x in watched.covered[kind]])
     return report
 
 
