@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine.conftest import TinySubject
 from engine.driver import BE, LS, Subject, build_engine, executor_of
+from omniserve import cli
 from omniserve.config import EngineConfig, split_cpus
 from omniserve.engine import calibration
 from omniserve.engine.calibration import ensure_profile, profile_key, profile_path
@@ -111,7 +115,8 @@ def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, 
 
     def made_up(*arguments: object) -> LatencyFit:
         keys.append(arguments[4])  # type: ignore[arg-type]
-        return small_fit(key=arguments[4])
+        source = {"how": "made up", "seconds": 0, "cores_of_others": 0.0}
+        return small_fit(key=arguments[4], source=source)
 
     monkeypatch.setenv("OMNISERVE_CACHE", str(tmp_path))
     monkeypatch.setattr(calibration, "profile", made_up)
@@ -191,3 +196,34 @@ def test_an_engine_learns_from_every_walk_it_makes(subject: Subject) -> None:
         assert any("lanes" in kind for kind in counts)
     finally:
         engine.close()
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def keeps_its_cpus() -> Iterator[None]:
+    """The command pins its own process as an engine would: here that is the tests'."""
+    cpus, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    yield
+    os.sched_setaffinity(0, cpus)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("keeps_its_cpus")
+def test_the_command_shows_the_profile(
+    tiny_llama: Callable[..., Path],
+    profiles: list[dict[str, object]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = ["--model", str(tiny_llama()), "--device-threads", "1", "--host-threads", "1"]
+    assert cli.main(["profile", "--json", *settings]) == 0
+    assert LatencyFit.from_json(json.loads(capsys.readouterr().out)).key["device_threads"] == 1
+    assert cli.main(["profile", *settings]) == 0
+    shown = capsys.readouterr().out
+    assert "dense modules, 8 rows" in shown
+    assert "10.0 GB/s" in shown
+    assert len(profiles) == 1
+    assert cli.main(["profile", "--plot", "profile.bmp", *settings]) == 1
+    assert "--plot profile.bmp" in capsys.readouterr().err

@@ -232,6 +232,14 @@ def test_errors_are_of_predictions_made_before_learning_from_them() -> None:
     assert model.accuracy()["decode, host idle"] == {"count": 1, "mean": 0.5, "p90": 0.5}
 
 
+def test_the_hosts_share_is_that_of_the_last_walks() -> None:
+    model = LatencyModel(small_fit())
+    assert model.host_share == 0.0
+    for share in [0.0] * 20 + [0.8] * 30:
+        model.observe(decodes(1, 1), share, 0.01)
+    assert model.host_share == pytest.approx(0.8, abs=0.01)
+
+
 def test_every_kind_of_walk_has_its_name() -> None:
     chunk, lanes = WalkLoad(), decodes(1, 1)
     chunk.add_chunk(0, 4)

@@ -18,8 +18,10 @@ _FOLDS = 5
 _REWEIGHTINGS = 8
 # Errors beyond so many median errors count less (Huber), but not before they exceed `_LEAST_ERROR`.
 _TYPICAL, _LEAST_ERROR = 2.0, 0.005
-# The staircases' factors (dense, head) are near 1: an error of 1 / weight times that of a walk.
+# The staircases' factors (dense, head) are near 1: an error of theirs counts as so many of a walk's. They are
+# never less than a quarter: no walk is for nothing, whatever the noise.
 _FACTOR_WEIGHTS = np.array([0.2, 0.1])
+_LEAST_FACTOR = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,19 +95,22 @@ def _scaled(stairs: Staircase, factor: float) -> Staircase:
 
 def _solve(matrix: Array, seconds: Array) -> Array:
     """Coefficients >= 0 of the smallest relative errors, large errors counting less."""
-    relative = matrix / seconds[:, None]
+    factors = len(_FACTOR_WEIGHTS)
+    least = np.zeros(matrix.shape[1])
+    least[:factors] = _LEAST_FACTOR
+    prior = np.zeros((factors, matrix.shape[1]))
+    prior[:, :factors] = np.diag(_FACTOR_WEIGHTS)
+    relative = np.vstack([matrix / seconds[:, None], prior])
+    target = np.concatenate([np.ones(len(seconds)), _FACTOR_WEIGHTS]) - relative @ least
     scale = np.maximum(np.abs(relative).max(axis=0), 1e-300)
-    prior = np.diag(np.pad(_FACTOR_WEIGHTS, (0, len(scale) - len(_FACTOR_WEIGHTS))))[: len(_FACTOR_WEIGHTS)]
-    scaled = np.vstack([relative, prior]) / scale
-    target = np.concatenate([np.ones(len(seconds)), _FACTOR_WEIGHTS])
     weights = np.ones(len(target))
     for _ in range(_REWEIGHTINGS):
         root = np.sqrt(weights)
-        found = _non_negative(scaled * root[:, None], target * root)
-        errors = np.abs(scaled @ found - target)[: len(seconds)]
+        found = _non_negative(relative / scale * root[:, None], target * root)
+        errors = np.abs(relative / scale @ found - target)[: len(seconds)]
         typical = max(_LEAST_ERROR, _TYPICAL * float(np.median(errors)))
         weights[: len(seconds)] = np.minimum(1.0, typical / np.maximum(errors, 1e-12))
-    solution: Array = found / scale
+    solution: Array = least + found / scale
     return solution
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from omniserve.attention.cpu import dtype_name, kv_geometry
 from omniserve.config import CpuSplit, EngineConfig
 from omniserve.engine.build import make_engine
 from omniserve.engine.cpu_executor import PASS_SPIN_S, CpuExecutor
@@ -26,8 +27,9 @@ from omniserve.types import SamplingParams
 
 # KV memory of the device side at most: larger than caches, small beside the machine.
 MAX_KV_BYTES = 512 << 20
-# Lanes hold one token here.
+# Lanes hold one token here; copies go to pages of their own.
 LANE_PAGE_SIZE = 4
+COPY_PAGES = 1024
 _NEVER_ENDS = 1 << 40
 
 
@@ -46,13 +48,15 @@ class Sandbox:
 
     def __init__(self, config: EngineConfig, decoder: Decoder, split: CpuSplit, max_model_len: int) -> None:
         lanes = config.max_lane_rows * (decoder.num_layers + 2)
+        sides = (decoder.num_layers, decoder.num_kv_heads, decoder.head_dim, LANE_PAGE_SIZE)
+        lane_page = kv_geometry(*sides, dtype_name(decoder.dtype)).page_bytes
         config = replace(
             config,
             host_offload="always",
             reentry="next_iteration",
             enable_prefix_caching=False,
             device_memory_bytes=min(MAX_KV_BYTES, config.device_memory_bytes or MAX_KV_BYTES),
-            host_memory_bytes=1 << 40,  # as many pages as its lanes could fill; untouched ones take none
+            host_memory_bytes=(lanes + COPY_PAGES) * lane_page,
             host_page_size=LANE_PAGE_SIZE,
             host_kv_dtype="auto",
             max_lanes=lanes,

@@ -19,6 +19,8 @@ SCHEMA = "omniserve-latency/1"
 WINDOW = 256
 # From this share on a walk counts as one beside a busy host.
 BUSY_SHARE = 0.5
+# How fast `host_share` follows the walks.
+_SHARE_STEP = 0.2
 KINDS = tuple(f"{what}, host {host}" for what in ("decode", "chunk", "lanes") for host in ("idle", "busy"))
 
 
@@ -120,6 +122,8 @@ class LatencyModel:
 
     `host_is_busy` is True, False, or the share of a walk in which the host reads memory. Times are
     monotone in every count of a load, so that a budget can be searched by halves.
+
+    host_share: how busy the host has been in the last walks, the guess for the next one.
     """
 
     def __init__(self, fit: LatencyFit, quantile: float = 0.95) -> None:
@@ -128,6 +132,7 @@ class LatencyModel:
         assert fit.idle.head.rows == fit.busy.head.rows, "both host states share their points"
         self.fit = fit
         self.quantile = quantile
+        self.host_share = 0.0
         self._correction = Correction()
         self._windows = {kind: ErrorWindow(WINDOW, fit.residuals.get(kind, ())) for kind in KINDS}
         self._dense = (fit.idle.dense.table(), fit.busy.dense.table())
@@ -183,6 +188,7 @@ class LatencyModel:
         expected_s = self._correction.apply(parts, host_is_busy)
         self._windows[kind_of(load, host_is_busy)].add(expected_s, seconds)
         self._correction.observe(parts, host_is_busy, seconds)
+        self.host_share += _SHARE_STEP * (host_is_busy - self.host_share)
         return expected_s
 
     def accuracy(self) -> dict[str, dict[str, float]]:
