@@ -45,11 +45,14 @@ MODEL_LEN = 2048
 WALKS = 200  # of a kind, at least
 REPEATS = 200  # of the one plan
 MOST_STEPS = 30  # times the walks wanted: some kind may hardly come up on this machine
-TURN_STEPS = 20
-# Requests of the workload: prompt and output tokens, contexts of lanes; token budgets of its walks.
-PROMPT, OUTPUT, LANE_PROMPTS = (8, 1500), (4, 60), ((16, 64), (256, 1500))
+TURN_STEPS = 60  # requests come at its start only: their chunks are done before it ends, decodes follow
+# Requests of the workload, from and to: tokens of prompts and outputs, of chats without lanes, of chats
+# beside lanes, of few short and of many long lanes; token budgets of walks.
+CHAT, BRIEF_CHAT = ((8, 1000), (20, 120)), ((8, 200), (20, 100))
+LANES = (((16, 64), (50, 100)), ((500, 1500), (100, 300)))
 BUDGETS = (16, 32, 64)
 Pairs = list[tuple[float, float]]
+Lengths = tuple[tuple[int, int], tuple[int, int]]
 
 
 @dataclass(slots=True)
@@ -104,25 +107,24 @@ class Workload:
         self.engine = engine
         self.rng = rng
 
-    def keep_up(self, num_chats: int, num_lanes: int, lane_prompt: tuple[int, int]) -> None:
-        """Requests enough of both classes, and another token budget now and then."""
-        requests = self.engine.state.requests.values()
-        chats = sum(not r.best_effort for r in requests)
-        for _ in range(num_chats - chats):
-            self._add("latency_sensitive", PROMPT)
-        for _ in range(num_lanes - (len(requests) - chats)):
-            self._add("best_effort", lane_prompt)
-        if self.rng.random() < 0.05:
+    def keep_up(self, service_class: str, count: int, lengths: Lengths) -> None:
+        """Requests of a class, `count` at a time, and another token budget now and then."""
+        is_batch = service_class == "best_effort"
+        present = sum(r.best_effort == is_batch for r in self.engine.state.requests.values())
+        for _ in range(count - present):
+            self._add(service_class, lengths)
+        if self.rng.random() < 0.5:
             budget = self.engine.cost
             assert isinstance(budget, FixedBudget)
             self.engine.cost = replace(budget, max_num_batched_tokens=self.rng.choice(BUDGETS))
 
-    def _add(self, service_class: str, lengths: tuple[int, int]) -> None:
-        length = round(lengths[0] * (lengths[1] / lengths[0]) ** self.rng.random())
+    def _add(self, service_class: str, lengths: Lengths) -> None:
+        (shortest, longest), output = lengths
+        length = round(shortest * (longest / shortest) ** self.rng.random())
         prompt = [self.rng.randrange(100, 40_000) for _ in range(length)]
         sampling = SamplingParams(
             temperature=self.rng.choice((0.0, 0.0, 0.8)),
-            max_tokens=self.rng.randint(*OUTPUT),
+            max_tokens=self.rng.randint(*output),
             ignore_eos=True,
         )
         self.engine.add(prompt, sampling, service_class)
@@ -158,9 +160,9 @@ def _without_lanes(workload: Workload, model: WatchedModel, load: HostLoad, num_
     for is_busy in _turns(model, ("decode", "chunk"), num_walks):
         model.busy = is_busy
         load.go() if is_busy else load.rest()
-        chats = workload.rng.randint(1, 12)
+        chats = workload.rng.randint(1, 8)
+        workload.keep_up("latency_sensitive", chats, CHAT)
         for _ in range(TURN_STEPS):
-            workload.keep_up(chats, 0, LANE_PROMPTS[0])
             workload.step()
     load.rest()
 
@@ -168,9 +170,10 @@ def _without_lanes(workload: Workload, model: WatchedModel, load: HostLoad, num_
 def _with_lanes(workload: Workload, model: WatchedModel, num_walks: int) -> None:
     """Few short lanes and many long ones in turns: how busy the host is follows from them."""
     for is_long in _turns(model, ("lanes",), num_walks):
-        chats, lanes = workload.rng.randint(1, 12), 24 if is_long else 3
+        chats, lanes = workload.rng.randint(1, 6), 24 if is_long else 3
+        workload.keep_up("latency_sensitive", chats, BRIEF_CHAT)
+        workload.keep_up("best_effort", lanes, LANES[is_long])
         for _ in range(TURN_STEPS):
-            workload.keep_up(chats, lanes, LANE_PROMPTS[is_long])
             workload.step()
 
 

@@ -29,12 +29,14 @@ from omniserve.policy.latency_model import KINDS, LatencyFit, WalkCosts, kind_of
 from omniserve.policy.staircase import Staircase, find_steps, never_falling
 
 BUDGET_S = 45.0  # of measuring; start and end take some seconds more
-TOLERANCE = 0.03  # of a staircase between two points, relative
+TOLERANCE = 0.03  # of a staircase between two points, relative; more where times themselves vary more
+MOST_POINTS = 16  # of a staircase: each is measured several times
 LOAD_BYTES = 256 << 20  # what the busy host reads again and again: more than caches hold
 _REPEATS = 3  # of a point while steps are searched
+_NOISE_REPEATS = 7
 _MIN_WALKS = 24
 # Shares of the budget.
-_STEPS, _ROUNDS, _HEAD, _WALKS, _LANES = 0.2, 0.2, 0.08, 0.32, 0.2
+_STEPS, _ROUNDS, _HEAD, _WALKS, _LANES = 0.12, 0.24, 0.1, 0.32, 0.22
 
 Progress = Callable[[str, float], None]
 
@@ -152,7 +154,14 @@ class Profiler:
             self._tell(what)
             return statistics.median(measure(rows) for _ in range(_REPEATS))
 
-        points = find_steps(measured, max_rows, TOLERANCE, lambda found: time.perf_counter() < until)
+        repeated = sorted(measure(min(8, max_rows)) for _ in range(_NOISE_REPEATS))
+        noise = (repeated[-2] - repeated[1]) / repeated[_NOISE_REPEATS // 2]
+        points = find_steps(
+            measured,
+            max_rows,
+            max(TOLERANCE, noise),
+            lambda found: found < MOST_POINTS and time.perf_counter() < until,
+        )
         until = self._deadline(rounds_share)
         times: list[dict[int, list[float]]] = [{n: [] for n in points} for _ in range(1 + load.is_there)]
         for number in _rounds(until):
