@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from omniserve.attention.cpu import dtype_name, kv_geometry
 from omniserve.config import CpuSplit, EngineConfig
@@ -78,6 +79,7 @@ class Sandbox:
         self._free_slots = list(range(lanes))
         self._texts: dict[int, Record] = {}
         self._copies = 0
+        self._noise = torch.Generator().manual_seed(0)
 
     @property
     def kv_tokens(self) -> int:
@@ -153,8 +155,8 @@ class Sandbox:
     def dense_s(self, num_rows: int) -> float:
         """Seconds of the dense modules of all layers over so many rows: a walk without attention."""
         decoder = self.decoder
-        x = torch.ones(num_rows, decoder.config.hidden_size, dtype=decoder.dtype)
-        attn = torch.ones(num_rows, decoder.num_heads * decoder.head_dim, dtype=decoder.dtype)
+        x = self._rows(num_rows, decoder.config.hidden_size)
+        attn = self._rows(num_rows, decoder.num_heads * decoder.head_dim)
         positions = torch.arange(num_rows) % self.max_model_len
         began = time.perf_counter()
         for layer in range(decoder.num_layers):
@@ -165,11 +167,15 @@ class Sandbox:
     @torch.inference_mode()
     def head_s(self, num_rows: int) -> float:
         """Seconds of logits and choice of so many rows."""
-        x = torch.ones(num_rows, self.decoder.config.hidden_size, dtype=self.decoder.dtype)
+        x = self._rows(num_rows, self.decoder.config.hidden_size)
         choosers = [Chooser()] * num_rows
         began = time.perf_counter()
         sample(self.decoder.logits(x), choosers, [1] * num_rows)
         return time.perf_counter() - began
+
+    def _rows(self, num_rows: int, width: int) -> Tensor:
+        """Rows that differ: experts are chosen by them."""
+        return torch.randn(num_rows, width, generator=self._noise).to(self.decoder.dtype)
 
     def pass_s(self) -> list[tuple[int, float]]:
         """(rows, seconds) of one pass at every layer but the last, all rows of one step ready together."""
