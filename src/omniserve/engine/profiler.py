@@ -36,7 +36,7 @@ _REPEATS = 3  # of a point while steps are searched
 _NOISE_REPEATS = 7
 _MIN_WALKS = 24
 # Shares of the budget.
-_STEPS, _ROUNDS, _HEAD, _WALKS, _LANES = 0.12, 0.24, 0.1, 0.32, 0.22
+_STEPS, _ROUNDS, _HEAD, _WALKS = 0.12, 0.24, 0.1, 0.54
 
 Progress = Callable[[str, float], None]
 
@@ -75,11 +75,10 @@ class Profiler:
         with host_load(geometry, LOAD_BYTES, self.split.host_threads, self.split.host_cpus) as load:
             dense = self._dense(load)
             head = self._head(load)
-            samples = self._walks(load)
             if load.is_there:
                 self.sandbox.use_lanes(True)
                 passes = self.sandbox.pass_s()
-                samples = [a + b for a, b in zip(samples, self._lane_walks(load), strict=True)]
+            samples = self._walks(load)
         costs: list[WalkCosts] = []
         residuals: dict[str, list[float]] = {kind: [] for kind in KINDS}
         for state, walks in enumerate(samples):
@@ -177,40 +176,33 @@ class Profiler:
     # ------------------------------------------------------------ whole walks
 
     def _walks(self, load: HostLoad) -> list[list[WalkSample]]:
-        """Random mixes of decodes and chunks, each beside an idle and a busy host."""
-        self.sandbox.use_lanes(False)
-        return self._sampled("walks", load, _WALKS, self._mix, _MIN_WALKS)
+        """Random mixes of decodes and chunks, without and with lanes in turns, each in both host states.
 
-    def _lane_walks(self, load: HostLoad) -> list[list[WalkSample]]:
-        """Walks with lanes: so many start in each that every layer has some in the end; fewer; more."""
-        turn = 0
-        most = self.config.max_lane_rows
-        length = max(1, self.sandbox.decoder.num_layers // 2)
-
-        def mix() -> Mix:
-            nonlocal turn
-            phase = turn // length % 4
-            turn += 1
-            starts = self._random.randint(0, most) if phase == 3 else (most // 2, most // 8 + 1, most)[phase]
-            copied = self._random.choice((0, 0, min(4, self.config.max_copies_per_step)))
-            return replace(self._mix(), lane_starts=min(starts, most), copied_pages=copied)
-
-        return self._sampled("walks with lanes", load, _LANES, mix, 2 * length)
-
-    def _sampled(
-        self, what: str, load: HostLoad, share: float, mix: Callable[[], Mix], at_least: int
-    ) -> list[list[WalkSample]]:
-        until = self._deadline(share)
+        In turns, because what is told apart later must be measured at the same time.
+        """
+        layers = self.sandbox.decoder.num_layers
+        at_least, until = max(_MIN_WALKS, layers), self._deadline(_WALKS)
         found: list[list[WalkSample]] = [[] for _ in range(1 + load.is_there)]
-        for number in range(1 << 30):
-            if number >= at_least and time.perf_counter() >= until:
-                break
-            wanted = mix()
-            for state in _states(load):
-                found[state].append(WalkSample(*self.sandbox.walk(wanted)))
-            self._tell(what)
-        self._done += share
+        number = 0
+        while number < at_least or time.perf_counter() < until:
+            for has_lanes in (False, True)[: 1 + load.is_there]:
+                self.sandbox.use_lanes(has_lanes)
+                mix = self._lane_mix(number) if has_lanes else self._mix()
+                for state in _states(load):
+                    found[state].append(WalkSample(*self.sandbox.walk(mix)))
+            number += 1
+            self._tell("walks")
+        self._done += _WALKS
         return found
+
+    def _lane_mix(self, number: int) -> Mix:
+        """So many lanes start in each walk that every layer has some in the end; then fewer, more, any."""
+        most = self.config.max_lane_rows
+        length = max(1, self.sandbox.decoder.num_layers // 4)  # each mix runs in both host states
+        phase = number // length % 4
+        starts = self._random.randint(0, most) if phase == 3 else (most // 2, most // 8 + 1, most)[phase]
+        copied = self._random.choice((0, 0, min(4, self.config.max_copies_per_step)))
+        return replace(self._mix(), lane_starts=min(starts, most), copied_pages=copied)
 
     def _mix(self) -> Mix:
         """Log-uniform counts and lengths: small walks are as frequent as large ones."""

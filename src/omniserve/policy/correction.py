@@ -17,7 +17,7 @@ _SIZE = len(PARTS) + 1
 # Standard deviations, relative to the fit. At the start: of a factor common to all parts, of each part's own,
 # of a busy host's. Per walk: how far they wander.
 _START_COMMON, _START_OWN, _START_BUSY = 0.2, 0.12, 0.15
-_WANDER_COMMON, _WANDER_OWN, _WANDER_BUSY = 0.01, 0.002, 0.004
+_WANDER_COMMON, _WANDER_OWN, _WANDER_BUSY = 0.02, 0.002, 0.004
 _NOISE_AT_START = 0.03
 _LEAST_NOISE = 0.005
 _NOISE_STEP = 0.05  # the running median of errors moves by so much of itself
