@@ -47,9 +47,9 @@ REPEATS = 200  # of the one plan
 MOST_STEPS = 30  # times the walks wanted: some kind may hardly come up on this machine
 TURN_STEPS = 60  # requests come at its start only: their chunks are done before it ends, decodes follow
 # Requests of the workload, from and to: tokens of prompts and outputs, of chats without lanes, of chats
-# beside lanes, of few short and of many long lanes; token budgets of walks.
+# beside lanes, of lanes; token budgets of walks.
 CHAT, BRIEF_CHAT = ((8, 1000), (20, 120)), ((8, 200), (20, 100))
-LANES = (((16, 64), (50, 100)), ((500, 1500), (100, 300)))
+LANE, MOST_LANES = ((16, 1000), (50, 200)), 16
 BUDGETS = (16, 32, 64)
 Pairs = list[tuple[float, float]]
 Lengths = tuple[tuple[int, int], tuple[int, int]]
@@ -143,15 +143,13 @@ def run_workload(
     rng = random.Random(1)
     limits = make_limits(config, decoder.config, decoder.dtype, MODEL_LEN)
     geometry = lane_geometry(config, decoder, limits, MODEL_LEN)
-    with (
-        console.status("measuring walks without lanes ..."),
-        _engine(config, decoder, split, model) as engine,
-        host_load(geometry, LOAD_BYTES, split.host_threads, split.host_cpus) as load,
-    ):
-        _without_lanes(Workload(engine, rng), model, load, num_walks)
-    model.busy = False
-    with console.status("measuring walks with lanes ..."), _engine(config, decoder, split, model) as engine:
-        _with_lanes(Workload(engine, rng), model, num_walks)
+    with host_load(geometry, LOAD_BYTES, split.host_threads, split.host_cpus) as load:
+        for what, leg in (("without", _without_lanes), ("with", _with_lanes)):
+            with (
+                console.status(f"measuring walks {what} lanes ..."),
+                _engine(config, decoder, split, model) as engine,
+            ):
+                leg(Workload(engine, rng), model, load, num_walks)
     return watched
 
 
@@ -167,14 +165,16 @@ def _without_lanes(workload: Workload, model: WatchedModel, load: HostLoad, num_
     load.rest()
 
 
-def _with_lanes(workload: Workload, model: WatchedModel, num_walks: int) -> None:
-    """Few short lanes and many long ones in turns: how busy the host is follows from them."""
-    for is_long in _turns(model, ("lanes",), num_walks):
-        chats, lanes = workload.rng.randint(1, 6), 24 if is_long else 3
-        workload.keep_up("latency_sensitive", chats, BRIEF_CHAT)
-        workload.keep_up("best_effort", lanes, LANES[is_long])
+def _with_lanes(workload: Workload, model: WatchedModel, load: HostLoad, num_walks: int) -> None:
+    """Lanes of any length, in turns with the host to themselves and beside somebody who keeps it busy."""
+    for is_busy in _turns(model, ("lanes",), num_walks):
+        model.busy = is_busy
+        load.go() if is_busy else load.rest()
+        workload.keep_up("latency_sensitive", workload.rng.randint(1, 6), BRIEF_CHAT)
+        workload.keep_up("best_effort", workload.rng.randint(2, MOST_LANES), LANE)
         for _ in range(TURN_STEPS):
             workload.step()
+    load.rest()
 
 
 def _turns(model: WatchedModel, wanted: Sequence[str], num_walks: int) -> Iterator[bool]:
