@@ -1,4 +1,4 @@
-"""The `omniserve` command: generate, demo, bench-host, model fetch. Flags are EngineConfig's fields."""
+"""The `omniserve` command: generate, profile, demo, bench-host, model fetch. Flags are EngineConfig's."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generate(
         commands.add_parser("generate", help="generate for prompts given here or on standard input")
     )
+    _add_profile(commands.add_parser("profile", help="what the model costs on this machine, measured once"))
     demo = commands.add_parser("demo", help="chat and batch on a real model, in about a minute")
     demo.add_argument("--seconds", type=float, default=14.0, help="length of each of the two legs")
     demo.add_argument("--json", metavar="FILE", help="write what was measured to FILE as well")
@@ -80,6 +81,14 @@ def _add_generate(generate: argparse.ArgumentParser) -> None:
     )
     _add_settings(generate)
     generate.set_defaults(run=_generate)
+
+
+def _add_profile(profile: argparse.ArgumentParser) -> None:
+    profile.add_argument("--json", action="store_true", help="the whole profile on standard output")
+    profile.add_argument("--plot", metavar="FILE", help="draw it to FILE (.svg, .png; needs matplotlib)")
+    profile.add_argument("--refresh", action="store_true", help="measure again though a profile is cached")
+    _add_settings(profile)
+    profile.set_defaults(run=_profile)
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -157,6 +166,12 @@ def _demo(options: argparse.Namespace) -> int:
     from omniserve.demo import run_demo
 
     return run_demo(options.seconds, options.json)
+
+
+def _profile(options: argparse.Namespace) -> int:
+    from omniserve.engine.profile_report import run_profile
+
+    return run_profile(EngineConfig(**_settings(options)), options.json, options.plot, options.refresh)
 
 
 def _bench_host(options: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
 HostKvDTypeName = Literal["auto", "int8"]
 Quantization = Literal["none", "int8", "int4"]
+Calibrate = Literal["auto", "always", "never"]
 
 # Shares of the memory limit used when the caller sets none. The weights, the Python processes and the
 # page cache need the rest.
@@ -131,6 +132,9 @@ class EngineConfig:
     max_copies_per_step
                       pages that start to move between device and host in one step.
     pass_budget_s     seconds of lane passes before the engine looks up again.
+    calibrate         whether the engine has a latency model, measured at its first start (up to a minute) and
+                      cached: "always", "never", or "auto", which is only when a target needs one. Without it
+                      no target is promised, and stats() says "uncalibrated".
     seed              requests that bring none get a seed made of this one and their number.
     max_logprobs      most likely tokens that a request may ask for at each position; -1: any number.
     """
@@ -161,6 +165,7 @@ class EngineConfig:
     prefix_cache_reserve: float = 0.25
     max_copies_per_step: int = 8
     pass_budget_s: float = 0.05
+    calibrate: Calibrate = "auto"
     seed: int = 0
     max_logprobs: int = 20
 
@@ -171,6 +176,7 @@ class EngineConfig:
         self._check_choice("host_kv_dtype", HostKvDTypeName)
         self._check_choice("host_offload", HostOffload)
         self._check_choice("reentry", Reentry)
+        self._check_choice("calibrate", Calibrate)
         if self.revision is not None and not (isinstance(self.revision, str) and self.revision):
             raise ConfigError(f"revision: must be a branch, tag or commit, got {self.revision!r}")
         for name in ("host_mlock", "enable_prefix_caching"):

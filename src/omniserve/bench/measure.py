@@ -80,7 +80,8 @@ def pinned(cpus: Sequence[int]) -> Iterator[None]:
 class Others:
     """Watches what everybody else does to the CPUs, from its creation on.
 
-    own_s: CPU seconds so far of what is not somebody else; those of this process without it.
+    own_s: CPU seconds so far of what is not somebody else; those of this process and its ended children
+    without it.
     """
 
     def __init__(self, own_s: Callable[[], float] | None = None) -> None:
@@ -99,7 +100,7 @@ class Others:
 
 def _process_busy_s() -> float:
     ours = os.times()
-    return ours.user + ours.system
+    return ours.user + ours.system + ours.children_user + ours.children_system
 
 
 def tree_busy_s(root: int) -> float:

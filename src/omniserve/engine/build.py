@@ -29,6 +29,7 @@ from omniserve.model.decoder import Decoder
 from omniserve.model.families import ModelConfig, read_model_config
 from omniserve.model.loading import load_decoder
 from omniserve.policy.latency import CostModel, FixedBudget
+from omniserve.policy.latency_model import LatencyModel
 from omniserve.policy.request import Limits
 
 MAX_DEFAULT_MODEL_LEN = 8192
@@ -139,6 +140,7 @@ def make_engine(
     host: Callable[..., Host] = HostSupervisor,
     cost: CostModel | None = None,
     host_partitions: int | None = None,
+    latency: LatencyModel | None = None,
 ) -> Engine:
     """Build an engine around loaded weights. `host(geometry, cpus, threads, lock_memory)` makes the host.
 
@@ -159,7 +161,7 @@ def make_engine(
     the_host: Host | None = None
     kv_dtype_there: str | None = None
     if config.host_offload != "never":
-        geometry = _lane_geometry(config, decoder, limits, max_model_len)
+        geometry = lane_geometry(config, decoder, limits, max_model_len)
         the_host = host(geometry, split.host_cpus, split.host_threads, config.host_mlock)
         kv_dtype_there = geometry.host_kv_dtype
     cost = cost or FixedBudget(config.max_num_batched_tokens, config.max_lane_rows, config.pass_budget_s)
@@ -175,6 +177,7 @@ def make_engine(
         kv_dtype_there,
         caches_prefixes=config.enable_prefix_caching,
         quantization=decoder.quantization,
+        latency=latency,
     )
 
 
@@ -194,7 +197,7 @@ def _device_attention(config: EngineConfig, decoder: Decoder, limits: Limits) ->
     )
 
 
-def _lane_geometry(
+def lane_geometry(
     config: EngineConfig, decoder: Decoder, limits: Limits, max_model_len: int
 ) -> _native.LaneGeometry:
     """Sizes of the lanes' segment. KV is in the model's dtype on both sides, or int8 on the host."""
@@ -239,4 +242,9 @@ def load_engine(config: EngineConfig, path: Path, arrivals: Callable[[], bool] =
         quantization=config.quantization,
         team=_native.ThreadTeam(split.device_threads, list(split.device_cpus)),
     )
-    return make_engine(config, decoder, max_model_len, split, arrivals)
+    latency = None
+    if config.calibrate == "always":
+        from omniserve.engine.calibration import ensure_profile  # it builds an engine itself
+
+        latency = ensure_profile(config, decoder, split, max_model_len)
+    return make_engine(config, decoder, max_model_len, split, arrivals, latency=latency)

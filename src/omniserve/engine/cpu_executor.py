@@ -101,9 +101,9 @@ class CpuExecutor:
         self.cancel(step.cancel_slots, step.cancel_fetches)
         self._start_copies(step)
         if step.kind == "walk":
-            tokens, unserved = self._walk(step)
+            tokens, unserved, lane_rows = self._walk(step)
         else:
-            tokens, unserved = self._passes(step), 0
+            tokens, unserved, lane_rows = self._passes(step), 0, 0
         done = self.acknowledgements()
         return StepResult(
             tokens=tuple(tokens),
@@ -111,6 +111,7 @@ class CpuExecutor:
             arrived=done.arrived,
             drained=done.drained,
             lanes_unserved=unserved,
+            lane_rows=lane_rows,
         )
 
     def collect(self, handle: StepResult) -> StepResult:
@@ -169,18 +170,18 @@ class CpuExecutor:
 
     # ------------------------------------------------------------ walk
 
-    def _walk(self, step: Step) -> tuple[list[NewToken], int]:
-        """One iteration over all layers; returns its tokens and the lanes left waiting though ready."""
+    def _walk(self, step: Step) -> tuple[list[NewToken], int, int]:
+        """One iteration over all layers: its tokens, lanes left out though ready, lane rows that entered."""
         began = time.perf_counter()
         batch = DeviceBatch(step.rows, self.attention.store.page_size, self.attention.window)
         n = batch.num_rows
         self._fill_device_rows(batch)
         num_lanes = self._fill_lane_rows(step.lane_starts, first=n)
-        num_lanes, unserved = self._walk_layers(batch, n, num_lanes, step.lane_cap)
+        num_lanes, unserved, lane_rows = self._walk_layers(batch, n, num_lanes, step.lane_cap)
         tokens = self._sample_walk(batch, n, num_lanes)
         self.counters.walks += 1
         self.counters.walk_s += time.perf_counter() - began
-        return tokens, unserved
+        return tokens, unserved, lane_rows
 
     def _fill_device_rows(self, batch: DeviceBatch) -> None:
         ids: list[int] = []
@@ -211,11 +212,11 @@ class CpuExecutor:
 
     def _walk_layers(
         self, batch: DeviceBatch, n: int, num_lanes: int, caps: tuple[int, ...]
-    ) -> tuple[int, int]:
-        """All layers; returns the lanes that went through the last one, and those a cap left out."""
+    ) -> tuple[int, int, int]:
+        """All layers: lanes that went through the last one, lanes a cap left out, rows that entered."""
         decoder, segment = self.decoder, self._segment_with_lanes(num_lanes)
         self._embed(n + num_lanes)
-        carried = unserved = 0
+        carried = unserved = lane_rows = 0
         if segment is not None:
             segment.port.begin_walk()
         for layer in range(decoder.num_layers):
@@ -230,6 +231,7 @@ class CpuExecutor:
                 cap = carried_cap(caps[layer], carried, self.max_lane_rows)
                 num_lanes = self._enter(segment, layer, cap, self.reentry != "next_iteration", first=n)
                 carried = max(0, caps[layer] + carried - num_lanes)
+                lane_rows += num_lanes
                 if num_lanes == cap:
                     unserved += segment.scan()[0][layer]
             if self.trace is not None:
@@ -238,9 +240,9 @@ class CpuExecutor:
             x = decoder.post_attention(layer, self._attn[:rows], self._x[:rows])
             self._x[:rows].copy_(x)
         if segment is None:
-            return 0, 0
+            return 0, 0, 0
         segment.port.end_walk()
-        return num_lanes, unserved
+        return num_lanes, unserved, lane_rows
 
     def _segment_with_lanes(self, num_starting: int) -> LaneSegment | None:
         """The segment when any lane may exit or enter in this walk."""

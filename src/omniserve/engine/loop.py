@@ -17,7 +17,8 @@ from omniserve.host.supervisor import Host
 from omniserve.model.sampling import Chooser
 from omniserve.model.token_rules import TokenRules
 from omniserve.policy.latency import CostModel
-from omniserve.policy.plan import NewToken, StepResult
+from omniserve.policy.latency_model import LatencyModel, load_of
+from omniserve.policy.plan import NewToken, Step, StepResult
 from omniserve.policy.request import Limits, Phase, Request
 from omniserve.policy.scheduler import schedule
 from omniserve.policy.state import State
@@ -66,10 +67,13 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         caches_prefixes: bool = True,
         quantization: Quantization = "none",
+        latency: LatencyModel | None = None,
     ) -> None:
+        """latency: what walks cost on this machine, learned from every walk; None: uncalibrated."""
         self.executor = executor
         self.host = host
         self.cost = cost
+        self.latency = latency
         self.acceptance = acceptance
         self.seed = seed
         self._host_threads = max(1, host_threads)
@@ -177,6 +181,7 @@ class Engine:
 
     def step(self) -> StepOutput:
         """Decide and carry out one plan; empty when nothing can be done now."""
+        began, host_busy_s = self._clock(), self._host_busy_s()
         self._heed_host()
         plan = schedule(self.state, self._clock(), self.cost)
         if plan.is_empty and not self.executor.has_ready_lanes():
@@ -186,7 +191,24 @@ class Engine:
         step = self.state.commit(plan)
         result = self.executor.collect(self.executor.launch(step))
         finished = self.state.apply(step, result)
-        return self._output(result, finished)
+        output = self._output(result, finished)
+        if step.kind == "walk" and self.latency is not None:
+            seconds = self._clock() - began
+            share = (self._host_busy_s() - host_busy_s) / (seconds * self._host_threads)
+            self._learn(self.latency, step, result, min(1.0, max(0.0, share)), seconds)
+        return output
+
+    def _host_busy_s(self) -> float:
+        """Of all host workers so far; 0 when nobody wants to know."""
+        return 0.0 if self.latency is None else self.executor.lane_stats().get("host_busy_s", 0.0)
+
+    @staticmethod
+    def _learn(
+        latency: LatencyModel, step: Step, result: StepResult, host_share: float, seconds: float
+    ) -> None:
+        """What ran, not what was planned, is what the time is compared with."""
+        num_lane_tokens = sum(token.by_lane for token in result.tokens)
+        latency.observe(load_of(step, result.lane_rows, num_lane_tokens), host_share, seconds)
 
     def _output(self, result: StepResult, finished: list[Request]) -> StepOutput:
         ended = {request.id: request for request in finished}
@@ -262,6 +284,8 @@ class Engine:
         stats["host_warnings"] = [] if self.host is None else list(self.host.warnings)
         stats["host_kv_dtype"] = self._host_kv_dtype
         stats["quantization"] = self._quantization
+        stats["cost_model"] = "uncalibrated" if self.latency is None else "calibrated"
+        stats["prediction"] = {} if self.latency is None else self.latency.accuracy()
         stats["requests"] = {
             phase.value: len(state.in_phase(phase)) for phase in Phase if phase is not Phase.FINISHED
         } | {Phase.WAITING.value: len(state.waiting)}

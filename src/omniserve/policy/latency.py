@@ -16,21 +16,33 @@ class WalkLoad:
 
     num_tokens: query tokens n of the dense modules; num_decodes: g; decode_context: sum of l_j + 1 over
     decodes; prefill_load: sum over chunks of sum_{i=l+1..l+q} i (the paper's section 3.3.1).
+
+    Beyond the paper: num_samples, rows whose logits are computed; lane_rows, lane rows that enter, summed
+    over all layers; num_chunks; chunk_context, sum of l + q over chunks that do not begin their prompt: the
+    device gathers so much KV for them; copied_tokens, KV that leaves the device before the walk.
     """
 
     num_tokens: int = 0
     num_decodes: int = 0
     decode_context: int = 0
     prefill_load: int = 0
+    num_samples: int = 0
+    lane_rows: int = 0
+    num_chunks: int = 0
+    chunk_context: int = 0
+    copied_tokens: int = 0
 
     def add_decode(self, context: int) -> None:
         self.num_tokens += 1
         self.num_decodes += 1
         self.decode_context += context
+        self.num_samples += 1
 
     def add_chunk(self, start: int, num_tokens: int) -> None:
         self.num_tokens += num_tokens
         self.prefill_load += num_tokens * start + num_tokens * (num_tokens + 1) // 2
+        self.num_chunks += 1
+        self.chunk_context += start + num_tokens if start else 0
 
 
 class CostModel(Protocol):

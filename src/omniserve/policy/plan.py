@@ -237,6 +237,7 @@ class StepResult:
     arrived          copies, either way, that have arrived.
     drained          cancelled slots whose task has acknowledged.
     lanes_unserved   lanes that were ready and stayed out because of a cap, at the end of a walk.
+    lane_rows        lane rows that entered in a walk, over all layers.
     """
 
     tokens: tuple[NewToken, ...] = ()
@@ -244,3 +245,4 @@ class StepResult:
     arrived: tuple[int, ...] = ()
     drained: tuple[int, ...] = ()
     lanes_unserved: int = 0
+    lane_rows: int = 0
