@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from omniserve.engine.page_hashes import PageHashes
-from omniserve.policy.latency import FixedBudget
+from omniserve.policy.budget import FixedBudget
 from omniserve.policy.pages import PagePool
 from omniserve.policy.plan import DeviceRows, NewToken, PageCopy, Step, StepResult
 from omniserve.policy.request import Limits, Phase, Request
@@ -90,6 +90,7 @@ class World:
     finished: list[int] = field(default_factory=list)
     lanes_unserved: int = 0  # what the next steps report while a lane is in flight
     next_id: int = 0
+    now: float = 0.0
 
     def __post_init__(self) -> None:
         self.state = State(self.limits)
@@ -172,14 +173,14 @@ class World:
 
         False when there is nothing to do.
         """
-        plan = schedule(self.state, 0.0, self.cost)
+        plan = schedule(self.state, self.now, self.cost)
         if plan.is_empty and not self.lanes and not self.copies:
             return False
         step = self.state.commit(plan)
         self.state.check()
         result = self._carry_out(step, host_serves)
         requests = dict(self.state.requests)
-        for request in self.state.apply(step, result):
+        for request in self.state.apply(step, result, self.now):
             self.finished.append(request.id)
         for token in result.tokens:
             self._extend_hashes(requests[token.request_id], [token.token_id])

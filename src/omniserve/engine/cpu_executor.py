@@ -111,6 +111,7 @@ class CpuExecutor:
             arrived=done.arrived,
             drained=done.drained,
             lanes_unserved=unserved,
+            lanes_waiting=() if self.segment is None else tuple(self.segment.scan()[1]),
         )
 
     def collect(self, handle: StepResult) -> StepResult:

@@ -133,7 +133,7 @@ class Room:
 
     def pages_on_the_way_out(self) -> int:
         """Device pages that displaced requests will free once their copies have left."""
-        moving = (r for r in self.state.active.values() if r.phase is Phase.MOVING_OUT)
+        moving = self.state.in_phase(Phase.MOVING_OUT)
         pages = [page for r in self.displaced() for page in r.device_pages[self._clean_pages(r) :]]
         pages += [page for r in moving if r.id not in self.leaving for page in r.device_pages]
         return sum(self.device.references(page) == 1 for page in pages)

@@ -1,0 +1,108 @@
+"""The part of a plan that concerns the host: lanes that start tokens or come back, and copies both ways."""
+
+from __future__ import annotations
+
+from omniserve.policy.draft import Draft
+from omniserve.policy.request import Phase, Request
+
+# A request that changed sides stays until it has so many more tokens: a copy is to pay, and none goes to and
+# fro.
+MIN_STAY_TOKENS = 8
+# Lanes looked at for one that can come back.
+MAX_RETURN_CANDIDATES = 8
+
+
+def has_stayed(request: Request) -> bool:
+    """Whether a request may change sides without need."""
+    return request.moved_at is None or request.num_tokens - request.moved_at >= MIN_STAY_TOKENS
+
+
+def plan_lanes(draft: Draft) -> None:
+    """Lanes start their next tokens as far as their share allows; one of them may come back."""
+    if not draft.room.host_usable:
+        return
+    lanes = [r for r in draft.state.in_phase(Phase.LANE) if r.id not in draft.room.leaving]
+    _start_return(draft, lanes)
+    at_boundary = []
+    for lane in lanes:
+        if not lane.hold.in_flight:
+            at_boundary.append(lane)
+        elif draft.room.incoming_of(lane):
+            draft.room.copy_in(lane, only_full_pages=True)
+    startable = [lane for lane in at_boundary if not _stop_if_returned(draft, lane)]
+    draft.lane_share = draft.budget.share_lanes(draft.load, len(startable))
+    for lane in startable:
+        if len(draft.lane_starts) >= min(draft.limits.max_lane_rows, _max_starts(draft)):
+            break
+        if draft.room.grow_host(lane, lane.kv_tokens + 1):
+            draft.lane_starts.append(lane.id)
+
+
+def _max_starts(draft: Draft) -> int:
+    """In passes every start costs a pass anyway; in a walk it is part of the lanes' share."""
+    assert draft.lane_share is not None
+    return draft.lane_share.starts if draft.is_walk else draft.limits.max_lane_rows
+
+
+def _start_return(draft: Draft, lanes: list[Request]) -> None:
+    """One lane at a time comes back, when the device has pages and rows to spare for it.
+
+    None does from lossy KV: what it lost would go on as if it were exact.
+    """
+    limits, room, watermark = draft.limits, draft.room, draft.limits.watermark_pages
+    if limits.host_offload == "always" or limits.host_kv_is_lossy or room.leaving:
+        return
+    if room.device.free < 2 * watermark or any(r.incoming_pages for r in lanes if room.incoming_of(r)):
+        return
+    if any(room.incoming_of(r) for r in draft.state.in_phase(Phase.MOVING_IN)):
+        return
+    for lane in [r for r in lanes if has_stayed(r)][:MAX_RETURN_CANDIDATES]:
+        if draft.rows_left <= 0 or not draft.budget.may_return(draft.load, lane):
+            continue
+        cached = room.find_cached(lane, lane.kv_tokens)
+        room.device.hold(cached)
+        need = draft.state.device.pages_for(lane.kv_tokens + 1) + 1 - len(cached)
+        if room.has_room(lane, need + watermark, watermark):
+            room.swap_in(lane, need, cached)
+            return
+        room.device.hold(cached, sign=-1)
+
+
+def _stop_if_returned(draft: Draft, lane: Request) -> bool:
+    """At its token boundary, with all full pages asked for, a returning lane waits for its tail."""
+    room = draft.room
+    if not room.incoming_of(lane):
+        return False
+    missing = draft.state.device.pages_for(lane.kv_tokens + 1) - room.incoming_of(lane)
+    if missing > 0:
+        if not room.has_room(lane, missing):
+            room.cancel_swap_in(lane)
+            return False
+        room.swap_in(lane, missing)
+    if not room.copy_in(lane, only_full_pages=True):
+        return False
+    room.stop_lane(lane)
+    room.copy_in(lane, only_full_pages=False)
+    return True
+
+
+def plan_copies(draft: Draft) -> None:
+    """Requests on the move first, then the tails of returning lanes, then mirrors of full pages."""
+    room, state = draft.room, draft.state
+    if not room.host_usable:
+        return
+    displaced = room.displaced()
+    moving = [r for r in state.in_phase(Phase.MOVING_OUT) if r.id not in room.leaving]
+    for request in (*moving, *displaced):
+        room.copy_out(request, only_full_pages=False)
+    for request in state.in_phase(Phase.MOVING_IN):
+        if room.incoming_of(request) and request.id not in room.leaving:
+            room.copy_in(request, only_full_pages=False)
+    if draft.limits.host_offload == "never":
+        return
+    reserve = state.num_in_phase(Phase.LANE) + state.num_in_phase(Phase.MOVING_OUT) + len(displaced)
+    for request in state.in_phase(Phase.PREFILL, Phase.DEVICE):
+        if room.copies_left == 0:
+            return
+        if request.best_effort and request.id not in room.leaving:
+            room.copy_out(request, only_full_pages=True, host_reserve=reserve)
