@@ -18,7 +18,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-parity test-native test-neon soak lint format types bench-core bench-host clean distclean
+.PHONY: help setup demo test test-fast test-parity test-native test-neon soak lint format types bench-core bench-host bench-policy clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ bench-core: setup  ## start-up, tokens/s, lane tokens/s, cost of lane rows (seve
 
 bench-host: setup $(PLOTS)  ## host attention beside the memory's streaming rate and torch (several minutes)
 	$(BIN)/omniserve bench-host --json results/host.json --plot results/host.svg
+
+bench-policy: setup  ## cost of a plan and of an admission (seconds; no model, no device)
+	$(BIN)/python -m omniserve.bench.policy --json results/policy.json
 
 clean:  ## build outputs and caches, not the virtual environment
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -95,7 +95,9 @@ class Scene:
             self.state.host_started()
         self._next_id = 0
 
-    def _request(self, prompt: int, out: int, best_effort: bool, slo: SLO | None, arrival_s: float) -> Request:
+    def _request(
+        self, prompt: int, out: int, best_effort: bool, slo: SLO | None, arrival_s: float
+    ) -> Request:
         request = Request(
             self._next_id,
             10 if best_effort else 0,

@@ -1,5 +1,4 @@
-"""Admission at arrival, as stories. The model: 10 ms a walk, 1 ms a row; target: 1 s to the first token, 100 ms
-to each later one."""
+"""Admission at arrival, as stories. The model: 10 ms a walk, 1 ms a row; targets: 1 s and 100 ms."""
 
 from __future__ import annotations
 

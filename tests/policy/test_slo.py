@@ -1,4 +1,4 @@
-"""Budgets from targets, as stories. The model is a formula: 10 ms a walk, 1 ms a row, unless said otherwise."""
+"""Budgets from targets, as stories. The model: 10 ms a walk, 1 ms a row, unless said otherwise."""
 
 from __future__ import annotations
 

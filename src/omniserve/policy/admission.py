@@ -48,22 +48,25 @@ def admit(
     parked = state.in_class(Phase.PREFILL, best_effort=False)
     waiting = state.in_class(Phase.WAITING, best_effort=False)
     pending = list(merge(parked, waiting, [request], key=lambda r: r.order))
-    tpot_s = tightest_tpot_s([*running, *pending])
-    everyone = _decode_load(state, [*running, *pending])
-    riding = _decode_load(state, [*running, *(r for r in pending if r is not request)])
+    others = [*running, *(r for r in pending if r is not request)]
+    riding, pages = _at_half_way(state, others)
+    own, own_pages = _at_half_way(state, [request])
+    everyone = riding.copy()
+    everyone.add_decode(own.decode_context)
     # Nobody's gap bounds the first walks while nobody decodes.
     prefill_tpot_s = tightest_tpot_s([*running, *pending[:-1]])
     ahead = forecast(model, host_is_busy, riding, pending, prefill_tpot_s, terms.max_num_batched_tokens)
+    tpot_s = min(prefill_tpot_s, tightest_tpot_s(pending[-1:]))
     stretch = 1.0 / (1.0 - terms.best_effort_share)
     finish = [s * stretch for s in ahead.finish_s]
-    index = pending.index(request)
+    index = next(i for i, one in enumerate(pending) if one is request)
     predicted = now - request.arrival_s + finish[index]
     return Admission(
         _obstacle(
             predicted > slo.ttft_s,
             not ahead.is_possible or model.bound_s(everyone, host_is_busy) * stretch > tpot_s,
             _breaks_others(pending, finish, index, now),
-            not _fits_memory(state, [*running, *pending]),
+            bool(others) and pages + own_pages > state.limits.num_device_pages,
         ),
         predicted,
         slo.ttft_s,
@@ -80,13 +83,16 @@ def _obstacle(ttft: bool, tpot: bool, others: bool, memory: bool) -> Obstacle | 
     return "others" if others else None
 
 
-def _decode_load(state: State, requests: Sequence[Request]) -> WalkLoad:
-    """A walk in which all of them decode, half way from here to their expected ends."""
-    load = WalkLoad()
+def _at_half_way(state: State, requests: Sequence[Request]) -> tuple[WalkLoad, int]:
+    """A walk in which all of them decode, half way from here to their expected ends, and the device pages that
+    they hold at their ends. Best-effort work gives way, so only latency-sensitive texts count.
+    """
+    load, pages = WalkLoad(), 0
     for request in requests:
-        left = state.lengths.expected_output(request) - request.num_out
-        load.add_decode(request.num_tokens + left // 2)
-    return load
+        expected = state.lengths.expected_output(request)
+        load.add_decode(request.num_tokens + (expected - request.num_out) // 2)
+        pages += state.device.pages_for(request.num_prompt + expected)
+    return load, pages
 
 
 def _breaks_others(pending: Sequence[Request], finish: Sequence[float], index: int, now: float) -> bool:
@@ -99,12 +105,3 @@ def _breaks_others(pending: Sequence[Request], finish: Sequence[float], index: i
         if 0.0 < late_s <= own_s:
             return True
     return False
-
-
-def _fits_memory(state: State, requests: Sequence[Request]) -> bool:
-    """Best-effort work gives way, so only latency-sensitive texts count, at their expected ends.
-
-    One that could have the device to itself is not refused for what is expected of it alone.
-    """
-    pages = sum(state.device.pages_for(r.num_prompt + state.lengths.expected_output(r)) for r in requests)
-    return pages <= state.limits.num_device_pages or len(requests) == 1

@@ -5,16 +5,8 @@ from __future__ import annotations
 from omniserve.policy.draft import Draft
 from omniserve.policy.request import Phase, Request
 
-# A request that changed sides stays until it has so many more tokens: a copy is to pay, and none goes to and
-# fro.
-MIN_STAY_TOKENS = 8
-# Lanes looked at for one that can come back.
+# Lanes looked at for one that can come back: the first in line.
 MAX_RETURN_CANDIDATES = 8
-
-
-def has_stayed(request: Request) -> bool:
-    """Whether a request may change sides without need."""
-    return request.moved_at is None or request.num_tokens - request.moved_at >= MIN_STAY_TOKENS
 
 
 def plan_lanes(draft: Draft) -> None:
@@ -23,13 +15,16 @@ def plan_lanes(draft: Draft) -> None:
         return
     lanes = [r for r in draft.state.in_phase(Phase.LANE) if r.id not in draft.room.leaving]
     _start_return(draft, lanes)
-    at_boundary = []
+    returning = draft.room.returning(lanes)
+    startable = []
     for lane in lanes:
-        if not lane.hold.in_flight:
-            at_boundary.append(lane)
-        elif draft.room.incoming_of(lane):
+        if lane.id not in returning:
+            if not lane.hold.in_flight:
+                startable.append(lane)
+        elif lane.hold.in_flight:
             draft.room.copy_in(lane, only_full_pages=True)
-    startable = [lane for lane in at_boundary if not _stop_if_returned(draft, lane)]
+        elif not _stop_if_returned(draft, lane):
+            startable.append(lane)
     draft.lane_share = draft.budget.share_lanes(draft.load, len(startable))
     for lane in startable:
         if len(draft.lane_starts) >= min(draft.limits.max_lane_rows, _max_starts(draft)):
@@ -52,11 +47,11 @@ def _start_return(draft: Draft, lanes: list[Request]) -> None:
     limits, room, watermark = draft.limits, draft.room, draft.limits.watermark_pages
     if limits.host_offload == "always" or limits.host_kv_is_lossy or room.leaving:
         return
-    if room.device.free < 2 * watermark or any(r.incoming_pages for r in lanes if room.incoming_of(r)):
+    if room.device.free < 2 * watermark or room.returning(lanes):
         return
     if any(room.incoming_of(r) for r in draft.state.in_phase(Phase.MOVING_IN)):
         return
-    for lane in [r for r in lanes if has_stayed(r)][:MAX_RETURN_CANDIDATES]:
+    for lane in lanes[:MAX_RETURN_CANDIDATES]:
         if draft.rows_left <= 0 or not draft.budget.may_return(draft.load, lane):
             continue
         cached = room.find_cached(lane, lane.kv_tokens)
@@ -71,8 +66,6 @@ def _start_return(draft: Draft, lanes: list[Request]) -> None:
 def _stop_if_returned(draft: Draft, lane: Request) -> bool:
     """At its token boundary, with all full pages asked for, a returning lane waits for its tail."""
     room = draft.room
-    if not room.incoming_of(lane):
-        return False
     missing = draft.state.device.pages_for(lane.kv_tokens + 1) - room.incoming_of(lane)
     if missing > 0:
         if not room.has_room(lane, missing):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 
@@ -28,7 +28,17 @@ class WalkLoad:
     chunk_context: int = 0
 
     def copy(self) -> WalkLoad:
-        return replace(self)
+        """Written out: this runs many times a plan."""
+        return WalkLoad(
+            self.num_tokens,
+            self.num_decodes,
+            self.decode_context,
+            self.prefill_load,
+            self.num_samples,
+            self.lane_rows,
+            self.num_chunks,
+            self.chunk_context,
+        )
 
     def add_decode(self, context: int) -> None:
         self.num_tokens += 1

@@ -30,10 +30,9 @@ class Lengths:
         """Tokens that a request may be expected to generate in all: its class's mean, at least one more than
         it has, at most its max_tokens.
         """
-        mean = PRIOR_OUTPUT
-        if request.service_class in self._means:
-            mean = round(self._means[request.service_class][1])
-        return min(request.max_tokens, max(mean, request.num_out + 1))
+        means = self._means.get(request.service_class)
+        mean = PRIOR_OUTPUT if means is None else round(means[1])
+        return min(request.max_tokens, max(mean, request.num_tokens - request.num_prompt + 1))
 
     def outputs_per_prompt_token(self, request: Request) -> float:
         """Tokens that will follow from each prompt token of a text of this request's class."""

@@ -24,6 +24,8 @@ from omniserve.policy.terms import Terms
 
 # Tokens of a chunk that runs where no budget would let it, so that everybody comes to an end.
 LEAST_CHUNK = 16
+# A lane stays one for so many tokens: a copy is to pay, and nobody goes to and fro.
+MIN_STAY_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,8 @@ class SloBudget:
         most = min(remaining, self.terms.max_num_batched_tokens - load.num_tokens)
         if most <= 0:
             return 0
+        if not best_effort:
+            self._note_decodes(load)
         limit_s = self._limit_s("prefill") if best_effort else self.slack_s
 
         def fits(count: int) -> bool:
@@ -135,20 +139,24 @@ class SloBudget:
     def fits_decode(self, load: WalkLoad, context: int, best_effort: bool) -> bool:
         if load.num_tokens >= self.terms.max_num_batched_tokens:
             return False
-        more = _with_decode(load, context)
         if not best_effort:
-            self.forced_s = self.bound_s(more)
             return True
-        if self.bound_s(more) <= self._limit_s("decode"):
+        bound_s = self.bound_s(_with_decode(load, context))
+        if bound_s <= self._limit_s("decode"):
             return True
         if load.num_tokens == 0:
-            self.forced_s = self.bound_s(more)
-            return True
-        return False
+            self.forced_s = bound_s
+        return load.num_tokens == 0
+
+    def _note_decodes(self, load: WalkLoad) -> None:
+        """Decodes of chat ride whatever they take. Asked when nothing else rides yet, and then again."""
+        if not load.num_chunks:
+            self.forced_s = self.bound_s(load)
 
     # ------------------------------------------------------------ division of what is left
 
     def best_effort_stages(self, load: WalkLoad) -> BestEffortStages:
+        self._note_decodes(load)
         self._open_best_effort(load)
         first = self.state.first_best_effort(Phase.PREFILL) or self.state.first_best_effort(Phase.WAITING)
         ratio = self.state.lengths.outputs_per_prompt_token(first) if first is not None else 0.0
@@ -236,7 +244,9 @@ class SloBudget:
         return self._host_usable and self._free_bandwidth() > 0.0
 
     def may_return(self, load: WalkLoad, lane: Request) -> bool:
-        """A row like it must fit twice: what comes back shall stay."""
+        """A row like it must fit twice, and its last move must have paid: what comes back shall stay."""
+        if lane.moved_at is not None and lane.num_tokens - lane.moved_at < MIN_STAY_TOKENS:
+            return False
         return self._fits_best_effort(_with_decode(load, lane.kv_tokens + 1), lane.kv_tokens + 1)
 
     # ------------------------------------------------------------ lanes

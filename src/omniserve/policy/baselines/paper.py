@@ -79,6 +79,7 @@ class PaperBudget(SloBudget):
         return due_s - self.now - self.model.walk_s(riding, self.busy)
 
     def best_effort_stages(self, load: WalkLoad) -> BestEffortStages:
+        self._note_decodes(load)
         self._open_best_effort(load)
         return PREFILL_FIRST
 
