@@ -23,6 +23,7 @@ from omniserve.host.supervisor import Host, HostSupervisor
 from omniserve.model.decoder import Decoder
 from omniserve.model.loading import load_decoder
 from omniserve.model.sampling import Chooser, sample
+from omniserve.policy.latency import Prediction
 from omniserve.policy.request import Phase
 from omniserve.types import SamplingParams
 
@@ -108,11 +109,18 @@ def build_engine(
     config: EngineConfig,
     host: Callable[..., Host] = HostSupervisor,
     host_partitions: int | None = None,
+    model: Prediction | None = None,
 ) -> Engine:
     split = split_cpus(config)
     torch.set_num_threads(split.device_threads)
     return make_engine(
-        config, subject.decoder, subject.max_model_len, split, host=host, host_partitions=host_partitions
+        config,
+        subject.decoder,
+        subject.max_model_len,
+        split,
+        host=host,
+        model=model,
+        host_partitions=host_partitions,
     )
 
 

@@ -141,8 +141,8 @@ class Scene:
     ) -> Request:
         request = self._request(prompt, out, best_effort, None if best_effort else slo, 0.0)
         self.state.add(request)
-        self._take_device_pages(request, prompt + out)
         request.kv_tokens = request.num_tokens - 1
+        self._take_device_pages(request, request.kv_tokens)
         request.last_token_s = last_token_s
         request.first_token_s = last_token_s if first_token_s is None else first_token_s
         self._enter(request, Phase.DEVICE)

@@ -173,7 +173,7 @@ def test_long_prompts_with_short_answers_wait_behind_decode() -> None:
 
 
 def test_prefill_is_worth_nothing_once_host_and_device_are_full() -> None:
-    scene = Scene(roomy(max_lanes=2, num_device_pages=16))
+    scene = Scene(roomy(max_lanes=2, num_device_pages=15))
     scene.decoding(20)
     for _ in range(2):
         scene.lane(20, in_flight=True)

@@ -2,8 +2,8 @@
 
 `python -m omniserve.bench.policy [--json FILE]`. The state is the real one, filled by the real scheduler; a
 step's results are made up at once: every row gives a token, every copy arrives, a lane's token is there after
-two steps. The prediction is a formula of the latency model's form, so its own cost is in the figures, roughly.
-Seconds are CPU time of the deciding thread: what another process does meanwhile does not count.
+two steps. The prediction is a formula of the latency model's form, so its own cost is in the figures,
+roughly. Seconds are CPU time of the deciding thread: what another process does meanwhile does not count.
 """
 
 from __future__ import annotations

@@ -84,8 +84,8 @@ def _obstacle(ttft: bool, tpot: bool, others: bool, memory: bool) -> Obstacle | 
 
 
 def _at_half_way(state: State, requests: Sequence[Request]) -> tuple[WalkLoad, int]:
-    """A walk in which all of them decode, half way from here to their expected ends, and the device pages that
-    they hold at their ends. Best-effort work gives way, so only latency-sensitive texts count.
+    """A walk in which all of them decode, half way from here to their expected ends, and the device pages
+    that they hold at their ends. Best-effort work gives way, so only latency-sensitive texts count.
     """
     load, pages = WalkLoad(), 0
     for request in requests:
