@@ -109,7 +109,7 @@ def build_engine(
     config: EngineConfig,
     host: Callable[..., Host] = HostSupervisor,
     host_partitions: int | None = None,
-    model: Prediction | None = None,
+    latency: Prediction | None = None,
 ) -> Engine:
     split = split_cpus(config)
     torch.set_num_threads(split.device_threads)
@@ -119,8 +119,8 @@ def build_engine(
         subject.max_model_len,
         split,
         host=host,
-        model=model,
         host_partitions=host_partitions,
+        latency=latency,
     )
 
 

@@ -43,7 +43,7 @@ def engine(tiny_subject: TinySubject) -> Iterator[Engine]:
 
 def engines(tiny_subject: TinySubject, **config: Any) -> Iterator[Engine]:
     settings = EngineConfig(classes=CLASSES, host_offload="never", max_num_batched_tokens=64, **config)
-    engine = build_engine(tiny_subject(), settings, model=ExactModel())
+    engine = build_engine(tiny_subject(), settings, latency=ExactModel())
     engine._clock = Clock()
     yield engine
     engine.close()

@@ -27,6 +27,7 @@ class ExactModel:
     context: float = 0.0
     prefill: float = 0.0
     lane_row: float = 0.0005
+    copied: float = 0.0
     margin: float = 0.0
     host_slowdown: float = 0.0
     host_row: float = 0.0001
@@ -40,6 +41,7 @@ class ExactModel:
             + self.context * load.decode_context
             + self.prefill * load.prefill_load
             + self.lane_row * load.lane_rows
+            + self.copied * load.copied_tokens
         )
         return seconds * (1 + self.host_slowdown * host_is_busy)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from omniserve.policy.explanation import LeftOut
-from omniserve.policy.plan import Displace, Plan, SwapIn
+from omniserve.policy.plan import CopyOut, Displace, Plan, SwapIn
 from omniserve.policy.request import Phase, Request
 from omniserve.policy.scheduler import schedule
 from omniserve.policy.slack import token_due_s
@@ -227,6 +227,18 @@ def test_rows_are_kept_for_lanes_that_wait_at_high_layers() -> None:
     # 14 ms left, 11 of them for the chat: 6 lane rows.
     plan = schedule(scene.state, 0.08599, make_policy())
     assert plan.lane_cap == (1, 5)
+
+
+def test_copies_keep_to_the_budget_and_lanes_get_the_rest() -> None:
+    scene = Scene(roomy(num_frames=8, max_copies_per_step=8))
+    scene.decoding(20, last_token_s=0.0)
+    scene.decoding(100, best_effort=True)  # six full pages to mirror
+    for _ in range(4):
+        scene.lane(20, in_flight=True)
+    # 25 ms left, 12 for both rows. A page takes 4 ms: three pages; lanes get 1 ms, two rows.
+    plan = schedule(scene.state, 0.07499, make_policy(ExactModel(copied=0.00025, host_row=1e-6)))
+    assert sum(isinstance(move, CopyOut) for move in plan.moves) == 3
+    assert sum(plan.lane_cap) == 2
 
 
 # ---------------------------------------------------------------- placement

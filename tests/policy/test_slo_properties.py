@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omniserve.policy.latency import WalkLoad
-from omniserve.policy.plan import Displace, Drop, Plan, Reserve, SwapIn
+from omniserve.policy.plan import CopyOut, Displace, Drop, Plan, Reserve, SwapIn
 from omniserve.policy.request import Phase
 from omniserve.policy.scheduler import schedule
 from omniserve.policy.state import State
@@ -27,6 +27,7 @@ models = st.builds(
     context=st.floats(0.0, 0.01 * MILLI),
     prefill=st.floats(0.0, 0.01 * MILLI),
     lane_row=st.floats(0.01 * MILLI, 2 * MILLI),
+    copied=st.floats(0.0, 0.1 * MILLI),
     margin=st.floats(0.0, 0.5),
     host_row=st.floats(0.01 * MILLI, 20 * MILLI),
 )
@@ -77,6 +78,7 @@ def load_of(plan: Plan, state: State) -> WalkLoad:
     for chunk in plan.chunks:
         load.add_chunk(chunk.start, chunk.num_tokens)
     load.lane_rows = len(plan.lane_starts) + sum(plan.lane_cap)
+    load.copied_tokens = sum(m.num_tokens for m in plan.moves if isinstance(m, CopyOut))
     return load
 
 

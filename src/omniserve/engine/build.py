@@ -141,12 +141,12 @@ def make_engine(
     split: CpuSplit,
     arrivals: Callable[[], bool] = lambda: False,
     host: Callable[..., Host] = HostSupervisor,
-    model: Prediction | None = None,
     host_partitions: int | None = None,
+    latency: Prediction | None = None,
 ) -> Engine:
     """Build an engine around loaded weights. `host(geometry, cpus, threads, lock_memory)` makes the host.
 
-    model: predicts what walks take; None: not calibrated, so that no target is promised.
+    latency: predicts what walks take; None: not calibrated, so that no target is promised.
     host_partitions: of the host's pages; None: one for each NUMA node that the host's CPUs span.
     """
     if host_partitions is None:
@@ -172,7 +172,7 @@ def make_engine(
         executor,
         the_host,
         limits,
-        engine_policy(config, decoder, model),
+        engine_policy(config, decoder, latency),
         acceptance,
         config,
         split.host_threads,
@@ -180,7 +180,7 @@ def make_engine(
     )
 
 
-def engine_policy(config: EngineConfig, decoder: Decoder, model: Prediction | None) -> Policy:
+def engine_policy(config: EngineConfig, decoder: Decoder, latency: Prediction | None) -> Policy:
     """The policy of the settings; with targets and a calibrated model, one that holds them."""
     fixed = FixedBudget(config.max_num_batched_tokens, config.max_lane_rows, config.pass_budget_s)
     bound_s = walk_bound_s(config.classes)
@@ -197,7 +197,7 @@ def engine_policy(config: EngineConfig, decoder: Decoder, model: Prediction | No
         kv_token_bytes=page_bytes // size,
         best_effort_share=config.best_effort_share,
     )
-    return make_policy(config.policy, fixed, model, terms)
+    return make_policy(config.policy, fixed, latency, terms)
 
 
 def _device_attention(

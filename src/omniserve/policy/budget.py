@@ -78,6 +78,10 @@ class Budget(Protocol):
         """Whether a lane would have a row on the device, now and for a while."""
         ...
 
+    def copies(self, load: WalkLoad, most: int) -> int:
+        """Pages (0..most) that may be copied: the device waits while they leave it."""
+        ...
+
     def share_lanes(self, load: WalkLoad, num_startable: int) -> LaneShare:
         """What lanes get of the walk; `num_startable` could begin a token."""
         ...
@@ -161,6 +165,9 @@ class _FixedPlan:
 
     def may_return(self, load: WalkLoad, lane: Request) -> bool:
         return self.fits_decode(load, lane.kv_tokens + 1, best_effort=True)
+
+    def copies(self, load: WalkLoad, most: int) -> int:
+        return most
 
     def share_lanes(self, load: WalkLoad, num_startable: int) -> LaneShare:
         rows = self.budget.max_lane_rows

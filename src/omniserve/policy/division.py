@@ -66,23 +66,25 @@ def value_uses(
     )
 
 
-def split_rows(total: int, demands: Sequence[int], most: int) -> list[int]:
-    """`total` rows over places that ask for `demands`, at most `most` each.
+def split_rows(total: int, demands: Sequence[int], most: Sequence[int]) -> list[int]:
+    """`total` rows over places that ask for `demands` and can take `most` each.
 
     In proportion where they do not suffice; the rest evenly where they do, for rows that come back within the
     same walk. The shares add up to `total` or to what the places can take.
     """
     asked = sum(demands)
-    shares = [0] * len(demands)
+    shares = []
     given = seen = 0
-    for i, demand in enumerate(demands):
+    for demand, limit in zip(demands, most, strict=True):
         seen += demand
         upto = min(asked, total) * seen // asked if asked else 0
-        shares[i] = min(most, upto - given)
+        shares.append(min(limit, upto - given))
         given = upto
-    left = min(total, most * len(demands)) - sum(shares)
-    for i in range(len(shares)):
-        more = min(most - shares[i], -(-left // (len(shares) - i)))
-        shares[i] += more
-        left -= more
+    left = total - sum(shares)
+    while left > 0 and (open_places := [i for i, limit in enumerate(most) if shares[i] < limit]):
+        each, extra = divmod(left, len(open_places))
+        for rank, i in enumerate(open_places):
+            more = min(most[i] - shares[i], each + (rank < extra))
+            shares[i] += more
+            left -= more
     return shares

@@ -60,8 +60,7 @@ def forecast(
         load = walk(count)
         return load.num_tokens <= max_tokens and model.bound_s(load, host_is_busy) <= tpot_s
 
-    is_possible = fits(total)
-    count = _fewest(1, total, fits) if is_possible else total
+    count, is_possible = _fewest(total, fits)
     load = walk(count)
     walk_s = model.walk_s(load, host_is_busy)
     margin_s = model.bound_s(load, host_is_busy) - walk_s
@@ -74,12 +73,20 @@ def forecast(
     return Forecast(tuple(finish), is_possible)
 
 
-def _fewest(low: int, high: int, fits: Callable[[int], bool]) -> int:
-    """The least count from `low` on that fits; `high` does."""
+def _fewest(most: int, fits: Callable[[int], bool]) -> tuple[int, bool]:
+    """The least count of 1..most that fits, where more always fit better; `most` and False when none does.
+
+    Doubling first: the answer is mostly small.
+    """
+    low, high = 1, 1
+    while not fits(high):
+        if high == most:
+            return most, False
+        low, high = high + 1, min(most, 2 * high)
     while low < high:
         middle = (low + high) // 2
         if fits(middle):
             high = middle
         else:
             low = middle + 1
-    return low
+    return low, True

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from omniserve.policy.draft import Draft
+from omniserve.policy.plan import CopyOut
 from omniserve.policy.request import Phase, Request
 
 # Lanes looked at for one that can come back: the first in line.
 MAX_RETURN_CANDIDATES = 8
+
+
+def allow_copies(draft: Draft) -> None:
+    """Pages that may be copied by this plan; lanes get what these leave of its time."""
+    room, state = draft.room, draft.state
+    on_the_way = state.num_in_phase(Phase.MOVING_OUT) or room.leaving
+    on_device = (state.first_best_effort(phase) for phase in (Phase.DEVICE, Phase.PREFILL))
+    if room.host_usable and (on_the_way or any(on_device)):
+        room.copies_left = draft.budget.copies(draft.load, room.copies_left)
+        draft.load.copied_tokens = room.copies_left * draft.limits.page_size
 
 
 def plan_lanes(draft: Draft) -> None:
@@ -80,6 +91,13 @@ def _stop_if_returned(draft: Draft, lane: Request) -> bool:
 
 
 def plan_copies(draft: Draft) -> None:
+    """Copies both ways, and what of them leaves the device noted in the load."""
+    _copies(draft)
+    leaving = (move.num_tokens for move in draft.room.moves if isinstance(move, CopyOut))
+    draft.load.copied_tokens = sum(leaving)
+
+
+def _copies(draft: Draft) -> None:
     """Requests on the move first, then the tails of returning lanes, then mirrors of full pages."""
     room, state = draft.room, draft.state
     if not room.host_usable:

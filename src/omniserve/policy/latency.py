@@ -15,7 +15,7 @@ class WalkLoad:
 
     Beyond the paper: num_samples, rows whose logits are computed; lane_rows, lane rows that enter, summed
     over all layers; num_chunks; chunk_context, sum of l + q over chunks that do not begin their prompt: the
-    device gathers so much KV for them.
+    device gathers so much KV for them; copied_tokens, KV that leaves the device before the walk.
     """
 
     num_tokens: int = 0
@@ -26,6 +26,7 @@ class WalkLoad:
     lane_rows: int = 0
     num_chunks: int = 0
     chunk_context: int = 0
+    copied_tokens: int = 0
 
     def copy(self) -> WalkLoad:
         """Written out: this runs many times a plan."""
@@ -38,6 +39,7 @@ class WalkLoad:
             self.lane_rows,
             self.num_chunks,
             self.chunk_context,
+            self.copied_tokens,
         )
 
     def add_decode(self, context: int) -> None:

@@ -13,7 +13,7 @@ from heapq import merge
 
 from omniserve.policy.budget import Policy, Stage
 from omniserve.policy.draft import Draft
-from omniserve.policy.host_side import plan_copies, plan_lanes
+from omniserve.policy.host_side import allow_copies, plan_copies, plan_lanes
 from omniserve.policy.plan import Plan
 from omniserve.policy.request import Phase, Request
 from omniserve.policy.state import State
@@ -28,6 +28,7 @@ def schedule(state: State, now: float, policy: Policy) -> Plan:
     draft = Draft(state, now, policy)
     for stage in policy.rules.stages:
         _serve(draft, stage)
+    allow_copies(draft)
     plan_lanes(draft)
     plan_copies(draft)
     if draft.is_empty:

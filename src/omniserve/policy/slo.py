@@ -251,6 +251,17 @@ class SloBudget:
 
     # ------------------------------------------------------------ lanes
 
+    def copies(self, load: WalkLoad, most: int) -> int:
+        """As many as the limit of best-effort work takes; all of them when no row waits."""
+        page_size = self.state.limits.page_size
+
+        def fits(count: int) -> bool:
+            more = load.copy()
+            more.copied_tokens += count * page_size
+            return self.bound_s(more) <= self.best_effort_s
+
+        return most if not load.num_tokens or fits(most) else _most(most - 1, fits)
+
     def share_lanes(self, load: WalkLoad, num_startable: int) -> LaneShare:
         num_layers = self.state.limits.num_layers
         if not self.lanes.count or not load.num_tokens:
@@ -273,7 +284,9 @@ class SloBudget:
 
     def _split(self, rows: int, num_startable: int, waiting: Sequence[int]) -> list[int]:
         """Starts first, then a cap a layer, in proportion to who waits where."""
-        return split_rows(rows, (num_startable, *waiting), self.terms.max_lane_rows)
+        most = self.terms.max_lane_rows
+        limits = (min(num_startable, most), *[most] * len(waiting))
+        return split_rows(rows, (num_startable, *waiting), limits)
 
     def pass_budget_s(self) -> float:
         return max(0.0, min(self.terms.pass_budget_s, self.slack_s, self.terms.walk_bound_s))
