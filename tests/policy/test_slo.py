@@ -271,7 +271,7 @@ def test_nobody_moves_to_a_host_without_bandwidth() -> None:
     for _ in range(4):
         scene.lane(20, in_flight=True)
     waits_on_device(scene, last_token_s=0.0)
-    plan = schedule(scene.state, 0.5, make_policy(ExactModel(host_row=1.0)))
+    plan = schedule(scene.state, 0.5, make_policy(ExactModel(host_row=0.1)))
     assert not any(isinstance(move, Displace) for move in plan.moves)
 
 

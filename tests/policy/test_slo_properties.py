@@ -102,6 +102,13 @@ def test_a_plan_never_exceeds_its_budget_by_its_own_model(
         assert least_s > why.slack_s or state.best_effort_debt_s, "only what must be done exceeds the slack"
 
 
+@given(scene=scenes(num_device_pages=60, watermark_pages=2), model=models)
+def test_a_plan_can_be_carried_out(scene: Scene, model: ExactModel) -> None:
+    scene.state.check()
+    scene.state.commit(schedule(scene.state, 0.0, make_policy(model)))
+    scene.state.check()
+
+
 @given(scene=scenes(), model=models)
 def test_best_effort_work_takes_no_row_and_no_token_from_chat(scene: Scene, model: ExactModel) -> None:
     """No class inversion: without any best-effort request chat is served the same."""
@@ -212,7 +219,7 @@ def test_every_request_finishes_whatever_targets_it_has(
     assert world.produced == wanted
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data(), model=models)
 def test_nobody_goes_to_and_fro(data: st.DataObject, model: ExactModel) -> None:
     """Chat comes and goes; a batch request changes sides at most once in so many tokens."""
@@ -222,16 +229,13 @@ def test_nobody_goes_to_and_fro(data: st.DataObject, model: ExactModel) -> None:
     )
     for _ in range(3):
         world.add(8, 40, best_effort=True)
-    returns: dict[int, int] = {}
-    for _ in range(150):
+    for _ in range(100):
         if data.draw(st.integers(0, 9), label="arrival") == 0:
             world.add(data.draw(st.integers(4, 30)), 6, best_effort=False, slo=data.draw(slos))
-        before = {r.id: r.num_tokens for r in world.state.in_phase(Phase.LANE)}
-        moved_at = {r.id: r.moved_at for r in world.state.in_phase(Phase.LANE)}
+        stayed = {r.id: r.num_tokens - (r.moved_at or 0) for r in world.state.in_phase(Phase.LANE)}
+        coming = {r.id for r in world.state.in_phase(Phase.LANE) if r.incoming_pages}
         if not world.step():
             break
         for move in world.plans[-1].moves:
-            if isinstance(move, SwapIn) and move.request_id not in returns:
-                moved = moved_at[move.request_id]
-                assert moved is not None
-                assert before[move.request_id] - moved >= 8, "it has just come"
+            if isinstance(move, SwapIn) and move.request_id not in coming:
+                assert stayed[move.request_id] >= 8, "it has just come"
