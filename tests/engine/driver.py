@@ -134,9 +134,10 @@ def run(
     config: EngineConfig,
     arrivals: Sequence[Arrival],
     after_step: Callable[[Engine], None] = lambda engine: None,
+    latency: Prediction | None = None,
 ) -> Outcome:
     """Serve `arrivals` with a real host process, assert that nothing is left behind, and close the engine."""
-    engine = build_engine(subject, config)
+    engine = build_engine(subject, config, latency=latency)
     try:
         return _Drive(engine, list(arrivals), after_step).outcome()
     finally:

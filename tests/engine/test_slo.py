@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from engine.conftest import TinySubject
-from engine.driver import BE, LS, build_engine
+from engine.driver import BE, LS, Arrival, assert_exact, build_engine, run
 from omniserve.config import EngineConfig
 from omniserve.engine.client import _refusal
 from omniserve.engine.loop import Engine
@@ -63,6 +63,26 @@ def test_both_classes_finish_under_targets(engine: Engine) -> None:
     batch = engine.add(list(range(1, 30)), GREEDY, BE)
     assert finish(engine) == {chat: 4, batch: 4}
     assert engine.stats()["promises_slo"] is True
+
+
+@pytest.mark.parametrize("mode", ["auto", "always"])
+def test_tokens_under_targets_are_the_references_with_lanes_too(tiny_subject: TinySubject, mode: str) -> None:
+    """Little slack, so that budgets cut chunks, leave rows out and cap lanes."""
+    subject = tiny_subject()
+    model = ExactModel(walk=0.002, row=0.0005, lane_row=0.0002, host_row=1e-5)
+    slo = SLO(ttft_s=2.0, tpot_s=0.01)
+    config = EngineConfig(
+        classes=(replace(LATENCY_SENSITIVE, slo=slo), BEST_EFFORT),
+        host_offload=mode,  # type: ignore[arg-type]
+        admission="off",
+        max_model_len=subject.max_model_len,
+        host_threads=1,
+        device_memory_bytes=subject.kv_bytes(24, 16),
+    )
+    arrivals = [Arrival(3 * i, tuple(range(1, 30 + 5 * i)), 12, BE if i % 3 else LS) for i in range(9)]
+    outcome = run(subject, config, arrivals, latency=model)
+    assert_exact(subject, outcome)
+    assert sum(outcome.num_lane_tokens) > 0 or mode == "auto"
 
 
 def test_a_request_that_cannot_have_its_targets_is_refused_with_both_times(engine: Engine) -> None:
