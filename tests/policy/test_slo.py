@@ -184,6 +184,18 @@ def test_prefill_is_worth_nothing_once_host_and_device_are_full() -> None:
     assert dict(plan.why.values)["prefill"] == 0.0
 
 
+def test_room_on_the_device_is_no_room_for_batch_that_must_decode_on_the_host() -> None:
+    for mode, is_worth_something in (("auto", True), ("always", False)):
+        scene = Scene(roomy(max_lanes=2, host_offload=mode))
+        scene.decoding(20)
+        for _ in range(2):
+            scene.lane(20, in_flight=True)
+        scene.waiting(8, best_effort=True)
+        plan = schedule(scene.state, 0.0, make_policy())
+        assert plan.why is not None
+        assert (dict(plan.why.values)["prefill"] > 0) == is_worth_something
+
+
 def test_lanes_get_their_part_before_uses_worth_less() -> None:
     scene = Scene()
     scene.decoding(20)

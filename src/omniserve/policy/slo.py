@@ -182,14 +182,15 @@ class SloBudget:
         return first.num_tokens if first is not None else 1
 
     def _free_share(self) -> float:
-        """Of the capacity to decode more best-effort texts: the freer side counts."""
+        """Of the capacity to decode more best-effort texts: the freer of the sides where they may decode."""
         limits, state = self.state.limits, self.state
         device = max(0, state.device.num_free - limits.watermark_pages) / limits.num_device_pages
         if not self._host_usable:
             return device
         slots = len(state.free_slots) / limits.max_lanes
         pages = state.host.num_free / limits.num_host_pages
-        return max(device, min(slots, pages, self._free_bandwidth()))
+        host = min(slots, pages, self._free_bandwidth())
+        return host if limits.host_offload == "always" else max(device, host)
 
     @property
     def _host_usable(self) -> bool:
