@@ -18,7 +18,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-parity test-native test-neon soak lint format types bench-core bench-host bench-peers bench-prediction clean distclean
+.PHONY: help setup demo test test-fast test-parity test-native test-neon soak lint format types bench-core bench-host bench-peers bench-policy bench-prediction clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +64,9 @@ bench-host: setup $(PLOTS)  ## host attention beside the memory's streaming rate
 
 bench-peers: setup  ## our engine beside transformers, vLLM and llama.cpp, which it installs (half an hour; PEERS=--quick)
 	$(BIN)/python -m omniserve.bench.peers $(PEERS)
+
+bench-policy: setup  ## cost of a plan and of an admission (seconds; no model, no device)
+	$(BIN)/python -m omniserve.bench.policy --json results/policy.json
 
 bench-prediction: setup  ## predicted against measured walks, on this machine left alone (several minutes)
 	$(BIN)/python -m omniserve.bench.prediction

@@ -11,8 +11,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from omniserve.engine.async_llm import AsyncLLM
     from omniserve.engine.llm import LLM
-    from omniserve.errors import ConfigError, EngineDeadError, ModelError, OmniServeError, RequestError
-    from omniserve.types import CompletionOutput, Logprob, RequestMetrics, RequestOutput, SamplingParams
+    from omniserve.errors import (
+        ConfigError,
+        EngineDeadError,
+        ModelError,
+        OmniServeError,
+        RequestError,
+        SloUnattainableError,
+    )
+    from omniserve.types import (
+        SLO,
+        CompletionOutput,
+        Logprob,
+        RequestMetrics,
+        RequestOutput,
+        SamplingParams,
+        ServiceClass,
+    )
 
 __version__ = "0.1.0"
 
@@ -24,6 +39,9 @@ _HOMES = {
     "CompletionOutput": "omniserve.types",
     "Logprob": "omniserve.types",
     "RequestMetrics": "omniserve.types",
+    "SLO": "omniserve.types",
+    "ServiceClass": "omniserve.types",
+    "SloUnattainableError": "omniserve.errors",
     "OmniServeError": "omniserve.errors",
     "ConfigError": "omniserve.errors",
     "ModelError": "omniserve.errors",
@@ -33,6 +51,7 @@ _HOMES = {
 
 __all__ = [
     "LLM",
+    "SLO",
     "AsyncLLM",
     "CompletionOutput",
     "ConfigError",
@@ -44,6 +63,8 @@ __all__ = [
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "ServiceClass",
+    "SloUnattainableError",
 ]
 
 

@@ -6,13 +6,24 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, asdict, fields
+from dataclasses import MISSING, Field, asdict, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from omniserve import __version__
 from omniserve.config import EngineConfig
-from omniserve.errors import OmniServeError
-from omniserve.types import SERVICE_CLASSES, CompletionOutput, RequestOutput, SamplingParams
+from omniserve.errors import ConfigError, OmniServeError
+from omniserve.types import (
+    BEST_EFFORT,
+    DEFAULT_CLASSES,
+    LATENCY_SENSITIVE,
+    SLO,
+    CompletionOutput,
+    RequestOutput,
+    SamplingParams,
+)
+
+# Settings that one flag cannot hold.
+NO_FLAG = ("classes",)
 
 # Exit statuses: 1 something went wrong while running, 2 the command line itself (argparse's own).
 EXIT_ERROR = 1
@@ -63,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_generate(generate: argparse.ArgumentParser) -> None:
     generate.add_argument("prompt", nargs="*", help="prompts; none: one per line of standard input")
     generate.add_argument("--chat", action="store_true", help="wrap each prompt in the model's chat template")
-    generate.add_argument("--service-class", choices=list(SERVICE_CLASSES), default="latency_sensitive")
+    generate.add_argument(
+        "--service-class", choices=[kind.name for kind in DEFAULT_CLASSES], default="latency_sensitive"
+    )
     generate.add_argument("--max-tokens", type=int, default=64)
     generate.add_argument("--temperature", type=float, default=0.0, help="default: 0, greedy")
     for name, kind in (("n", int), ("top-k", int), ("top-p", float), ("min-p", float), ("logprobs", int)):
@@ -92,12 +105,17 @@ def _add_profile(profile: argparse.ArgumentParser) -> None:
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    """One flag per field of EngineConfig, named like it."""
+    """One flag per field of EngineConfig, named like it, and the targets of the default class."""
     group = parser.add_argument_group("engine settings")
     hints = get_type_hints(EngineConfig)
     for setting in fields(EngineConfig):
+        if setting.name in NO_FLAG:
+            continue
         flag = "--" + setting.name.replace("_", "-")
         group.add_argument(flag, default=argparse.SUPPRESS, **_flag_options(hints[setting.name], setting))
+    for name, what in (("ttft", "first token"), ("tpot", "each later token")):
+        help_text = f"target of latency-sensitive requests: seconds to the {what} (both or none)"
+        group.add_argument(f"--slo-{name}-s", type=float, metavar="SECONDS", help=help_text)
 
 
 def _flag_options(hint: Any, setting: Field[Any]) -> dict[str, Any]:
@@ -114,7 +132,13 @@ def _flag_options(hint: Any, setting: Field[Any]) -> dict[str, Any]:
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    return {f.name: getattr(options, f.name) for f in fields(EngineConfig) if hasattr(options, f.name)}
+    settings = {f.name: getattr(options, f.name) for f in fields(EngineConfig) if hasattr(options, f.name)}
+    ttft_s, tpot_s = options.slo_ttft_s, options.slo_tpot_s
+    if (ttft_s is None) != (tpot_s is None):
+        raise ConfigError("slo_ttft_s and slo_tpot_s: give both or none")
+    if ttft_s is not None:
+        settings["classes"] = (replace(LATENCY_SENSITIVE, slo=SLO(ttft_s, tpot_s)), BEST_EFFORT)
+    return settings
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from omniserve.errors import ConfigError
+from omniserve.policy.baselines import REFUSED, RULES
+from omniserve.types import DEFAULT_CLASSES, ServiceClass
 
 HostOffload = Literal["auto", "always", "never"]
 Reentry = Literal["same_iteration", "next_iteration", "wait"]
@@ -16,6 +18,7 @@ LoadFormat = Literal["auto", "dummy"]
 HostKvDTypeName = Literal["auto", "int8"]
 Quantization = Literal["none", "int8", "int4"]
 Calibrate = Literal["auto", "always", "never"]
+AdmissionMode = Literal["on", "off"]
 
 # Shares of the memory limit used when the caller sets none. The weights, the Python processes and the
 # page cache need the rest.
@@ -137,6 +140,15 @@ class EngineConfig:
                       no target is promised, and stats() says "uncalibrated".
     seed              requests that bring none get a seed made of this one and their number.
     max_logprobs      most likely tokens that a request may ask for at each position; -1: any number.
+    classes           service classes with their ranks and targets (docs/policy.md); every best-effort class
+                      ranks behind all others.
+    policy            "omniserve", or what it is compared with: "paper", "ls_only", "sarathi",
+                      "vllm_priority", "llumnix" (policy/baselines). The last four keep everything on the
+                      device.
+    admission         "on": a latency-sensitive request is refused at its arrival when its targets, or those
+                      of others beside it, cannot be held; "off": it waits, whatever comes of it.
+    best_effort_share
+                      share of device time that best-effort work has even when that breaks targets; 0: none.
     """
 
     model: str = "smollm2-135m"
@@ -168,6 +180,10 @@ class EngineConfig:
     calibrate: Calibrate = "auto"
     seed: int = 0
     max_logprobs: int = 20
+    classes: tuple[ServiceClass, ...] = DEFAULT_CLASSES
+    policy: str = "omniserve"
+    admission: AdmissionMode = "on"
+    best_effort_share: float = 0.0
 
     def __post_init__(self) -> None:
         self._check_choice("dtype", DTypeName)
@@ -177,6 +193,9 @@ class EngineConfig:
         self._check_choice("host_offload", HostOffload)
         self._check_choice("reentry", Reentry)
         self._check_choice("calibrate", Calibrate)
+        self._check_choice("admission", AdmissionMode)
+        self._check_policy()
+        check_classes(self.classes)
         if self.revision is not None and not (isinstance(self.revision, str) and self.revision):
             raise ConfigError(f"revision: must be a branch, tag or commit, got {self.revision!r}")
         for name in ("host_mlock", "enable_prefix_caching"):
@@ -191,7 +210,7 @@ class EngineConfig:
                      "max_model_len"):  # fmt: skip
             if getattr(self, name) is not None:
                 self._check_positive(name)
-        for name in ("watermark", "prefix_cache_reserve"):
+        for name in ("watermark", "prefix_cache_reserve", "best_effort_share"):
             share = getattr(self, name)
             if not _is_number(share) or not 0.0 <= share < 1.0:
                 raise ConfigError(f"{name}: must be a number in [0, 1), got {share!r}")
@@ -215,6 +234,37 @@ class EngineConfig:
         value = getattr(self, name)
         if type(value) is not int or value < 1:
             raise ConfigError(f"{name}: must be an integer of at least 1, got {value!r}")
+
+    def _check_policy(self) -> None:
+        if self.policy in REFUSED:
+            raise ConfigError(f"policy: {self.policy!r} is not run by this engine: {REFUSED[self.policy]}")
+        if self.policy not in RULES:
+            raise ConfigError(f"policy: {self.policy!r} is none of {', '.join(RULES)}")
+        if not RULES[self.policy].uses_host and self.host_offload != "never":
+            raise ConfigError(
+                f"policy: {self.policy!r} keeps everything on the device; set host_offload='never' with it"
+            )
+
+
+def check_classes(classes: object) -> None:
+    """Raise ConfigError unless these are service classes that the policy can tell apart and rank."""
+    if not isinstance(classes, tuple) or not classes or not all(isinstance(c, ServiceClass) for c in classes):
+        raise ConfigError(f"classes: must be a tuple of at least one ServiceClass, got {classes!r}")
+    names = [c.name for c in classes]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"classes: each needs a name of its own, got {', '.join(names)}")
+    best_effort = [c for c in classes if c.best_effort]
+    for kind in best_effort:
+        if kind.slo or kind.tightest or kind.loosest:
+            raise ConfigError(f"classes: {kind.name!r} is best-effort and can have no targets; leave slo out")
+    others = [c for c in classes if not c.best_effort]
+    if max((c.rank for c in others), default=-1) >= min((c.rank for c in best_effort), default=1 << 62):
+        raise ConfigError("classes: every best-effort class needs a higher rank than all others")
+    for kind in others:
+        if kind.slo is not None and not kind.slo.is_within(kind.tightest, kind.loosest):
+            raise ConfigError(f"classes: slo of {kind.name!r} is outside its own clamp, tightest to loosest")
+        if kind.tightest and kind.loosest and not kind.tightest.is_within(None, kind.loosest):
+            raise ConfigError(f"classes: the clamp of {kind.name!r} is empty: tightest exceeds loosest")
 
 
 @dataclass(frozen=True, slots=True)

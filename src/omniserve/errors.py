@@ -4,6 +4,7 @@
      +-- ConfigError     a setting is unknown, out of range or impossible on this machine
      +-- ModelError      a checkpoint is missing, broken or of an unsupported family
      +-- RequestError    one request is refused; nothing else is disturbed
+     |    +-- SloUnattainableError  its targets, or those of others, could not be held; try again later
      +-- EngineDeadError the engine process is gone; every waiting caller gets this
 
 Messages name the field, the limit and the way out.
@@ -31,6 +32,19 @@ class RequestError(OmniServeError, ValueError):
         super().__init__(f"{field}: {message}")
         self.field = field
         self.reason = message
+
+
+class SloUnattainableError(RequestError):
+    """A latency-sensitive request is refused at its arrival; it, or others beside it, would miss their
+    targets.
+
+    predicted_ttft_s, target_ttft_s: seconds from arrival to the first token, as predicted and as asked for.
+    """
+
+    def __init__(self, message: str, predicted_ttft_s: float, target_ttft_s: float) -> None:
+        super().__init__("slo", message)
+        self.predicted_ttft_s = predicted_ttft_s
+        self.target_ttft_s = target_ttft_s
 
 
 class EngineDeadError(OmniServeError):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -11,8 +12,8 @@ from omniserve.sampling_params import SamplingParams
 
 __all__ = [
     "BEST_EFFORT",
+    "DEFAULT_CLASSES",
     "LATENCY_SENSITIVE",
-    "SERVICE_CLASSES",
     "SLO",
     "CompletionOutput",
     "FinishReason",
@@ -32,37 +33,75 @@ Prompt = str | Sequence[int]
 
 @dataclass(frozen=True, slots=True)
 class SLO:
-    """Targets of a service class, in seconds: time to first token, time per later token."""
+    """Targets of a service class or a request, in seconds: time to first token, time per later token.
+
+    The first counts from arrival at the API; the second is the mean over all later tokens of a request.
+    """
 
     ttft_s: float
     tpot_s: float
+
+    def __post_init__(self) -> None:
+        for name in ("ttft_s", "tpot_s"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not (value > 0 and math.isfinite(value)):
+                raise RequestError("slo", f"{name} must be a number of seconds above 0, got {value!r}")
+
+    def is_within(self, tightest: SLO | None, loosest: SLO | None) -> bool:
+        """Whether neither target is tighter than the one or looser than the other (None: no bound)."""
+        is_tight = tightest is not None and (self.ttft_s < tightest.ttft_s or self.tpot_s < tightest.tpot_s)
+        is_loose = loosest is not None and (self.ttft_s > loosest.ttft_s or self.tpot_s > loosest.tpot_s)
+        return not (is_tight or is_loose)
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceClass:
     """A class of requests. Lower `rank` goes first; a class is best-effort when `best_effort` is set.
 
-    Best-effort classes have no targets: their KV and decode attention may move to the host.
+    slo: targets of its requests. A request may bring its own, between `tightest` (None: the class's) and
+    `loosest` (None: any). Best-effort classes have none: their KV and decode attention may move to the host.
     """
 
     name: str
     rank: int
     best_effort: bool
     slo: SLO | None = None
+    tightest: SLO | None = None
+    loosest: SLO | None = None
+
+    def slo_of(self, own: SLO | None) -> SLO | None:
+        """Targets of a request that asks for `own`; RequestError naming the clamp when it may not."""
+        if own is None:
+            return self.slo
+        tightest = self.tightest or self.slo
+        if tightest is None:
+            raise RequestError("slo", f"class {self.name!r} has no targets; leave slo out or set the class's")
+        if not own.is_within(tightest, self.loosest):
+            upto = "any looser one" if self.loosest is None else _shown(self.loosest)
+            raise RequestError(
+                "slo",
+                f"{_shown(own)} is outside the clamp of class {self.name!r}: {_shown(tightest)} to {upto}",
+            )
+        return own
+
+
+def _shown(slo: SLO) -> str:
+    return f"ttft_s {slo.ttft_s:g}, tpot_s {slo.tpot_s:g}"
 
 
 LATENCY_SENSITIVE = ServiceClass("latency_sensitive", rank=0, best_effort=False)
 BEST_EFFORT = ServiceClass("best_effort", rank=10, best_effort=True)
-SERVICE_CLASSES = {c.name: c for c in (LATENCY_SENSITIVE, BEST_EFFORT)}
+DEFAULT_CLASSES = (LATENCY_SENSITIVE, BEST_EFFORT)
 
 
-def service_class_named(name: str) -> ServiceClass:
+def service_class_named(name: object, classes: Iterable[ServiceClass] = DEFAULT_CLASSES) -> ServiceClass:
     """The class called `name`; RequestError naming the known ones otherwise."""
+    known = {kind.name: kind for kind in classes}
     try:
-        return SERVICE_CLASSES[name]
+        return known[name]  # type: ignore[index]
     except (KeyError, TypeError):
-        known = ", ".join(SERVICE_CLASSES)
-        raise RequestError("service_class", f"unknown class {name!r}; known classes: {known}") from None
+        names = ", ".join(known)
+        raise RequestError("service_class", f"unknown class {name!r}; known classes: {names}") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from omniserve.host.supervisor import Host, HostSupervisor
 from omniserve.model.decoder import Decoder
 from omniserve.model.loading import load_decoder
 from omniserve.model.sampling import Chooser, sample
+from omniserve.policy.latency import LearningPrediction
 from omniserve.policy.request import Phase
 from omniserve.types import SamplingParams
 
@@ -116,11 +117,18 @@ def build_engine(
     config: EngineConfig,
     host: Callable[..., Host] = HostSupervisor,
     host_partitions: int | None = None,
+    latency: LearningPrediction | None = None,
 ) -> Engine:
     split = split_cpus(config)
     torch.set_num_threads(split.device_threads)
     return make_engine(
-        config, subject.decoder, subject.max_model_len, split, host=host, host_partitions=host_partitions
+        config,
+        subject.decoder,
+        subject.max_model_len,
+        split,
+        host=host,
+        host_partitions=host_partitions,
+        latency=latency,
     )
 
 
@@ -134,9 +142,10 @@ def run(
     config: EngineConfig,
     arrivals: Sequence[Arrival],
     after_step: Callable[[Engine], None] = lambda engine: None,
+    latency: LearningPrediction | None = None,
 ) -> Outcome:
     """Serve `arrivals` with a real host process, assert that nothing is left behind, and close the engine."""
-    engine = build_engine(subject, config)
+    engine = build_engine(subject, config, latency=latency)
     try:
         return _Drive(engine, list(arrivals), after_step).outcome()
     finally:

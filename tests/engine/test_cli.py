@@ -12,6 +12,8 @@ import pytest
 
 from omniserve import cli
 from omniserve.config import EngineConfig
+from omniserve.errors import ConfigError
+from omniserve.types import SLO
 
 SMALL = ["--host-offload", "never", "--max-model-len", "256"]
 
@@ -23,7 +25,10 @@ def omniserve(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[s
 
 def test_every_setting_is_a_flag() -> None:
     shown = omniserve("generate", "--help").stdout
-    assert {f.name for f in fields(EngineConfig) if "--" + f.name.replace("_", "-") not in shown} == set()
+    missing = {f.name for f in fields(EngineConfig) if "--" + f.name.replace("_", "-") not in shown}
+    assert missing == {"classes"}, "classes have targets as flags: --slo-ttft-s, --slo-tpot-s"
+    assert "--slo-ttft-s" in shown
+    assert "--slo-tpot-s" in shown
 
 
 @pytest.mark.parametrize(
@@ -36,6 +41,17 @@ def test_every_setting_is_a_flag() -> None:
 )
 def test_a_yes_or_no_setting_is_a_flag_without_a_value(flags: list[str], values: dict[str, bool]) -> None:
     assert cli._settings(cli._parser().parse_args(["generate", "hello", *flags])) == values
+
+
+def test_two_flags_set_the_targets_of_the_default_class() -> None:
+    def settings(*flags: str) -> dict[str, object]:
+        return cli._settings(cli._parser().parse_args(["generate", "hello", *flags]))
+
+    chat, batch = settings("--slo-ttft-s", "1.5", "--slo-tpot-s", "0.2")["classes"]  # type: ignore[misc]
+    assert (chat.name, chat.slo, batch.slo) == ("latency_sensitive", SLO(1.5, 0.2), None)
+    assert settings("--policy", "paper") == {"policy": "paper"}
+    with pytest.raises(ConfigError, match="give both or none"):
+        settings("--slo-ttft-s", "1.5")
 
 
 def test_generate_prints_the_text_alone() -> None:

@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from omniserve.engine.page_hashes import PageHashes
-from omniserve.policy.latency import FixedBudget
+from omniserve.policy.budget import FixedBudget, Policy
 from omniserve.policy.pages import PagePool
-from omniserve.policy.plan import DeviceRows, NewToken, PageCopy, Step, StepResult
+from omniserve.policy.plan import DeviceRows, NewToken, PageCopy, Plan, Step, StepResult
 from omniserve.policy.request import Limits, Phase, Request
 from omniserve.policy.scheduler import schedule
 from omniserve.policy.state import State
+from omniserve.types import SLO
 
 NUM_LAYERS = 2
 
@@ -72,11 +73,15 @@ class LaneTask:
 
 @dataclass
 class World:
-    """State plus what the outside knows: texts, tokens still owed, tasks and copies under way."""
+    """State plus what the outside knows: texts, tokens still owed, tasks and copies under way.
+
+    policy: None for a fixed budget of `chunk_tokens`. A step takes as long as its plan expects, on `now`.
+    """
 
     limits: Limits
     chunk_tokens: int = 8
     caches_prefixes: bool = True
+    policy: Policy | None = None
     state: State = field(init=False)
     remaining: dict[int, int] = field(default_factory=dict)
     produced: dict[int, int] = field(default_factory=dict)
@@ -90,12 +95,14 @@ class World:
     finished: list[int] = field(default_factory=list)
     lanes_unserved: int = 0  # what the next steps report while a lane is in flight
     next_id: int = 0
+    now: float = 0.0
+    plans: list[Plan] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.state = State(self.limits)
         if self.limits.host_offload != "never":
             self.state.host_started()
-        self.cost = FixedBudget(self.chunk_tokens, self.limits.max_lane_rows)
+        self.cost: Policy = self.policy or FixedBudget(self.chunk_tokens, self.limits.max_lane_rows)
         self.device = Memory(self.state.device)
         self._new_host()
         self._hashes: dict[int, tuple[PageHashes, PageHashes]] = {}
@@ -103,7 +110,12 @@ class World:
         self._ends: dict[tuple[object, int], int] = {}  # (end of the text before, token) -> end of the text
 
     def add(
-        self, prompt: int | Sequence[int], output: int, best_effort: bool, salt: str | None = None
+        self,
+        prompt: int | Sequence[int],
+        output: int,
+        best_effort: bool,
+        salt: str | None = None,
+        slo: SLO | None = None,
     ) -> int:
         """A request; a prompt given by its length begins like no other."""
         request_id = self.next_id
@@ -114,7 +126,9 @@ class World:
         self.remaining[request_id] = output
         self.produced[request_id] = 0
         rank = 10 if best_effort else 0
-        request = Request(request_id, rank, best_effort, len(text), output, len(text))
+        request = Request(
+            request_id, rank, best_effort, len(text), output, len(text), slo=slo, arrival_s=self.now
+        )
         sizes = (self.limits.page_size, self.limits.host_page_size)
         self._hashes[request_id] = (PageHashes(sizes[0], salt), PageHashes(sizes[1], salt))
         self._extend_hashes(request, text)
@@ -172,14 +186,16 @@ class World:
 
         False when there is nothing to do.
         """
-        plan = schedule(self.state, 0.0, self.cost)
+        plan = schedule(self.state, self.now, self.cost)
         if plan.is_empty and not self.lanes and not self.copies:
             return False
         step = self.state.commit(plan)
         self.state.check()
         result = self._carry_out(step, host_serves)
+        self.now += plan.why.predicted_s if plan.why is not None else 0.0
+        self.plans.append(plan)
         requests = dict(self.state.requests)
-        for request in self.state.apply(step, result):
+        for request in self.state.apply(step, result, self.now):
             self.finished.append(request.id)
         for token in result.tokens:
             self._extend_hashes(requests[token.request_id], [token.token_id])
@@ -190,7 +206,8 @@ class World:
     def _carry_out(self, step: Step, host_serves: Callable[[str, int], bool]) -> StepResult:
         self._cancel(step.cancel_slots, step.cancel_fetches)
         total = sum(r.num_tokens for r in step.rows)
-        assert total <= self.chunk_tokens, "a plan keeps its token budget"
+        if self.policy is None:
+            assert total <= self.chunk_tokens, "a plan keeps its token budget"
         assert len(step.rows) <= self.limits.max_num_seqs
         assert len(step.lane_starts) <= self.limits.max_lane_rows
         for copy in step.copies_out:

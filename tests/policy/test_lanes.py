@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from omniserve.policy.division import split_rows
 from omniserve.policy.lanes import carried_cap, next_pass
 from omniserve.policy.latency import WalkLoad
 
@@ -37,3 +38,20 @@ def test_walk_load_follows_the_papers_sums() -> None:
     load.add_chunk(start=4, num_tokens=3)
     assert (load.num_tokens, load.num_decodes, load.decode_context) == (4, 1, 10)
     assert load.prefill_load == 5 + 6 + 7
+
+
+@given(
+    total=st.integers(0, 60),
+    places=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 8)), min_size=1, max_size=6),
+)
+def test_rows_are_split_to_the_last_one(total: int, places: list[tuple[int, int]]) -> None:
+    """All rows are given away or every place is full; who asks for more than another gets no less."""
+    demands, most = zip(*places, strict=True)
+    shares = split_rows(total, demands, most)
+    assert sum(shares) == min(total, sum(most))
+    assert all(share <= limit for share, limit in zip(shares, most, strict=True))
+
+
+def test_short_rows_are_split_in_proportion_and_spare_ones_evenly() -> None:
+    assert split_rows(6, (2, 10), (8, 8)) == [1, 5]
+    assert split_rows(10, (2, 4), (8, 8)) == [4, 6]

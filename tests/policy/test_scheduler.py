@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from omniserve.policy.latency import FixedBudget
+from omniserve.policy.budget import FixedBudget
 from omniserve.policy.plan import Drop, SwapIn
 from omniserve.policy.request import Phase
 from omniserve.policy.scheduler import schedule

@@ -35,8 +35,9 @@ from omniserve.host.load import HostLoad, host_load
 from omniserve.model.decoder import Decoder
 from omniserve.model.loading import load_decoder
 from omniserve.model.sources import ensure_model
+from omniserve.policy.budget import FixedBudget
 from omniserve.policy.correction import accuracy
-from omniserve.policy.latency import FixedBudget, WalkLoad
+from omniserve.policy.latency import WalkLoad
 from omniserve.policy.latency_model import LatencyFit, LatencyModel, kind_of
 from omniserve.types import SamplingParams
 
@@ -114,9 +115,9 @@ class Workload:
         for _ in range(count - present):
             self._add(service_class, lengths)
         if self.rng.random() < 0.5:
-            budget = self.engine.cost
+            budget = self.engine.policy
             assert isinstance(budget, FixedBudget)
-            self.engine.cost = replace(budget, max_num_batched_tokens=self.rng.choice(BUDGETS))
+            self.engine.policy = replace(budget, max_num_batched_tokens=self.rng.choice(BUDGETS))
 
     def _add(self, service_class: str, lengths: Lengths) -> None:
         (shortest, longest), output = lengths

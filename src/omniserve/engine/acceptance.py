@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from omniserve.config import EngineConfig
 from omniserve.errors import RequestError
-from omniserve.types import SamplingParams
+from omniserve.policy.baselines import RULES
+from omniserve.types import SLO, SamplingParams, ServiceClass, service_class_named
 
 MAX_CACHE_SALT = 4096
 
@@ -26,6 +28,28 @@ def check_cache_salt(salt: object) -> None:
             f"must be text of 1 to {MAX_CACHE_SALT} bytes of UTF-8; None shares prefixes with all others "
             "that have none",
         )
+
+
+def check_service(
+    config: EngineConfig, service_class: object, slo: object, completion_window_s: object
+) -> ServiceClass:
+    """The class of that name; RequestError when it is unknown, not served, or may not have what is asked."""
+    kind = service_class_named(service_class, config.classes)
+    if slo is not None and not isinstance(slo, SLO):
+        raise RequestError("slo", f"must be an SLO(ttft_s, tpot_s) or None, got {slo!r}")
+    kind.slo_of(slo)
+    if kind.best_effort and not RULES[config.policy].takes_best_effort:
+        raise RequestError(
+            "service_class", f"policy {config.policy!r} serves no best-effort work; choose another"
+        )
+    if completion_window_s is not None:
+        if not kind.best_effort:
+            raise RequestError("completion_window_s", f"class {kind.name!r} has none; use slo")
+        if type(completion_window_s) not in (int, float) or not completion_window_s > 0:  # type: ignore[operator]
+            raise RequestError(
+                "completion_window_s", f"must be a number of seconds above 0, got {completion_window_s!r}"
+            )
+    return kind
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from omniserve.config import EngineConfig
-from omniserve.engine.acceptance import check_cache_salt
+from omniserve.engine.acceptance import check_cache_salt, check_service
 from omniserve.engine.client import EngineClient
 from omniserve.engine.messages import Token
 from omniserve.engine.progress import Progress
@@ -20,7 +20,7 @@ from omniserve.errors import ConfigError, RequestError
 from omniserve.model.sources import ensure_model
 from omniserve.model.tokenizer import load_tokenizer
 from omniserve.seeds import derive_seed
-from omniserve.types import Prompt, RequestOutput, SamplingParams, service_class_named
+from omniserve.types import SLO, Prompt, RequestOutput, SamplingParams
 
 Message = Mapping[str, Any]
 
@@ -108,15 +108,17 @@ class AsyncLLM:
         params: SamplingParams,
         service_class: str,
         cache_salt: str | None = None,
+        slo: SLO | None = None,
+        completion_window_s: float | None = None,
     ) -> None:
-        """Raise RequestError when the engine would refuse this request."""
-        self._checked_bad_words(prompt, params, service_class, cache_salt)
+        """Raise RequestError when the engine would refuse this request, whatever else it has to do."""
+        check_service(self.config, service_class, slo, completion_window_s)
+        self._checked_bad_words(prompt, params, cache_salt)
 
     def _checked_bad_words(
-        self, prompt: Sequence[int], params: SamplingParams, service_class: str, cache_salt: str | None
+        self, prompt: Sequence[int], params: SamplingParams, cache_salt: str | None
     ) -> list[list[int]]:
-        """`check`, and the bad words as tokens, which it needs."""
-        service_class_named(service_class)
+        """Bad words as tokens, and with their help the checks of everything but class and targets."""
         check_cache_salt(cache_salt)
         bad_words = self.encode_bad_words(params)
         self._client.info.acceptance.check(prompt, params, bad_words)
@@ -129,16 +131,22 @@ class AsyncLLM:
         service_class: str = "latency_sensitive",
         request_id: str | None = None,
         cache_salt: str | None = None,
+        slo: SLO | None = None,
+        completion_window_s: float | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Yield the request's output after each token (cumulative); the last one has a finish reason.
 
         cache_salt: cached prefixes are shared only among requests of the same salt (None: those without one).
+        slo: targets of its own, within its class's clamp. completion_window_s: seconds in which a best-effort
+        job should end; it goes before those that have more time left.
         Leaving the iterator early aborts the request. Raises RequestError for a request that can not be
-        served and EngineDeadError when the engine ends.
+        served, SloUnattainableError for one whose targets could not be held now, and EngineDeadError when the
+        engine ends.
         """
         arrived_s = time.monotonic()
         ids, params = self.encode(prompt), sampling_params or SamplingParams()
-        async for output in self.stream(ids, params, service_class, request_id, arrived_s, cache_salt):
+        service = (service_class, request_id, arrived_s, cache_salt, slo, completion_window_s)
+        async for output in self.stream(ids, params, *service):
             yield output
 
     async def stream(
@@ -149,9 +157,12 @@ class AsyncLLM:
         request_id: str | None,
         arrived_s: float,
         cache_salt: str | None = None,
+        slo: SLO | None = None,
+        completion_window_s: float | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """`submit` for a tokenised prompt whose time counts from `arrived_s` (time.monotonic())."""
-        bad_words = self._checked_bad_words(ids, params, service_class, cache_salt)
+        check_service(self.config, service_class, slo, completion_window_s)
+        bad_words = self._checked_bad_words(ids, params, cache_salt)
         name = request_id if request_id is not None else f"request-{next(self._names)}"
         if name in self._running:
             raise RequestError("request_id", f"{name!r} is running already")
@@ -174,9 +185,9 @@ class AsyncLLM:
         self._running[name] = stop
         try:
             for index, own in enumerate(_one_text_each(params)):
-                engine_ids.append(
-                    self._client.add(ids, own, service_class, partial(listen, index), bad_words, cache_salt)
-                )
+                hears = partial(listen, index)
+                service = (bad_words, cache_salt, slo, arrived_s, completion_window_s)
+                engine_ids.append(self._client.add(ids, own, service_class, hears, *service))
             while not progress.is_finished:
                 when_s, index, item = await news.get()
                 if isinstance(item, Exception):
@@ -203,6 +214,10 @@ class AsyncLLM:
     async def stats(self) -> dict[str, Any]:
         """Counters and gauges of the engine; see docs/design.md."""
         return await asyncio.wrap_future(self._client.stats())
+
+    async def explain(self) -> dict[str, Any]:
+        """Why the engine's last plans are as they are, and its last refusals; see docs/policy.md."""
+        return await asyncio.wrap_future(self._client.explain())
 
     def close(self) -> None:
         """End the engine and its host; requests still running raise EngineDeadError."""

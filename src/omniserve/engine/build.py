@@ -28,9 +28,11 @@ from omniserve.host.topology import num_partitions
 from omniserve.model.decoder import Decoder
 from omniserve.model.families import ModelConfig, read_model_config
 from omniserve.model.loading import load_decoder
-from omniserve.policy.latency import CostModel, FixedBudget
-from omniserve.policy.latency_model import LatencyModel
+from omniserve.policy.baselines import PREDICTING, make_policy
+from omniserve.policy.budget import FixedBudget, Policy
+from omniserve.policy.latency import LearningPrediction, Prediction
 from omniserve.policy.request import Limits
+from omniserve.policy.terms import Terms, walk_bound_s
 
 MAX_DEFAULT_MODEL_LEN = 8192
 # Staging frames between device and host: pages in flight at once.
@@ -138,12 +140,12 @@ def make_engine(
     split: CpuSplit,
     arrivals: Callable[[], bool] = lambda: False,
     host: Callable[..., Host] = HostSupervisor,
-    cost: CostModel | None = None,
     host_partitions: int | None = None,
-    latency: LatencyModel | None = None,
+    latency: LearningPrediction | None = None,
 ) -> Engine:
     """Build an engine around loaded weights. `host(geometry, cpus, threads, lock_memory)` makes the host.
 
+    latency: predicts what walks take; None: not calibrated, so that no target is promised.
     host_partitions: of the host's pages; None: one for each NUMA node that the host's CPUs span.
     """
     if host_partitions is None:
@@ -164,21 +166,39 @@ def make_engine(
         geometry = lane_geometry(config, decoder, limits, max_model_len)
         the_host = host(geometry, split.host_cpus, split.host_threads, config.host_mlock)
         kv_dtype_there = geometry.host_kv_dtype
-    cost = cost or FixedBudget(config.max_num_batched_tokens, config.max_lane_rows, config.pass_budget_s)
     acceptance = make_acceptance(limits, decoder.config, max_model_len, config.max_logprobs)
     return Engine(
         executor,
         the_host,
         limits,
-        cost,
+        engine_policy(config, decoder, latency),
         acceptance,
-        config.seed,
+        config,
         split.host_threads,
         kv_dtype_there,
-        caches_prefixes=config.enable_prefix_caching,
         quantization=decoder.quantization,
         latency=latency,
     )
+
+
+def engine_policy(config: EngineConfig, decoder: Decoder, latency: Prediction | None) -> Policy:
+    """The policy of the settings; with targets and a calibrated model, one that holds them."""
+    fixed = FixedBudget(config.max_num_batched_tokens, config.max_lane_rows, config.pass_budget_s)
+    bound_s = walk_bound_s(config.classes)
+    if bound_s is None:
+        return make_policy(config.policy, fixed, None, None)
+    kv_dtype = host_kv_dtype(config, decoder.dtype)
+    kv_heads, head_dim, size = decoder.num_kv_heads, decoder.head_dim, config.host_page_size
+    page_bytes = kv_geometry(1, kv_heads, head_dim, size, kv_dtype).page_bytes
+    terms = Terms(
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_lane_rows=config.max_lane_rows,
+        pass_budget_s=config.pass_budget_s,
+        walk_bound_s=bound_s,
+        kv_token_bytes=page_bytes // size,
+        best_effort_share=config.best_effort_share,
+    )
+    return make_policy(config.policy, fixed, latency, terms)
 
 
 def _device_attention(config: EngineConfig, decoder: Decoder, limits: Limits) -> CpuAttention:
@@ -243,7 +263,8 @@ def load_engine(config: EngineConfig, path: Path, arrivals: Callable[[], bool] =
         team=_native.ThreadTeam(split.device_threads, list(split.device_cpus)),
     )
     latency = None
-    if config.calibrate == "always":
+    has_targets = config.policy in PREDICTING and walk_bound_s(config.classes) is not None
+    if config.calibrate == "always" or (config.calibrate == "auto" and has_targets):
         from omniserve.engine.calibration import ensure_profile  # it builds an engine itself
 
         latency = ensure_profile(config, decoder, split, max_model_len)

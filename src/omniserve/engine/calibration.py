@@ -18,8 +18,8 @@ import torch
 
 import omniserve
 import omniserve._native as _native
-from omniserve.attention.cpu import dtype_name
 from omniserve.config import CpuSplit, EngineConfig
+from omniserve.dtypes import dtype_name
 from omniserve.engine.profiler import BUDGET_S, Progress, profile
 from omniserve.model.cache import cache_root, locked, sha256_of
 from omniserve.model.decoder import Decoder

@@ -20,6 +20,8 @@ from omniserve.engine.acceptance import Acceptance
 from omniserve.engine.messages import (
     Abort,
     Add,
+    Answer,
+    AskExplanations,
     AskStats,
     Failed,
     FromEngine,
@@ -27,13 +29,12 @@ from omniserve.engine.messages import (
     Ready,
     Refused,
     Start,
-    Stats,
     Token,
     Tokens,
     from_engine_decoder,
     pack,
 )
-from omniserve.types import SamplingParams
+from omniserve.types import SLO, SamplingParams
 
 Listener = Callable[[Token | Exception], None]
 # How long a closing engine may take to end by itself before it is killed.
@@ -46,6 +47,12 @@ class EngineInfo:
 
     acceptance: Acceptance
     startup_s: float
+
+
+def _refusal(message: Refused) -> errors.RequestError:
+    if message.predicted_ttft_s is None or message.target_ttft_s is None:
+        return errors.RequestError(message.field, message.message)
+    return errors.SloUnattainableError(message.message, message.predicted_ttft_s, message.target_ttft_s)
 
 
 class EngineClient:
@@ -94,11 +101,25 @@ class EngineClient:
         listener: Listener,
         bad_words: Sequence[Sequence[int]] = (),
         cache_salt: str | None = None,
+        slo: SLO | None = None,
+        arrived_s: float | None = None,
+        completion_window_s: float | None = None,
     ) -> int:
         """Submit one text; `listener` hears its tokens until one carries a finish reason."""
         request_id = next(self._ids)
-        words = [list(word) for word in bad_words]
-        message = pack(Add(request_id, list(prompt), params, service_class, words, cache_salt))
+        message = pack(
+            Add(
+                request_id,
+                list(prompt),
+                params,
+                service_class,
+                [list(word) for word in bad_words],
+                cache_salt,
+                slo,
+                arrived_s,
+                completion_window_s,
+            )
+        )
         with self._lock:
             self._raise_if_dead()
             self._listeners[request_id] = listener
@@ -114,12 +135,19 @@ class EngineClient:
 
     def stats(self) -> Future[dict[str, Any]]:
         """The engine's statistics, as soon as it answers."""
+        return self._ask(AskStats)
+
+    def explain(self) -> Future[dict[str, Any]]:
+        """Why the engine's last plans are as they are, and its last refusals, as soon as it answers."""
+        return self._ask(AskExplanations)
+
+    def _ask(self, question: type[AskStats | AskExplanations]) -> Future[dict[str, Any]]:
         answer: Future[dict[str, Any]] = Future()
         question_id = next(self._ids)
         with self._lock:
             self._raise_if_dead()
             self._answers[question_id] = answer
-        self._send(pack(AskStats(question_id)))
+        self._send(pack(question(question_id)))
         return answer
 
     def close(self) -> None:
@@ -167,13 +195,13 @@ class EngineClient:
             case Tokens(tokens=tokens):
                 for token in tokens:
                     self._tell(token.request_id, token, is_last=token.finish_reason is not None)
-            case Refused(request_id=request_id, field=field, message=reason):
-                self._tell(request_id, errors.RequestError(field, reason), is_last=True)
-            case Stats(question_id=question_id, stats=stats):
+            case Refused(request_id=request_id):
+                self._tell(request_id, _refusal(message), is_last=True)
+            case Answer(question_id=question_id, answer=found):
                 with self._lock:
                     answer = self._answers.pop(question_id)
                 if answer.set_running_or_notify_cancel():
-                    answer.set_result(stats)
+                    answer.set_result(found)
             case Ready(acceptance=acceptance, startup_s=startup_s):
                 self._started.set_result(EngineInfo(acceptance, startup_s))
             case Failed(kind=kind, message=text):

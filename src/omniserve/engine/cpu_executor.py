@@ -112,6 +112,7 @@ class CpuExecutor:
             drained=done.drained,
             lanes_unserved=unserved,
             lane_rows=lane_rows,
+            lanes_waiting=() if self.segment is None else tuple(self.segment.scan()[1]),
         )
 
     def collect(self, handle: StepResult) -> StepResult:

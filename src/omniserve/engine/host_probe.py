@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from omniserve.attention.cpu import CpuKvStore, dtype_name, kv_geometry
+from omniserve.attention.cpu import CpuKvStore, kv_geometry
 from omniserve.config import CpuSplit, EngineConfig
+from omniserve.dtypes import dtype_name
 from omniserve.engine.build import lane_geometry, make_limits
 from omniserve.errors import OmniServeError
 from omniserve.host.load import FILLING

@@ -13,7 +13,7 @@ from omniserve.config import EngineConfig
 from omniserve.engine.async_llm import AsyncLLM, Message
 from omniserve.errors import EngineDeadError, RequestError
 from omniserve.model.tokenizer import Tokenizer
-from omniserve.types import Prompt, RequestOutput, SamplingParams
+from omniserve.types import SLO, Prompt, RequestOutput, SamplingParams
 
 T = TypeVar("T")
 OnProgress = Callable[[int, RequestOutput], None]
@@ -59,17 +59,22 @@ class LLM:
         service_class: str | Sequence[str] = "latency_sensitive",
         on_progress: OnProgress | None = None,
         cache_salt: str | Sequence[str] | None = None,
+        slo: SLO | Sequence[SLO | None] | None = None,
+        completion_window_s: float | None = None,
     ) -> list[RequestOutput]:
         """Generate for every prompt (text or token ids) and return the outputs in their order.
 
         sampling_params, service_class and cache_salt: one for all or one per prompt; cached prefixes are
-        shared only among requests of the same salt (None: those without one). on_progress(i, output) is
-        called after each token. Raises RequestError naming the first prompt that can not be served, before
-        any of them runs.
+        shared only among requests of the same salt (None: those without one). slo: targets of their own,
+        within the clamp of their class; one for all or one per prompt (None: the class's).
+        completion_window_s: seconds in which best-effort jobs should end. on_progress(i, output) is called
+        after each token. Raises RequestError naming the first prompt that can not be served, before any of
+        them runs, and SloUnattainableError when one could not have its targets now; the others end with it.
         """
         arrived_s = time.monotonic()
         batch = [self._llm.encode(p) for p in _as_list(prompts)]
-        return self._run_batch(batch, sampling_params, service_class, on_progress, arrived_s, cache_salt)
+        service = (service_class, cache_salt, slo, completion_window_s)
+        return self._run_batch(batch, sampling_params, on_progress, arrived_s, *service)
 
     def chat(
         self,
@@ -78,6 +83,8 @@ class LLM:
         service_class: str | Sequence[str] = "latency_sensitive",
         on_progress: OnProgress | None = None,
         cache_salt: str | Sequence[str] | None = None,
+        slo: SLO | Sequence[SLO | None] | None = None,
+        completion_window_s: float | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of a list of them, rendered by the model's chat template."""
         arrived_s = time.monotonic()
@@ -85,11 +92,16 @@ class LLM:
             messages = cast("Sequence[Sequence[Message]]", [messages])
         conversations = cast("Sequence[Sequence[Message]]", messages)
         batch = [self._llm.encode_chat(c) for c in conversations]
-        return self._run_batch(batch, sampling_params, service_class, on_progress, arrived_s, cache_salt)
+        service = (service_class, cache_salt, slo, completion_window_s)
+        return self._run_batch(batch, sampling_params, on_progress, arrived_s, *service)
 
     def stats(self) -> dict[str, Any]:
         """Counters and gauges of the engine; see docs/design.md."""
         return self._call(self._llm.stats())
+
+    def explain(self) -> dict[str, Any]:
+        """Why the engine's last plans are as they are, and its last refusals; see docs/policy.md."""
+        return self._call(self._llm.explain())
 
     def close(self) -> None:
         """End the engine and its host. Calls still running get EngineDeadError."""
@@ -126,25 +138,31 @@ class LLM:
         self,
         batch: list[list[int]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        service_class: str | Sequence[str],
         on_progress: OnProgress | None,
         arrived_s: float,
+        service_class: str | Sequence[str],
         cache_salt: str | Sequence[str] | None,
+        slo: SLO | Sequence[SLO | None] | None,
+        window_s: float | None,
     ) -> list[RequestOutput]:
         params = _one_each(sampling_params or SamplingParams(), len(batch), "sampling_params", SamplingParams)
         classes: list[str] = _one_each(service_class, len(batch), "service_class", str)
         salts: list[str | None] = [None] * len(batch)
         if cache_salt is not None:
             salts = [*_one_each(cache_salt, len(batch), "cache_salt", str)]
+        slos: list[SLO | None] = [None] * len(batch)
+        if slo is not None:
+            slos = [*_one_each(cast("SLO | Sequence[SLO]", slo), len(batch), "slo", SLO)]
         for i, (prompt, own, kind, salt) in enumerate(zip(batch, params, classes, salts, strict=True)):
             try:
-                self._llm.check(prompt, own, kind, salt)
+                self._llm.check(prompt, own, kind, salt, slos[i], window_s)
             except RequestError as error:
                 raise RequestError(error.field, f"{error.reason} (prompt number {i})") from None
 
         async def run_one(i: int) -> RequestOutput:
             last: RequestOutput | None = None
-            async for last in self._llm.stream(batch[i], params[i], classes[i], None, arrived_s, salts[i]):
+            service = (classes[i], None, arrived_s, salts[i], slos[i], window_s)
+            async for last in self._llm.stream(batch[i], params[i], *service):
                 if on_progress is not None:
                     on_progress(i, last)
             assert last is not None

@@ -8,25 +8,37 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from omniserve.config import Quantization
-from omniserve.engine.acceptance import Acceptance, check_cache_salt
+from omniserve.config import EngineConfig, Quantization
+from omniserve.engine.acceptance import Acceptance, check_cache_salt, check_service
 from omniserve.engine.executor import Executor
+from omniserve.engine.history import History
 from omniserve.engine.page_hashes import PageHashes
 from omniserve.engine.records import Record
+from omniserve.errors import SloUnattainableError
 from omniserve.host.supervisor import Host
 from omniserve.model.sampling import Chooser
 from omniserve.model.token_rules import TokenRules
-from omniserve.policy.latency import CostModel
-from omniserve.policy.latency_model import LatencyModel, load_of
+from omniserve.policy.budget import Policy
+from omniserve.policy.explanation import Refusal
+from omniserve.policy.latency import LearningPrediction
+from omniserve.policy.latency_model import load_of
 from omniserve.policy.plan import NewToken, Step, StepResult
 from omniserve.policy.request import Limits, Phase, Request
 from omniserve.policy.scheduler import schedule
 from omniserve.policy.state import State
 from omniserve.seeds import derive_seed
-from omniserve.types import SamplingParams, service_class_named
+from omniserve.types import SLO, SamplingParams
 
 # Longest sleep without any event: a net under lost wake-ups, not a polling interval.
 MAX_SLEEP_S = 1.0
+
+# What stands against a refused request, in words.
+OBSTACLES = {
+    "ttft": "its first token would be late",
+    "tpot": "with it, tokens would come too slowly",
+    "others": "requests already admitted would be late because of it",
+    "memory": "device_memory_bytes cannot hold it beside those already admitted",
+}
 
 LANE_STATS = (
     "lane_entries",
@@ -59,29 +71,28 @@ class Engine:
         executor: Executor,
         host: Host | None,
         limits: Limits,
-        cost: CostModel,
+        policy: Policy,
         acceptance: Acceptance,
-        seed: int = 0,
+        config: EngineConfig,
         host_threads: int = 1,
         host_kv_dtype: str | None = None,
         clock: Callable[[], float] = time.monotonic,
-        caches_prefixes: bool = True,
         quantization: Quantization = "none",
-        latency: LatencyModel | None = None,
+        latency: LearningPrediction | None = None,
     ) -> None:
         """latency: what walks cost on this machine, learned from every walk; None: uncalibrated."""
         self.executor = executor
         self.host = host
-        self.cost = cost
+        self.policy = policy
         self.latency = latency
         self.acceptance = acceptance
-        self.seed = seed
+        self.config = config
+        self.history = History()
         self._host_threads = max(1, host_threads)
         self._host_kv_dtype = host_kv_dtype
         self._quantization = quantization
         self.state = State(limits)
         self._clock = clock
-        self._caches_prefixes = caches_prefixes
         self._hashes: dict[int, tuple[PageHashes, PageHashes]] = {}  # of device and host pages, by request
         self._next_id = 0
         self._started_s = clock()
@@ -97,17 +108,36 @@ class Engine:
         service_class: str,
         bad_words: Sequence[Sequence[int]] = (),
         cache_salt: str | None = None,
+        slo: SLO | None = None,
+        arrived_s: float | None = None,
+        completion_window_s: float | None = None,
     ) -> int:
         """Accept a request for one text (`params.n` is the caller's affair); returns its id.
 
         bad_words: those of the parameters as token ids. cache_salt: requests share cached prefixes only with
-        those of the same salt. Raises RequestError naming the field and the limit.
+        those of the same salt. slo, completion_window_s: as for AsyncLLM.submit. arrived_s: when it arrived,
+        on the engine's clock; None: now. Raises RequestError naming the field and the limit, and
+        SloUnattainableError when its targets, or those of others beside it, cannot be held.
         """
-        kind = service_class_named(service_class)
+        kind = check_service(self.config, service_class, slo, completion_window_s)
         self.acceptance.check(prompt, params, bad_words)
         check_cache_salt(cache_salt)
         max_tokens = self.acceptance.max_tokens(prompt, params)
+        arrived_s = self._clock() if arrived_s is None else arrived_s
         request_id = self._next_id
+        request = Request(
+            request_id,
+            kind.rank,
+            kind.best_effort,
+            len(prompt),
+            max_tokens,
+            len(prompt),
+            service_class=kind.name,
+            slo=kind.slo_of(slo),
+            arrival_s=arrived_s,
+            deadline_s=None if completion_window_s is None else arrived_s + completion_window_s,
+        )
+        self._refuse_unattainable(request)
         self._next_id += 1
         self.executor.add(
             Record(
@@ -120,15 +150,34 @@ class Engine:
                 params.prompt_logprobs,
             )
         )
-        request = Request(request_id, kind.rank, kind.best_effort, len(prompt), max_tokens, len(prompt))
         # Prompt logprobs need the logits of every prompt token: such a prompt takes nothing from the cache.
-        if self._caches_prefixes and params.prompt_logprobs is None:
+        if self.config.enable_prefix_caching and params.prompt_logprobs is None:
             sizes = (self.state.limits.page_size, self.state.limits.host_page_size)
             device, host = (PageHashes(size, cache_salt) for size in sizes)
             self._hashes[request_id] = device, host
             self._extend_hashes(request, prompt)
         self.state.add(request)
         return request_id
+
+    def _refuse_unattainable(self, request: Request) -> None:
+        """Raise SloUnattainableError, and remember it, when admission says no."""
+        if self.config.admission == "off":
+            return
+        now = self._clock()
+        verdict = self.policy.admit(self.state, request, now)
+        if verdict.obstacle is None:
+            return
+        assert verdict.predicted_ttft_s is not None, "a refusal has its reasons"
+        assert verdict.target_ttft_s is not None, "a request without targets is admitted"
+        predicted_s, target_s = verdict.predicted_ttft_s, verdict.target_ttft_s
+        kind = request.service_class
+        self.history.note_refusal(Refusal(now, request.id, kind, verdict.obstacle, predicted_s, target_s))
+        raise SloUnattainableError(
+            f"{OBSTACLES[verdict.obstacle]} (predicted ttft_s {predicted_s:.3g}, target {target_s:.3g}); "
+            "try again later or with looser targets",
+            predicted_s,
+            target_s,
+        )
 
     def _extend_hashes(self, request: Request, tokens: Sequence[int]) -> None:
         if request.id in self._hashes:
@@ -157,7 +206,7 @@ class Engine:
         )
         return Chooser(
             temperature=params.temperature,
-            seed=derive_seed(self.seed, request_id + 1) if params.seed is None else params.seed,
+            seed=derive_seed(self.config.seed, request_id + 1) if params.seed is None else params.seed,
             top_k=params.top_k,
             top_p=params.top_p,
             min_p=params.min_p,
@@ -183,14 +232,16 @@ class Engine:
         """Decide and carry out one plan; empty when nothing can be done now."""
         began, host_busy_s = self._clock(), self._host_busy_s()
         self._heed_host()
-        plan = schedule(self.state, self._clock(), self.cost)
+        now = self._clock()
+        plan = schedule(self.state, now, self.policy)
         if plan.is_empty and not self.executor.has_ready_lanes():
             news = self.executor.acknowledgements()
             self.state.apply_acknowledgements(news)
             return StepOutput(was_idle=not (news.arrived or news.drained))
+        self.history.note_plan(now, plan)
         step = self.state.commit(plan)
         result = self.executor.collect(self.executor.launch(step))
-        finished = self.state.apply(step, result)
+        finished = self.state.apply(step, result, self._clock())
         output = self._output(result, finished)
         if step.kind == "walk" and self.latency is not None:
             seconds = self._clock() - began
@@ -204,7 +255,7 @@ class Engine:
 
     @staticmethod
     def _learn(
-        latency: LatencyModel, step: Step, result: StepResult, host_share: float, seconds: float
+        latency: LearningPrediction, step: Step, result: StepResult, host_share: float, seconds: float
     ) -> None:
         """What ran, not what was planned, is what the time is compared with."""
         num_lane_tokens = sum(token.by_lane for token in result.tokens)
@@ -287,12 +338,19 @@ class Engine:
         stats["cost_model"] = "uncalibrated" if self.latency is None else "calibrated"
         stats["prediction"] = {} if self.latency is None else self.latency.accuracy()
         stats["requests"] = {
-            phase.value: len(state.in_phase(phase)) for phase in Phase if phase is not Phase.FINISHED
-        } | {Phase.WAITING.value: len(state.waiting)}
+            phase.value: state.num_in_phase(phase) for phase in Phase if phase is not Phase.FINISHED
+        }
         stats["pages"] = self._pages()
         stats["prefix_cache"] = self._prefix_cache()
+        stats["policy"] = self.policy.rules.name
+        stats["promises_slo"] = self.policy.promises_slo
+        stats["num_refused"] = self.history.num_refused
         stats["uptime_s"] = elapsed
         return stats
+
+    def explain(self) -> dict[str, Any]:
+        """Why the last plans are as they are, and the last refusals, oldest first; see docs/policy.md."""
+        return self.history.as_plain()
 
     def _host_state(self) -> str:
         if self.host is None:

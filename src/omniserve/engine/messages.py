@@ -10,7 +10,7 @@ import msgspec
 
 from omniserve.config import EngineConfig
 from omniserve.engine.acceptance import Acceptance
-from omniserve.types import FinishReason, SamplingParams, TokenLogprobs
+from omniserve.types import SLO, FinishReason, SamplingParams, TokenLogprobs
 
 _LENGTH = struct.Struct("!I")
 
@@ -23,7 +23,11 @@ class Start(msgspec.Struct, tag=True):
 
 
 class Add(msgspec.Struct, tag=True):
-    """One text to generate. bad_words: those of the parameters as token ids."""
+    """One text to generate. bad_words: those of the parameters as token ids.
+
+    slo: targets of its own. arrived_s: when it arrived at the API (time.monotonic(), which processes of one
+    machine share). completion_window_s: seconds from then in which a best-effort job should end.
+    """
 
     request_id: int
     prompt: list[int]
@@ -31,6 +35,9 @@ class Add(msgspec.Struct, tag=True):
     service_class: str
     bad_words: list[list[int]] = []
     cache_salt: str | None = None
+    slo: SLO | None = None
+    arrived_s: float | None = None
+    completion_window_s: float | None = None
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -38,6 +45,10 @@ class Abort(msgspec.Struct, tag=True):
 
 
 class AskStats(msgspec.Struct, tag=True):
+    question_id: int
+
+
+class AskExplanations(msgspec.Struct, tag=True):
     question_id: int
 
 
@@ -56,9 +67,13 @@ class Failed(msgspec.Struct, tag=True):
 
 
 class Refused(msgspec.Struct, tag=True):
+    """A request is not served. The two times are there when it is its targets that could not be held."""
+
     request_id: int
     field: str
     message: str
+    predicted_ttft_s: float | None = None
+    target_ttft_s: float | None = None
 
 
 class Token(msgspec.Struct, array_like=True):
@@ -82,13 +97,15 @@ class Tokens(msgspec.Struct, tag=True):
     tokens: list[Token]
 
 
-class Stats(msgspec.Struct, tag=True):
+class Answer(msgspec.Struct, tag=True):
+    """To AskStats or AskExplanations."""
+
     question_id: int
-    stats: dict[str, Any]
+    answer: dict[str, Any]
 
 
-ToEngine = Start | Add | Abort | AskStats
-FromEngine = Ready | Failed | Refused | Tokens | Stats
+ToEngine = Start | Add | Abort | AskStats | AskExplanations
+FromEngine = Ready | Failed | Refused | Tokens | Answer
 
 _encoder = msgspec.msgpack.Encoder()
 to_engine_decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

@@ -21,6 +21,8 @@ from omniserve.engine.loop import Engine, StepOutput
 from omniserve.engine.messages import (
     Abort,
     Add,
+    Answer,
+    AskExplanations,
     AskStats,
     Failed,
     FromEngine,
@@ -28,7 +30,6 @@ from omniserve.engine.messages import (
     Ready,
     Refused,
     Start,
-    Stats,
     ToEngine,
     Token,
     Tokens,
@@ -36,7 +37,7 @@ from omniserve.engine.messages import (
     to_engine_decoder,
 )
 from omniserve.engine.records import ChosenToken
-from omniserve.errors import OmniServeError, RequestError
+from omniserve.errors import OmniServeError, RequestError, SloUnattainableError
 
 logger = logging.getLogger("omniserve.engine")
 
@@ -111,15 +112,28 @@ class EngineLoop:
                     del self._caller_ids[engine_id]
                     self.engine.abort(engine_id)
             case AskStats(question_id=question_id):
-                self.channel.send(Stats(question_id, self.engine.stats()))
+                self.channel.send(Answer(question_id, self.engine.stats()))
+            case AskExplanations(question_id=question_id):
+                self.channel.send(Answer(question_id, self.engine.explain()))
             case Start():
                 raise AssertionError("an engine starts once")
 
     def _add(self, message: Add) -> None:
         try:
             engine_id = self.engine.add(
-                message.prompt, message.params, message.service_class, message.bad_words, message.cache_salt
+                message.prompt,
+                message.params,
+                message.service_class,
+                message.bad_words,
+                message.cache_salt,
+                message.slo,
+                message.arrived_s,
+                message.completion_window_s,
             )
+        except SloUnattainableError as error:
+            times = error.predicted_ttft_s, error.target_ttft_s
+            self.channel.send(Refused(message.request_id, error.field, error.reason, *times))
+            return
         except RequestError as error:
             self.channel.send(Refused(message.request_id, error.field, error.reason))
             return

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from omniserve.attention.cpu import dtype_name, kv_geometry
+from omniserve.attention.cpu import kv_geometry
 from omniserve.config import CpuSplit, EngineConfig
+from omniserve.dtypes import dtype_name
 from omniserve.engine.build import make_engine
 from omniserve.engine.cpu_executor import PASS_SPIN_S, CpuExecutor
 from omniserve.engine.records import Record
@@ -24,7 +25,7 @@ from omniserve.model.sampling import Chooser, sample
 from omniserve.policy.latency import WalkLoad
 from omniserve.policy.latency_model import load_of
 from omniserve.policy.plan import DeviceRows, LaneStart, PageCopy, Step
-from omniserve.types import SamplingParams
+from omniserve.types import DEFAULT_CLASSES, SamplingParams
 
 # KV memory of the device side at most: larger than caches, small beside the machine.
 MAX_KV_BYTES = 512 << 20
@@ -53,6 +54,8 @@ class Sandbox:
         lane_page = kv_geometry(*sides, dtype_name(decoder.dtype)).page_bytes
         config = replace(
             config,
+            policy="omniserve",
+            classes=DEFAULT_CLASSES,
             host_offload="always",
             reentry="next_iteration",
             enable_prefix_caching=False,

@@ -24,7 +24,10 @@ def check_books(state: State) -> None:
     state.host.check([s.pages for s in holds])
     slots = [s.slot for s in holds if s.slot is not None]
     assert sorted(slots + state.free_slots) == list(range(state.limits.max_lanes)), "slots leaked"
-    assert sorted(r.order for r in everyone if r.phase is Phase.WAITING) == state.waiting
+    for phase in Phase:
+        assert state.in_phase(phase) == sorted(
+            (r for r in everyone if r.phase is phase), key=lambda r: r.order
+        ), f"the line of {phase} is not who is in it"
     assert {r.id for r in everyone if r.phase is not Phase.WAITING} == set(state.active)
     for request in everyone:
         _check_phase(request, state.limits)

@@ -1,8 +1,4 @@
-"""The seam between the scheduler and what work costs.
-
-`CostModel` is all the scheduler asks. `FixedBudget` answers with constants: a token budget per walk and a
-cap of lane rows per layer. A fitted latency model answers the same questions from the SLOs.
-"""
+"""What work is, in the terms in which its time is predicted, and what the policy asks of a prediction."""
 
 from __future__ import annotations
 
@@ -32,6 +28,20 @@ class WalkLoad:
     chunk_context: int = 0
     copied_tokens: int = 0
 
+    def copy(self) -> WalkLoad:
+        """Written out: this runs many times a plan."""
+        return WalkLoad(
+            self.num_tokens,
+            self.num_decodes,
+            self.decode_context,
+            self.prefill_load,
+            self.num_samples,
+            self.lane_rows,
+            self.num_chunks,
+            self.chunk_context,
+            self.copied_tokens,
+        )
+
     def add_decode(self, context: int) -> None:
         self.num_tokens += 1
         self.num_decodes += 1
@@ -45,42 +55,40 @@ class WalkLoad:
         self.chunk_context += start + num_tokens if start else 0
 
 
-class CostModel(Protocol):
-    """What the scheduler asks about cost. Answers depend on the arguments alone."""
+class Prediction(Protocol):
+    """Seconds that work will take; never less for more of anything. `LatencyModel` is the real one.
 
-    def chunk_tokens(self, load: WalkLoad, start: int, remaining: int, best_effort: bool) -> int:
-        """Most prompt tokens (0..remaining) from position `start` that the walk can still take."""
+    host_is_busy: share of the time in which host attention streams, 0 to 1.
+    """
+
+    def walk_s(self, load: WalkLoad, host_is_busy: float) -> float:
+        """A walk, expected."""
         ...
 
-    def fits_decode(self, load: WalkLoad, context: int, best_effort: bool) -> bool:
-        """Whether one more decode row with `context` tokens can ride."""
+    def bound_s(self, load: WalkLoad, host_is_busy: float) -> float:
+        """A walk, with the margin that its errors so far ask for."""
         ...
 
-    def lane_cap(self, load: WalkLoad, num_layers: int) -> tuple[int, ...]:
-        """Lane rows that may enter at each layer of the walk; what a layer leaves carries over."""
+    def pass_s(self, num_rows: int, host_is_busy: float) -> float:
+        """One pass of lanes without device rows."""
         ...
 
-    def pass_budget_s(self) -> float:
-        """Seconds that lane passes may run before the engine looks up again."""
+    def host_attention_s(self, kv_bytes: int) -> float:
+        """Host attention over `kv_bytes` of one layer's KV."""
+        ...
+
+    def copy_s(self, num_bytes: int) -> float:
+        """A copy between device and host."""
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class FixedBudget:
-    """Constants instead of a model: `max_num_batched_tokens` and `max_lane_rows`. Promises no SLO."""
+class LearningPrediction(Prediction, Protocol):
+    """A prediction that every walk corrects."""
 
-    max_num_batched_tokens: int
-    max_lane_rows: int
-    pass_budget_seconds: float = 0.05
+    def observe(self, load: WalkLoad, host_is_busy: float, seconds: float) -> float:
+        """Learn from a walk; returns what had been expected of it."""
+        ...
 
-    def chunk_tokens(self, load: WalkLoad, start: int, remaining: int, best_effort: bool) -> int:
-        return max(0, min(remaining, self.max_num_batched_tokens - load.num_tokens))
-
-    def fits_decode(self, load: WalkLoad, context: int, best_effort: bool) -> bool:
-        return load.num_tokens < self.max_num_batched_tokens
-
-    def lane_cap(self, load: WalkLoad, num_layers: int) -> tuple[int, ...]:
-        return (self.max_lane_rows,) * num_layers
-
-    def pass_budget_s(self) -> float:
-        return self.pass_budget_seconds
+    def accuracy(self) -> dict[str, dict[str, float]]:
+        """Of the last walks of each kind: count, mean and P90."""
+        ...

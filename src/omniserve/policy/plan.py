@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from omniserve.policy.explanation import Explanation
+
 # ---------------------------------------------------------------- decisions
 
 
@@ -142,6 +144,9 @@ class Plan:
     lane_starts
               lanes that start their next token.
     lane_cap  lane rows that may enter at each layer.
+    why       what the plan was made by; None where it is made by constants.
+    best_effort_debt_s
+              what the guaranteed share of best-effort work still owes it after this plan.
     """
 
     kind: Literal["walk", "passes"]
@@ -151,6 +156,8 @@ class Plan:
     lane_starts: tuple[int, ...] = ()
     lane_cap: tuple[int, ...] = ()
     budget_s: float = 0.0
+    why: Explanation | None = None
+    best_effort_debt_s: float = 0.0
 
     @property
     def is_empty(self) -> bool:
@@ -238,6 +245,7 @@ class StepResult:
     drained          cancelled slots whose task has acknowledged.
     lanes_unserved   lanes that were ready and stayed out because of a cap, at the end of a walk.
     lane_rows        lane rows that entered in a walk, over all layers.
+    lanes_waiting    lane rows that wait at each layer at the end of the step, ready or not.
     """
 
     tokens: tuple[NewToken, ...] = ()
@@ -246,3 +254,4 @@ class StepResult:
     drained: tuple[int, ...] = ()
     lanes_unserved: int = 0
     lane_rows: int = 0
+    lanes_waiting: tuple[int, ...] = ()

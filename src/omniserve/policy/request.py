@@ -7,6 +7,14 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
+from omniserve.types import SLO
+
+# Who goes first: lower rank, then earlier due, then earlier arrival.
+Order = tuple[int, float, int]
+# A request without targets is due so long after its arrival that it neither pushes ahead nor waits for ever.
+UNHURRIED_S = 60.0
+BEST_EFFORT_WINDOW_S = 24 * 3600.0
+
 
 class Phase(StrEnum):
     """Where a request's KV lives and what may be done with it: the boxes of the drawing in state.py."""
@@ -88,6 +96,9 @@ class Request:
     incoming_pages: device pages reserved for a lane that comes back; fetched_tokens: prefix asked for.
     device_hashes, host_hashes: of its full pages, as far as its tokens are known, for either page size; none
     without a prefix cache. num_cached_tokens: tokens found on the device when it first started; None before.
+    slo: its own targets, those of its class or none. arrival_s, deadline_s (of a best-effort job),
+    first_token_s, last_token_s: seconds on the engine's clock. moved_at: its num_tokens when it last changed
+    sides; None before. due_s: when its first token is due, or its job; `order` follows from it.
     """
 
     id: int
@@ -106,11 +117,33 @@ class Request:
     device_hashes: list[bytes] = field(default_factory=list)
     host_hashes: list[bytes] = field(default_factory=list)
     num_cached_tokens: int | None = None
+    service_class: str = ""
+    slo: SLO | None = None
+    arrival_s: float = 0.0
+    deadline_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    moved_at: int | None = None
+    order: Order = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self.order = (self.rank, self._due_s(), self.id)
+
+    def _due_s(self) -> float:
+        if self.slo is not None:
+            return self.arrival_s + self.slo.ttft_s
+        if self.deadline_s is not None:
+            return self.deadline_s
+        return self.arrival_s + (BEST_EFFORT_WINDOW_S if self.best_effort else UNHURRIED_S)
 
     @property
-    def order(self) -> tuple[int, int]:
-        """Who goes first: lower rank, then earlier arrival."""
-        return (self.rank, self.id)
+    def due_s(self) -> float:
+        return self.order[1]
+
+    @property
+    def num_out(self) -> int:
+        """Tokens generated so far."""
+        return self.num_tokens - self.num_prompt
 
     @property
     def hold(self) -> HostHold:
@@ -119,6 +152,6 @@ class Request:
 
 
 def requests_worse_than(requests: Iterable[Request], other: Request) -> list[Request]:
-    """Those that must give way to `other`: higher rank or later arrival; the last in line first."""
+    """Those that must give way to `other`: behind it in line; the last in line first."""
     worse = [r for r in requests if r.order > other.order]
     return sorted(worse, key=lambda r: r.order, reverse=True)

@@ -6,7 +6,7 @@ next decision sees it; the state itself does not change until the plan is commit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from omniserve.policy.plan import (
     CancelSwapIn,
@@ -63,6 +63,11 @@ class Room:
 
     def incoming_of(self, request: Request) -> int:
         return self._incoming.get(request.id, len(request.incoming_pages))
+
+    def returning(self, lanes: Iterable[Request]) -> set[int]:
+        """Ids of the lanes that hold device pages to come back to."""
+        candidates = [r for r in lanes if r.incoming_pages or r.id in self._incoming]
+        return {r.id for r in candidates if self.incoming_of(r)}
 
     def _incoming_ids(self, request: Request) -> list[int]:
         """Device pages that a returning lane holds and this plan has not taken from it."""
@@ -133,7 +138,7 @@ class Room:
 
     def pages_on_the_way_out(self) -> int:
         """Device pages that displaced requests will free once their copies have left."""
-        moving = (r for r in self.state.active.values() if r.phase is Phase.MOVING_OUT)
+        moving = self.state.in_phase(Phase.MOVING_OUT)
         pages = [page for r in self.displaced() for page in r.device_pages[self._clean_pages(r) :]]
         pages += [page for r in moving if r.id not in self.leaving for page in r.device_pages]
         return sum(self.device.references(page) == 1 for page in pages)

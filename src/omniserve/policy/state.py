@@ -13,10 +13,9 @@ fetched while it decodes. Once decoding, kv_tokens == num_tokens - 1: the last t
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterator
 
 from omniserve.policy.books import check_books
-from omniserve.policy.pages import PagePool
+from omniserve.policy.ledger import Ledger
 from omniserve.policy.plan import (
     CancelSwapIn,
     CopyIn,
@@ -37,44 +36,19 @@ from omniserve.policy.plan import (
     SwapIn,
     Unmirror,
 )
-from omniserve.policy.prefix import HitCount, register_device_pages, register_host_pages
-from omniserve.policy.request import HostHold, Limits, Phase, Request
+from omniserve.policy.prefix import register_device_pages, register_host_pages
+from omniserve.policy.request import Phase, Request
 
 
-class State:
-    """All requests and both page pools. `schedule` reads it; only the methods here write it."""
-
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
-        self.device = PagePool(limits.num_device_pages, limits.page_size)
-        self.host = self._host_pool()
-        self.host_ready = False
-        self.host_failed = limits.host_offload == "never"
-        self.waiting: list[tuple[int, int]] = []
-        self.active: dict[int, Request] = {}
-        self.requests: dict[int, Request] = {}
-        self.free_slots = list(range(limits.max_lanes - 1, -1, -1))
-        self.retiring: list[HostHold] = []
-        self.lanes_unserved = 0
-        self.num_dropped = 0
-        self.num_displaced = 0
-        self.num_swapped_in = 0
-        self.num_broken_promises = 0
-        self.latency_sensitive_hits = HitCount()
-        self.best_effort_hits = HitCount()
-        self.host_hits = HitCount()
-        self._lost_evictions = 0
-        self._copies: dict[int, HostHold] = {}
-        self._next_copy = 0
-        self._cancel_slots: list[int] = []
-        self._cancel_fetches: list[int] = []
+class State(Ledger):
+    """The Ledger and what happens to it: arrivals and departures, plans, results, news of the host."""
 
     # ------------------------------------------------------------ arrivals and departures
 
     def add(self, request: Request) -> None:
         assert request.id not in self.requests
         self.requests[request.id] = request
-        insort(self.waiting, request.order)
+        insort(self._lines[request.phase], request.order)
 
     def abort(self, request_id: int) -> bool:
         """Forget a request in any phase; False when it is unknown or already finished."""
@@ -98,7 +72,7 @@ class State:
         """The host is gone with all its KV: what depended on it recomputes, the rest goes on."""
         self.host_ready = False
         self.host_failed = self.host_failed or failed_for_good
-        self.lanes_unserved = 0
+        self.lanes_unserved, self.lanes_waiting = 0, ()
         self.retiring.clear()
         self._copies.clear()
         self._cancel_slots, self._cancel_fetches = [], []
@@ -110,43 +84,9 @@ class State:
                 continue
             request.host = None
             if request.phase is Phase.MOVING_OUT and request.num_released == 0:
-                request.phase = Phase.DEVICE
+                self._enter(request, Phase.DEVICE)
             elif request.phase in (Phase.MOVING_OUT, Phase.LANE, Phase.MOVING_IN):
                 self._drop(request)
-
-    def _host_pool(self) -> PagePool:
-        limits = self.limits
-        return PagePool(limits.num_host_pages, limits.host_page_size, limits.num_host_partitions)
-
-    # ------------------------------------------------------------ reading
-
-    @property
-    def is_idle(self) -> bool:
-        return not self.requests
-
-    def first_waiting(self) -> Iterator[Request]:
-        """Requests without KV, in the order in which they may start."""
-        return (self.requests[request_id] for _, request_id in self.waiting)
-
-    def in_phase(self, *phases: Phase) -> list[Request]:
-        """Active requests in any of `phases`, in order of rank and arrival."""
-        return sorted((r for r in self.active.values() if r.phase in phases), key=lambda r: r.order)
-
-    @property
-    def num_host_evicted(self) -> int:
-        """Cached pages evicted on this host and those before it."""
-        return self._lost_evictions + self.host.num_evicted
-
-    @property
-    def num_free_frames(self) -> int:
-        return self.limits.num_frames - len(self._copies)
-
-    @property
-    def waits_for_host(self) -> bool:
-        """Something on the host is under way and will be reported."""
-        return bool(self._copies or self.retiring) or any(
-            r.host is not None and r.host.in_flight for r in self.active.values()
-        )
 
     # ------------------------------------------------------------ plan -> step
 
@@ -161,6 +101,7 @@ class State:
         rows = [self._device_rows(self.active[i], 1, False) for i in plan.decodes]
         rows += [self._device_rows(self.active[c.request_id], c.num_tokens, True) for c in plan.chunks]
         lane_starts = tuple(self._start_lane(self.active[i]) for i in plan.lane_starts)
+        self.best_effort_debt_s = plan.best_effort_debt_s
         cancel_slots, cancel_fetches = self.take_cancels()
         return Step(
             kind=plan.kind,
@@ -207,118 +148,7 @@ class State:
             case CancelSwapIn():
                 self._cancel_swap_in(request)
             case StopLane():
-                request.phase = Phase.MOVING_IN
-
-    def _reserve(self, request: Request, move: Reserve) -> None:
-        request.device_pages += (*move.cached, *self.device.allocate(move.num_pages, keep=move.keep))
-        if request.phase is Phase.WAITING:
-            request.kv_tokens = len(move.cached) * self.device.page_size
-            self._count_start(request)
-            self.waiting.remove(request.order)
-            self.active[request.id] = request
-            request.phase = Phase.PREFILL
-
-    def _count_start(self, request: Request) -> None:
-        hits = self.best_effort_hits if request.best_effort else self.latency_sensitive_hits
-        hits.add(request.num_tokens, request.kv_tokens)
-        if request.num_cached_tokens is None:
-            request.num_cached_tokens = request.kv_tokens
-
-    def _displace(self, request: Request) -> None:
-        if request.host is None:
-            request.host = HostHold()
-        hold = request.host
-        hold.slot = self.free_slots.pop()
-        missing = self.host.pages_for(request.kv_tokens + 1) - len(hold.pages)
-        self._grow_hold(hold, max(0, missing))
-        request.phase = Phase.MOVING_OUT
-        self.num_displaced += 1
-        self._release_staged(request)
-
-    def _grow_hold(self, hold: HostHold, count: int) -> None:
-        """Host pages in the partition of the first one: there its rows are queued and its KV is read."""
-        near = self.host.partition_of(hold.pages[0]) if hold.pages else None
-        hold.pages += self.host.allocate(count, near)
-
-    def _release_staged(self, request: Request) -> None:
-        """Free the leading device pages whose content has left them."""
-        staged = request.hold.staged_tokens
-        done = staged == request.kv_tokens
-        clean = self.device.pages_for(staged) if done else staged // self.device.page_size
-        count = min(clean - request.num_released, len(request.device_pages))
-        if done:
-            count = len(request.device_pages)
-        if count > 0:
-            self._release_device(request, request.device_pages[:count])
-            del request.device_pages[:count]
-            request.num_released += count
-
-    def _release_device(self, request: Request, pages: list[int]) -> None:
-        self.device.release(pages, protect=not request.best_effort)
-
-    def _touch_device(self, request: Request) -> None:
-        """Pages given up from the first to the last are to be evicted from the last to the first."""
-        self.device.touch(self.device.match(request.device_hashes))
-
-    def _share_host(self, request: Request, pages: tuple[int, ...]) -> None:
-        """Pages already referenced take the place of those that would have been copied to."""
-        if request.host is None:
-            request.host = HostHold()
-        hold = request.host
-        assert hold.copied_tokens % self.host.page_size == 0, "only full pages are shared"
-        first = hold.copied_tokens // self.host.page_size
-        replaced = hold.pages[first : first + len(pages)]
-        hold.pages[first : first + len(pages)] = pages
-        self.host.release(replaced)
-        num_tokens = len(pages) * self.host.page_size
-        hold.copied_tokens += num_tokens
-        self.host_hits.add(num_tokens, num_tokens)
-
-    def _copy_out(self, request: Request, start: int, count: int) -> PageCopy:
-        if request.host is None:
-            request.host = HostHold()
-        hold = request.host
-        self.host_hits.add(count, 0)
-        assert start == hold.copied_tokens, "copies to the host go in order"
-        missing = self.host.pages_for(start + count) - len(hold.pages)
-        self._grow_hold(hold, max(0, missing))
-        page = request.device_pages[start // self.device.page_size - request.num_released]
-        copy = self._page_copy(hold, page, start, count)
-        hold.unstaged[copy.copy_id] = start
-        hold.unlanded[copy.copy_id] = start
-        hold.copied_tokens = start + count
-        return copy
-
-    def _copy_in(self, request: Request, start: int, count: int) -> PageCopy:
-        assert start == request.fetched_tokens, "copies to the device go in order"
-        page = request.incoming_pages[start // self.device.page_size]
-        copy = self._page_copy(request.hold, page, start, count)
-        request.hold.unfetched[copy.copy_id] = start
-        request.fetched_tokens = start + count
-        return copy
-
-    def _page_copy(self, hold: HostHold, page: int, start: int, count: int) -> PageCopy:
-        copy_id = self._next_copy
-        self._next_copy += 1
-        self._copies[copy_id] = hold
-        first, last = start // self.host.page_size, (start + count - 1) // self.host.page_size
-        return PageCopy(
-            copy_id,
-            page,
-            start % self.device.page_size,
-            count,
-            start % self.host.page_size,
-            tuple(hold.pages[first : last + 1]),
-        )
-
-    def _cancel_swap_in(self, request: Request) -> None:
-        self._release_device(request, request.incoming_pages)
-        request.incoming_pages = []
-        request.fetched_tokens = 0
-        if request.host is not None:
-            self._cancel_fetches += request.host.unfetched
-        if request.phase is Phase.MOVING_IN:
-            request.phase = Phase.LANE
+                self._enter(request, Phase.MOVING_IN)
 
     def _device_rows(self, request: Request, count: int, is_prefill: bool) -> DeviceRows:
         start = request.kv_tokens
@@ -338,25 +168,30 @@ class State:
 
     # ------------------------------------------------------------ result -> state
 
-    def apply(self, step: Step, result: StepResult) -> list[Request]:
-        """Take in what a step brought; returns the requests that finished."""
+    def apply(self, step: Step, result: StepResult, now: float) -> list[Request]:
+        """Take in what a step brought, all of it there at `now`; returns the requests that finished."""
         for rows in step.rows:
             request = self.active[rows.request_id]
             request.kv_tokens += rows.num_tokens
             register_device_pages(self.device, request, rows.start // self.device.page_size)
             if rows.samples:
-                request.phase = Phase.DEVICE
+                self._enter(request, Phase.DEVICE)
         self.apply_acknowledgements(result)
         self.lanes_unserved = result.lanes_unserved
+        self.lanes_waiting = result.lanes_waiting
         finished = []
         for token in result.tokens:
             request = self.active[token.request_id]
             request.num_tokens += 1
+            request.last_token_s = now
+            if request.first_token_s is None:
+                request.first_token_s = now
             if token.by_lane:
                 request.kv_tokens += 1
                 request.hold.in_flight = False
                 register_host_pages(self.host, request)
             if token.finish_reason is not None:
+                self.lengths.add(request)
                 self._finish(request)
                 finished.append(request)
         return finished
@@ -388,12 +223,12 @@ class State:
         if request.phase is Phase.MOVING_OUT:
             self._release_staged(request)
             if hold.copied_tokens == request.kv_tokens and not hold.unlanded:
-                request.phase = Phase.LANE
+                self._enter(request, Phase.LANE)
                 request.num_released = 0
                 self._touch_device(request)
         elif request.phase is Phase.MOVING_IN and self._has_come_back(request):
             request.device_pages, request.incoming_pages = request.incoming_pages, []
-            request.phase = Phase.DEVICE
+            self._enter(request, Phase.DEVICE)
             register_device_pages(self.device, request, 0)
             self.num_swapped_in += 1
             self._keep_as_mirror(request)
@@ -409,57 +244,12 @@ class State:
         assert not hold.in_flight, "a lane comes back at its token boundary"
         self.free_slots.append(hold.slot)
         hold.slot = None
+        request.moved_at = request.num_tokens
         hold.known_pages = 0
         hold.copied_tokens = request.kv_tokens
         kept = self.host.pages_for(hold.copied_tokens)
         self.host.release(hold.pages[kept:])
         del hold.pages[kept:]
-
-    # ------------------------------------------------------------ leaving
-
-    def _drop(self, request: Request) -> None:
-        self._leave(request)
-        self.active.pop(request.id)
-        request.phase = Phase.WAITING
-        insort(self.waiting, request.order)
-        self.num_dropped += 1
-        self.num_broken_promises += not request.best_effort
-
-    def _finish(self, request: Request) -> None:
-        if request.phase is Phase.WAITING:
-            self.waiting.remove(request.order)
-        self._leave(request)
-        self.active.pop(request.id, None)
-        del self.requests[request.id]
-        request.phase = Phase.FINISHED
-
-    def _leave(self, request: Request) -> None:
-        """Give up all KV. Device pages are free now; host pages when their last task or copy ends."""
-        self._cancel_swap_in(request)
-        self._release_device(request, request.device_pages)
-        request.device_pages = []
-        if request.num_released:
-            self._touch_device(request)
-        request.num_released = 0
-        request.kv_tokens = 0
-        if request.host is not None:
-            self._retire(request)
-
-    def _retire(self, request: Request) -> None:
-        hold = request.hold
-        request.host = None
-        if hold.in_flight:
-            assert hold.slot is not None
-            self._cancel_slots.append(hold.slot)
-        self.retiring.append(hold)
-        self._free_retired()
-
-    def _free_retired(self) -> None:
-        for hold in [s for s in self.retiring if not s.is_busy]:
-            self.retiring.remove(hold)
-            self.host.release(hold.pages)
-            if hold.slot is not None:
-                self.free_slots.append(hold.slot)
 
     def check(self) -> None:
         """Assert the books (see books.py)."""

@@ -1,0 +1,209 @@
+"""Cost of decisions: `schedule` and `admit` at 64 chats, 400 lanes and 1,000 queued jobs, without any device.
+
+`python -m omniserve.bench.policy [--json FILE]`. The state is the real one, filled by the real scheduler; a
+step's results are made up at once: every row gives a token, every copy arrives, a lane's token is there after
+two steps. The prediction is a formula of the latency model's form, so its own cost is in the figures,
+roughly. Seconds are CPU time of the deciding thread: what another process does meanwhile does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from omniserve.bench.measure import machine, percentile
+from omniserve.policy.latency import WalkLoad
+from omniserve.policy.plan import LaneStart, NewToken, Step, StepResult
+from omniserve.policy.request import Limits, Phase, Request
+from omniserve.policy.scheduler import schedule
+from omniserve.policy.slo import SloPolicy
+from omniserve.policy.state import State
+from omniserve.policy.terms import Terms
+from omniserve.types import SLO
+
+NUM_CHATS, NUM_LANES, NUM_QUEUED = 64, 400, 1000
+NUM_LAYERS = 30
+CHAT_PROMPT, BATCH_PROMPT = 161, 400
+ENDLESS = 1_000_000
+TARGETS = SLO(ttft_s=1.0, tpot_s=0.1)
+ROUNDS = 300
+# What the figures must stay under, in seconds.
+SCHEDULE_LIMIT_S, ADMISSION_LIMIT_S = 1e-3, 0.2e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Formula:
+    """A prediction with a term for everything a walk consists of."""
+
+    def walk_s(self, load: WalkLoad, host_is_busy: float) -> float:
+        dense = 0.004 + 2e-5 * (load.num_tokens + load.lane_rows / NUM_LAYERS)
+        attention = 2e-8 * load.decode_context + 1e-8 * load.prefill_load + 1e-8 * load.chunk_context
+        return (dense + attention + 1e-5 * load.num_samples) * (1 + 0.3 * host_is_busy)
+
+    def bound_s(self, load: WalkLoad, host_is_busy: float) -> float:
+        return 1.1 * self.walk_s(load, host_is_busy)
+
+    def pass_s(self, num_rows: int, host_is_busy: float) -> float:
+        return 0.0002 + 1e-6 * num_rows
+
+    def host_attention_s(self, kv_bytes: int) -> float:
+        return 1e-6 + kv_bytes / 50e9
+
+    def copy_s(self, num_bytes: int) -> float:
+        return num_bytes / 10e9
+
+
+@dataclass(slots=True)
+class Stand:
+    """The state, and an outside that answers every step at once."""
+
+    policy: SloPolicy
+    state: State
+    now: float = 0.0
+    next_id: int = 0
+    in_flight: list[tuple[LaneStart, int]] = field(default_factory=list)
+    arriving: list[int] = field(default_factory=list)
+
+    def add(self, best_effort: bool) -> Request:
+        request = self.request(best_effort)
+        self.state.add(request)
+        return request
+
+    def request(self, best_effort: bool) -> Request:
+        prompt = BATCH_PROMPT if best_effort else CHAT_PROMPT
+        request = Request(
+            self.next_id,
+            10 if best_effort else 0,
+            best_effort,
+            prompt,
+            ENDLESS if not best_effort else 2000,
+            prompt,
+            service_class="best_effort" if best_effort else "latency_sensitive",
+            slo=None if best_effort else TARGETS,
+            arrival_s=self.now,
+        )
+        self.next_id += 1
+        return request
+
+    def step(self) -> float:
+        """One plan carried out; returns the CPU seconds that deciding took."""
+        began = time.thread_time()
+        plan = schedule(self.state, self.now, self.policy)
+        decided_s = time.thread_time() - began
+        step = self.state.commit(plan)
+        result = self._result(step)
+        self.now += plan.why.predicted_s if plan.why is not None else 0.0
+        self.state.apply(step, result, self.now)
+        return decided_s
+
+    def _result(self, step: Step) -> StepResult:
+        tokens = [NewToken(r.request_id, 1, False) for r in step.rows if r.samples]
+        self.in_flight = [(start, left - 1) for start, left in self.in_flight]
+        tokens += [NewToken(start.request_id, 1, True) for start, left in self.in_flight if left == 0]
+        self.in_flight = [(start, left) for start, left in self.in_flight if left > 0]
+        self.in_flight += [(start, 2) for start in step.lane_starts]
+        arrived, self.arriving = self.arriving, [c.copy_id for c in (*step.copies_out, *step.copies_in)]
+        share, rest = divmod(len(self.in_flight), NUM_LAYERS)
+        return StepResult(
+            tokens=tuple(tokens),
+            staged=tuple(c.copy_id for c in step.copies_out),
+            arrived=tuple(arrived),
+            lanes_waiting=tuple(share + (layer < rest) for layer in range(NUM_LAYERS)),
+        )
+
+
+def make_stand() -> Stand:
+    """All chats decode, all slots hold lanes, and the queue is full."""
+    limits = Limits(
+        num_layers=NUM_LAYERS,
+        num_device_pages=8000,
+        num_host_pages=40_000,
+        page_size=16,
+        host_page_size=64,
+        watermark_pages=400,
+        max_num_seqs=128,
+        max_lanes=NUM_LANES,
+        max_lane_rows=64,
+        num_frames=512,
+        max_copies_per_step=256,
+        host_offload="always",
+    )
+    terms = Terms(
+        max_num_batched_tokens=512,
+        max_lane_rows=64,
+        pass_budget_s=0.05,
+        walk_bound_s=TARGETS.ttft_s / 4,
+        kv_token_bytes=1024,
+    )
+    stand = Stand(SloPolicy(Formula(), terms), State(limits))
+    stand.state.host_started()
+    for _ in range(NUM_CHATS):
+        stand.add(best_effort=False)
+    while stand.state.num_in_phase(Phase.LANE) < NUM_LANES:
+        while stand.state.num_in_phase(Phase.WAITING) < NUM_CHATS:
+            stand.add(best_effort=True)
+        stand.step()
+    while stand.state.num_in_phase(Phase.WAITING) < NUM_QUEUED:
+        stand.add(best_effort=True)
+    return stand
+
+
+def measure(rounds: int = ROUNDS) -> dict[str, Any]:
+    """CPU seconds of each decision: median and 99th percentile over `rounds` steps of a moving state."""
+    stand = make_stand()
+    counts = {phase.value: stand.state.num_in_phase(phase) for phase in Phase}
+    decisions = [stand.step() for _ in range(rounds)]
+    newcomer = stand.request(best_effort=False)
+    admissions = _times(rounds, lambda: stand.policy.admit(stand.state, newcomer, stand.now))
+    for _ in range(4):
+        stand.add(best_effort=False)
+    arrivals = _times(rounds, lambda: schedule(stand.state, stand.now, stand.policy))
+    crowded = _times(rounds, lambda: stand.policy.admit(stand.state, newcomer, stand.now))
+    return {
+        "requests": {name: count for name, count in counts.items() if count},
+        "schedule": _summary(decisions, SCHEDULE_LIMIT_S),
+        "schedule_with_4_arrivals": _summary(arrivals, SCHEDULE_LIMIT_S),
+        "admission": _summary(admissions, ADMISSION_LIMIT_S),
+        "admission_behind_4_prompts": _summary(crowded, ADMISSION_LIMIT_S),
+    }
+
+
+def _times(rounds: int, work: Callable[[], object]) -> list[float]:
+    times = []
+    for _ in range(rounds):
+        began = time.thread_time()
+        work()
+        times.append(time.thread_time() - began)
+    return times
+
+
+def _summary(times: Sequence[float], limit_s: float) -> dict[str, float]:
+    return {
+        "median_s": percentile(times, 0.5),
+        "p99_s": percentile(times, 0.99),
+        "limit_s": limit_s,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="omniserve.bench.policy", description=__doc__)
+    parser.add_argument("--json", metavar="FILE", help="write everything measured to FILE")
+    options = parser.parse_args(arguments)
+    found = measure()
+    print("requests:", ", ".join(f"{count} {name}" for name, count in found["requests"].items()))
+    for name, times in found.items():
+        if name != "requests":
+            median_ms, p99_ms, limit_ms = (1e3 * times[key] for key in ("median_s", "p99_s", "limit_s"))
+            print(f"{name:28s} median {median_ms:.3f} ms, p99 {p99_ms:.3f} ms (limit {limit_ms:g} ms)")
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump({"machine": machine(), **found}, file, indent=2)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,107 @@
+"""admit(...) -> Admission: whether a latency-sensitive request can have its targets without breaking
+others'."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import merge
+from typing import Literal
+
+from omniserve.policy.forecast import forecast
+from omniserve.policy.latency import Prediction, WalkLoad
+from omniserve.policy.request import Phase, Request
+from omniserve.policy.slack import tightest_tpot_s
+from omniserve.policy.state import State
+from omniserve.policy.terms import Terms
+
+Obstacle = Literal["ttft", "tpot", "others", "memory"]
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """The verdict. obstacle: what stands against it; None: admitted.
+
+    "ttft" its own first token would be late; "tpot" with it, decoding alone would be too slow, or leave no
+    room for its prefill; "others" the first token of one already admitted would be late; "memory" the device
+    cannot hold all latency-sensitive texts to their expected ends. Seconds from arrival; None without
+    targets.
+    """
+
+    obstacle: Obstacle | None = None
+    predicted_ttft_s: float | None = None
+    target_ttft_s: float | None = None
+
+    @property
+    def is_accepted(self) -> bool:
+        return self.obstacle is None
+
+
+def admit(
+    state: State, request: Request, now: float, model: Prediction, terms: Terms, host_is_busy: float = 0.0
+) -> Admission:
+    """Decide on a request at its arrival, before it is part of the state. One without targets is admitted."""
+    slo = request.slo
+    if slo is None:
+        return Admission()
+    running = list(state.in_class(Phase.DEVICE, best_effort=False))
+    parked = state.in_class(Phase.PREFILL, best_effort=False)
+    waiting = state.in_class(Phase.WAITING, best_effort=False)
+    pending = list(merge(parked, waiting, [request], key=lambda r: r.order))
+    others = [*running, *(r for r in pending if r is not request)]
+    riding, pages = _at_half_way(state, others)
+    own, own_pages = _at_half_way(state, [request])
+    everyone = riding.copy()
+    everyone.add_decode(own.decode_context)
+    # Nobody's gap bounds the first walks while nobody decodes.
+    prefill_tpot_s = tightest_tpot_s([*running, *pending[:-1]])
+    ahead = forecast(model, host_is_busy, riding, pending, prefill_tpot_s, terms.max_num_batched_tokens)
+    tpot_s = min(prefill_tpot_s, tightest_tpot_s(pending[-1:]))
+    stretch = 1.0 / (1.0 - terms.best_effort_share)
+    finish = [s * stretch for s in ahead.finish_s]
+    index = next(i for i, one in enumerate(pending) if one is request)
+    predicted = now - request.arrival_s + finish[index]
+    return Admission(
+        _obstacle(
+            predicted > slo.ttft_s,
+            not ahead.is_possible or model.bound_s(everyone, host_is_busy) * stretch > tpot_s,
+            _breaks_others(pending, finish, index, now),
+            bool(others) and pages + own_pages > state.limits.num_device_pages,
+        ),
+        predicted,
+        slo.ttft_s,
+    )
+
+
+def _obstacle(ttft: bool, tpot: bool, others: bool, memory: bool) -> Obstacle | None:
+    if memory:
+        return "memory"
+    if tpot:
+        return "tpot"
+    if ttft:
+        return "ttft"
+    return "others" if others else None
+
+
+def _at_half_way(state: State, requests: Sequence[Request]) -> tuple[WalkLoad, int]:
+    """A walk in which all of them decode, half way from here to their expected ends, and the device pages
+    that they hold at their ends. Best-effort work gives way, so only latency-sensitive texts count.
+    """
+    load, pages = WalkLoad(), 0
+    for request in requests:
+        expected = state.lengths.expected_output(request)
+        load.add_decode(request.num_tokens + (expected - request.num_out) // 2)
+        pages += state.device.pages_for(request.num_prompt + expected)
+    return load, pages
+
+
+def _breaks_others(pending: Sequence[Request], finish: Sequence[float], index: int, now: float) -> bool:
+    """Whether one behind the newcomer is late because of it, who would not be late without it."""
+    own_s = finish[index] - (finish[index - 1] if index else 0.0)
+    for other, finish_s in zip(pending[index + 1 :], finish[index + 1 :], strict=True):
+        if other.slo is None or other.first_token_s is not None:
+            continue
+        late_s = now + finish_s - other.due_s
+        if 0.0 < late_s <= own_s:
+            return True
+    return False

@@ -1,0 +1,356 @@
+"""SloPolicy: budgets from targets and predictions. docs/policy.md derives every formula.
+
+A walk may take as long as the tightest target of a running decode leaves (slack). Best-effort work may use of
+that what waiting prompts can spare, and never so much that an arrival meets a long walk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from heapq import merge
+
+from omniserve.policy.admission import Admission, admit
+from omniserve.policy.budget import OMNISERVE, BestEffortStages, Budget, LaneShare, Rules
+from omniserve.policy.division import Values, split_rows, value_uses
+from omniserve.policy.explanation import Explanation, LeftOut
+from omniserve.policy.forecast import forecast
+from omniserve.policy.latency import Prediction, WalkLoad
+from omniserve.policy.request import Phase, Request
+from omniserve.policy.slack import tightest, tightest_tpot_s
+from omniserve.policy.state import State
+from omniserve.policy.terms import Terms
+
+# Tokens of a chunk that runs where no budget would let it, so that everybody comes to an end.
+LEAST_CHUNK = 16
+# A lane stays one for so many tokens: a copy is to pay, and nobody goes to and fro.
+MIN_STAY_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class SloPolicy:
+    """Targets held by a prediction. `rules` are omniserve's own."""
+
+    model: Prediction
+    terms: Terms
+    rules: Rules = OMNISERVE
+
+    @property
+    def promises_slo(self) -> bool:
+        return True
+
+    def begin(self, state: State, now: float) -> Budget:
+        return SloBudget(self, state, now)
+
+    def admit(self, state: State, request: Request, now: float) -> Admission:
+        lanes = LaneFacts.of(state, self.model, self.terms)
+        riding = WalkLoad(num_tokens=state.num_in_phase(Phase.DEVICE))
+        busy = lanes.busy_share(self.model.walk_s(riding, 1.0))
+        return admit(state, request, now, self.model, self.terms, busy)
+
+
+@dataclass(frozen=True, slots=True)
+class LaneFacts:
+    """Lanes as a whole. row_s: host seconds of one of their rows at one layer, on average."""
+
+    count: int
+    row_s: float
+
+    @classmethod
+    def of(cls, state: State, model: Prediction, terms: Terms) -> LaneFacts:
+        lanes = state.in_phase(Phase.LANE)
+        if not lanes:
+            return cls(0, 0.0)
+        mean_tokens = sum([r.kv_tokens for r in lanes]) // len(lanes)
+        return cls(len(lanes), model.host_attention_s(mean_tokens * terms.kv_token_bytes))
+
+    def busy_share(self, walk_s: float) -> float:
+        """Share of the time in which the host streams when every lane has one row a walk."""
+        return min(1.0, self.count * self.row_s / walk_s) if walk_s > 0 and self.count else 0.0
+
+
+class SloBudget:
+    """The budget of one plan. Seconds from `now` on."""
+
+    def __init__(self, policy: SloPolicy, state: State, now: float) -> None:
+        self.model, self.terms, self.rules = policy.model, policy.terms, policy.rules
+        self.state, self.now = state, now
+        running = list(state.in_class(Phase.DEVICE, best_effort=False))
+        self.slack_s, self.tightest = self._slack(running)
+        self.lanes = LaneFacts.of(state, self.model, self.terms)
+        riding = WalkLoad()
+        for request in running:
+            riding.add_decode(request.kv_tokens + 1)
+        self.busy = self.lanes.busy_share(self.model.walk_s(riding, 1.0))
+        self.spare_s = self._spare_of_prompts(riding, running)
+        self.forced_s = 0.0  # what had to be done whatever it takes
+        self.latency_sensitive_s = 0.0
+        self.best_effort_s = min(self.slack_s, self.terms.walk_bound_s)
+        self.values: Values | None = None
+        self.lane_reserve_s = 0.0
+
+    def _slack(self, running: Sequence[Request]) -> tuple[float, int | None]:
+        due_s, request_id = tightest(running)
+        return due_s - self.now, request_id
+
+    def _spare_of_prompts(self, riding: WalkLoad, running: Sequence[Request]) -> float:
+        """Seconds by which the first tokens of all pending prompts could come later than forecast."""
+        parked = self.state.in_class(Phase.PREFILL, best_effort=False)
+        waiting = self.state.in_class(Phase.WAITING, best_effort=False)
+        pending = list(merge(parked, waiting, key=lambda r: r.order))
+        if not any(r.slo is not None for r in pending):
+            return math.inf
+        tpot_s = tightest_tpot_s([*running, *pending[:-1]])
+        rows = self.terms.max_num_batched_tokens
+        ahead = forecast(self.model, self.busy, riding, pending, tpot_s, rows)
+        return min(
+            tightest([r])[0] - self.now - finish_s
+            for r, finish_s in zip(pending, ahead.finish_s, strict=True)
+        )
+
+    # ------------------------------------------------------------ device rows
+
+    def bound_s(self, load: WalkLoad) -> float:
+        return self.model.bound_s(load, self.busy) if load.num_tokens or load.lane_rows else 0.0
+
+    def chunk_tokens(self, load: WalkLoad, start: int, remaining: int, best_effort: bool) -> int:
+        most = min(remaining, self.terms.max_num_batched_tokens - load.num_tokens)
+        if most <= 0:
+            return 0
+        if not best_effort:
+            self._note_decodes(load)
+        limit_s = self._limit_s("prefill") if best_effort else self.slack_s
+
+        def fits(count: int) -> bool:
+            return self.bound_s(_with_chunk(load, start, count, count == remaining)) <= limit_s
+
+        count = most if fits(most) else _most(most - 1, fits)
+        if count == 0 and self._must_go_on(load, best_effort):
+            count = min(most, LEAST_CHUNK)
+            self.forced_s = self.bound_s(_with_chunk(load, start, count, count == remaining))
+        return count
+
+    def _must_go_on(self, load: WalkLoad, best_effort: bool) -> bool:
+        """An empty walk takes somebody; where decodes alone break their target, a chunk breaks no more."""
+        is_lost = not best_effort and not load.num_chunks and self.bound_s(load) > self.slack_s
+        return load.num_tokens == 0 or is_lost
+
+    def fits_decode(self, load: WalkLoad, context: int, best_effort: bool) -> bool:
+        if load.num_tokens >= self.terms.max_num_batched_tokens:
+            return False
+        if not best_effort:
+            return True
+        bound_s = self.bound_s(_with_decode(load, context))
+        if bound_s <= self._limit_s("decode"):
+            return True
+        if load.num_tokens == 0:
+            self.forced_s = bound_s
+        return load.num_tokens == 0
+
+    def _note_decodes(self, load: WalkLoad) -> None:
+        """Decodes of chat ride whatever they take. Asked when nothing else rides yet, and then again."""
+        if not load.num_chunks:
+            self.forced_s = self.bound_s(load)
+
+    # ------------------------------------------------------------ division of what is left
+
+    def best_effort_stages(self, load: WalkLoad) -> BestEffortStages:
+        self._note_decodes(load)
+        self._open_best_effort(load)
+        first = self.state.first_best_effort(Phase.PREFILL) or self.state.first_best_effort(Phase.WAITING)
+        ratio = self.state.lengths.outputs_per_prompt_token(first) if first is not None else 0.0
+        context = self._decode_context(first)
+        num_layers = self.state.limits.num_layers
+        free = self._free_share()
+        self.values = value_uses(self.model, self.busy, load, num_layers, context, ratio, free)
+        self.lane_reserve_s = self._lane_reserve_s(load)
+        return self.values.stages
+
+    def _open_best_effort(self, load: WalkLoad) -> None:
+        """From here on rows are best-effort: what they may use, and what they are owed."""
+        self.latency_sensitive_s = self.bound_s(load)
+        spare_s = self.latency_sensitive_s + max(0.0, self.spare_s)
+        allowed_s = min(self.slack_s, self.terms.walk_bound_s, spare_s)
+        owed_s = self.state.best_effort_debt_s
+        self.best_effort_s = max(allowed_s, self.latency_sensitive_s + owed_s)
+
+    def _decode_context(self, first: Request | None) -> int:
+        decoding = list(self.state.in_class(Phase.DEVICE, best_effort=True))
+        if decoding:
+            return sum(r.kv_tokens + 1 for r in decoding) // len(decoding)
+        return first.num_tokens if first is not None else 1
+
+    def _free_share(self) -> float:
+        """Of the capacity to decode more best-effort texts: the freer of the sides where they may decode."""
+        limits, state = self.state.limits, self.state
+        device = max(0, state.device.num_free - limits.watermark_pages) / limits.num_device_pages
+        if not self._host_usable:
+            return device
+        slots = len(state.free_slots) / limits.max_lanes
+        pages = state.host.num_free / limits.num_host_pages
+        host = min(slots, pages, self._free_bandwidth())
+        return host if limits.host_offload == "always" else max(device, host)
+
+    @property
+    def _host_usable(self) -> bool:
+        return self.state.host_ready and not self.state.host_failed
+
+    def _free_bandwidth(self) -> float:
+        """Of the host's time, what lanes leave when each has one row a walk."""
+        walk_s = max(self.latency_sensitive_s, min(self.best_effort_s, self.terms.walk_bound_s))
+        return 1.0 - self.lanes.busy_share(walk_s)
+
+    def _lane_reserve_s(self, load: WalkLoad) -> float:
+        """What the rows that lanes can be expected to bring would add to the walk."""
+        rows = self._expected_lane_rows()
+        more = load.copy()
+        more.lane_rows += rows
+        return self.bound_s(more) - self.bound_s(load) if rows else 0.0
+
+    def _expected_lane_rows(self) -> int:
+        """Rows waiting somewhere, and lanes that could start a token."""
+        limits = self.state.limits
+        most = self.terms.max_lane_rows * (limits.num_layers + 1)
+        return min(most, self.lanes.count) if self._host_usable else 0
+
+    def _limit_s(self, use: str) -> float:
+        """Budget of a use: one worth less than lane rows leaves them their part."""
+        if self.values is None or getattr(self.values, use) >= self.values.lane:
+            return self.best_effort_s
+        return self.best_effort_s - self.lane_reserve_s
+
+    # ------------------------------------------------------------ placement
+
+    def goes_to_host(self, request: Request) -> bool:
+        """Whether it has waited for a row as long as moving and a lane token would take.
+
+        Moving at once would copy for every short squeeze; never, would wait for ever. Waiting as long as the
+        move costs is at most twice as long as the best choice would have been.
+        """
+        if not self.host_gains():
+            return False
+        limits = self.state.limits
+        copy_s = self.model.copy_s(request.kv_tokens * self.terms.kv_token_bytes * limits.num_layers)
+        lane_token_s = limits.num_layers * max(self.latency_sensitive_s, self.lanes.row_s)
+        waited_s = self.now - (request.last_token_s if request.last_token_s is not None else self.now)
+        return waited_s > copy_s + lane_token_s
+
+    def _fits_best_effort(self, load: WalkLoad, context: int) -> bool:
+        if load.num_tokens >= self.terms.max_num_batched_tokens:
+            return False
+        return self.bound_s(_with_decode(load, context)) <= self._limit_s("decode")
+
+    def host_gains(self) -> bool:
+        return self._host_usable and self._free_bandwidth() > 0.0
+
+    def may_return(self, load: WalkLoad, lane: Request) -> bool:
+        """A row like it must fit twice, and its last move must have paid: what comes back shall stay."""
+        if lane.moved_at is not None and lane.num_tokens - lane.moved_at < MIN_STAY_TOKENS:
+            return False
+        return self._fits_best_effort(_with_decode(load, lane.kv_tokens + 1), lane.kv_tokens + 1)
+
+    # ------------------------------------------------------------ lanes
+
+    def copies(self, load: WalkLoad, most: int) -> int:
+        """As many as the limit of best-effort work takes; all of them when no row waits."""
+        page_size = self.state.limits.page_size
+
+        def fits(count: int) -> bool:
+            more = load.copy()
+            more.copied_tokens += count * page_size
+            return self.bound_s(more) <= self.best_effort_s
+
+        return most if not load.num_tokens or fits(most) else _most(most - 1, fits)
+
+    def share_lanes(self, load: WalkLoad, num_startable: int) -> LaneShare:
+        num_layers = self.state.limits.num_layers
+        if not self.lanes.count or not load.num_tokens:
+            return LaneShare(num_startable, (0,) * num_layers)
+        rows = self._lane_rows(load)
+        waiting = self.state.lanes_waiting or (0,) * num_layers
+        shares = self._split(rows, num_startable, waiting)
+        return LaneShare(shares[0], tuple(shares[1:]))
+
+    def _lane_rows(self, load: WalkLoad) -> int:
+        """Most lane rows, over all layers, that the rest of the budget takes: one slack, shared."""
+
+        def fits(count: int) -> bool:
+            more = load.copy()
+            more.lane_rows += count
+            return self.bound_s(more) <= self.best_effort_s
+
+        most = self.terms.max_lane_rows * (self.state.limits.num_layers + 1)
+        return most if fits(most) else _most(most - 1, fits)
+
+    def _split(self, rows: int, num_startable: int, waiting: Sequence[int]) -> list[int]:
+        """Starts first, then a cap a layer, in proportion to who waits where."""
+        most = self.terms.max_lane_rows
+        limits = (min(num_startable, most), *[most] * len(waiting))
+        return split_rows(rows, (num_startable, *waiting), limits)
+
+    def pass_budget_s(self) -> float:
+        return max(0.0, min(self.terms.pass_budget_s, self.slack_s, self.terms.walk_bound_s))
+
+    # ------------------------------------------------------------ the end of the plan
+
+    def close(
+        self, load: WalkLoad, lanes: LaneShare | None, best_effort_rows: bool, left_out: Sequence[LeftOut]
+    ) -> tuple[Explanation, float]:
+        whole = load.copy()
+        lane_rows = lanes.starts + sum(lanes.caps) if lanes is not None and self.lanes.count else 0
+        whole.lane_rows += lane_rows
+        bound_s = self.bound_s(whole)
+        allowed_s = self.best_effort_s if best_effort_rows or lane_rows else self.slack_s
+        explanation = Explanation(
+            policy=self.rules.name,
+            slack_s=_finite(self.slack_s),
+            tightest=self.tightest,
+            budget_s=_finite(max(allowed_s, self.forced_s)),
+            best_effort_s=self.best_effort_s,
+            predicted_s=self.model.walk_s(whole, self.busy) if lanes is not None else 0.0,
+            bound_s=bound_s if lanes is not None else 0.0,
+            host_is_busy=self.busy,
+            load=whole,
+            values=self.values.best_first() if self.values is not None else (),
+            left_out=tuple(left_out),
+        )
+        return explanation, self._debt_s(bound_s) if lanes is not None else 0.0
+
+    def _debt_s(self, bound_s: float) -> float:
+        """Owed after a walk: the guaranteed share of its time, less what best-effort work had of it."""
+        share = self.terms.best_effort_share
+        if not share or not any(self.state.first_best_effort(phase) for phase in Phase):
+            return 0.0
+        had_s = bound_s - self.latency_sensitive_s
+        owed_s = self.state.best_effort_debt_s + share * bound_s - had_s
+        return min(max(0.0, owed_s), self.terms.walk_bound_s)
+
+
+def _finite(seconds: float) -> float | None:
+    return seconds if math.isfinite(seconds) else None
+
+
+def _with_decode(load: WalkLoad, context: int) -> WalkLoad:
+    more = load.copy()
+    more.add_decode(context)
+    return more
+
+
+def _with_chunk(load: WalkLoad, start: int, count: int, ends_prompt: bool) -> WalkLoad:
+    more = load.copy()
+    more.add_chunk(start, count)
+    more.num_samples += ends_prompt
+    return more
+
+
+def _most(high: int, fits: Callable[[int], bool]) -> int:
+    """The greatest count of 0..high that fits, where more never fits better; 0 needs no asking."""
+    low = 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low

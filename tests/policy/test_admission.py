@@ -1,0 +1,135 @@
+"""Admission at arrival, as stories. The model: 10 ms a walk, 1 ms a row; targets: 1 s and 100 ms."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from omniserve.policy.admission import Admission, admit
+from omniserve.policy.forecast import forecast
+from omniserve.policy.latency import WalkLoad
+from omniserve.policy.request import Request
+from omniserve.types import SLO
+from policy.exact import CHAT, ExactModel, Scene, make_terms, roomy
+
+
+def verdict(scene: Scene, request: Request, now: float = 0.0, **terms: float) -> Admission:
+    return admit(scene.state, request, now, ExactModel(), make_terms(**terms))
+
+
+def test_an_idle_engine_admits_and_says_when_the_first_token_comes() -> None:
+    scene = Scene()
+    found = verdict(scene, scene.newcomer(200))
+    assert found.is_accepted
+    assert found.predicted_ttft_s == pytest.approx(0.21)
+    assert found.target_ttft_s == 1.0
+
+
+def test_a_request_without_targets_is_always_admitted() -> None:
+    scene = Scene()
+    assert verdict(scene, scene.newcomer(100_000, slo=None)) == Admission()
+
+
+def test_time_already_waited_counts() -> None:
+    scene = Scene()
+    assert verdict(scene, scene.newcomer(200), now=0.7).is_accepted
+    late = verdict(scene, scene.newcomer(200), now=0.8)
+    assert late.obstacle == "ttft"
+    assert late.predicted_ttft_s == pytest.approx(1.01)
+
+
+def test_prefill_that_is_due_earlier_counts_and_later_due_does_not() -> None:
+    scene = Scene()
+    scene.waiting(240, slo=SLO(9.0, 0.1))
+    assert verdict(scene, scene.newcomer(200)).is_accepted, "it goes first"
+    scene.waiting(1000, arrival_s=-0.5)
+    assert verdict(scene, scene.newcomer(200)).obstacle == "ttft"
+
+
+def test_the_chunking_that_running_decodes_force_is_counted() -> None:
+    scene = Scene()
+    request = scene.newcomer(640)
+    alone = verdict(scene, request)
+    scene.decoding(20)
+    beside = verdict(scene, request)
+    # At most 256 rows a walk: 3 walks. Beside a decode, 89 tokens of 640 a walk: 8 walks.
+    assert alone.predicted_ttft_s == pytest.approx(3 * 0.010 + 0.640, abs=0.003)
+    assert beside.predicted_ttft_s == pytest.approx(8 * 0.011 + 0.640, abs=0.001)
+
+
+def test_decodes_that_leave_no_room_for_prefill_mean_no() -> None:
+    scene = Scene()
+    for _ in range(90):
+        scene.decoding(20)
+    found = verdict(scene, scene.newcomer(10))
+    assert found.obstacle == "tpot"
+    assert found.predicted_ttft_s is not None
+
+
+def test_one_more_decode_that_would_slow_down_all_of_them_is_refused() -> None:
+    scene = Scene()
+    for _ in range(88):
+        scene.decoding(20)
+    assert verdict(scene, scene.newcomer(1, slo=SLO(5.0, 0.1))).is_accepted
+    scene.decoding(20)
+    scene.decoding(20)
+    assert verdict(scene, scene.newcomer(1, slo=SLO(5.0, 0.1))).obstacle == "tpot"
+
+
+def test_a_newcomer_may_not_make_those_behind_it_late() -> None:
+    scene = Scene()
+    scene.waiting(700, slo=SLO(1.0, 0.1))
+    urgent = scene.newcomer(250, slo=SLO(0.4, 0.1))
+    found = verdict(scene, urgent)
+    assert found.obstacle == "others"
+    assert found.predicted_ttft_s is not None
+    assert found.predicted_ttft_s < 0.4, "its own target would hold"
+
+
+def test_who_is_late_anyway_keeps_nobody_out() -> None:
+    scene = Scene()
+    scene.waiting(5000, slo=SLO(1.0, 0.1))
+    assert verdict(scene, scene.newcomer(250, slo=SLO(0.4, 0.1))).is_accepted
+
+
+def test_memory_that_running_chats_will_need_is_counted() -> None:
+    scene = Scene(roomy(num_device_pages=40))  # 640 tokens; every text may grow by 200
+    scene.decoding(100)
+    assert verdict(scene, scene.newcomer(100)).is_accepted
+    scene.decoding(100)
+    assert verdict(scene, scene.newcomer(100)).obstacle == "memory"
+
+
+def test_batch_work_in_memory_keeps_no_chat_out() -> None:
+    scene = Scene(roomy(num_device_pages=40))
+    scene.decoding(500, best_effort=True)
+    assert verdict(scene, scene.newcomer(100)).is_accepted
+
+
+def test_a_share_kept_for_best_effort_work_stretches_the_forecast() -> None:
+    scene = Scene()
+    request = scene.newcomer(200)
+    found = verdict(scene, request, best_effort_share=0.5)
+    assert found.predicted_ttft_s == pytest.approx(0.42)
+
+
+def test_a_forecast_tells_each_prompt_its_own_end() -> None:
+    scene = Scene()
+    pending = [scene.waiting(50), scene.waiting(50), scene.waiting(100)]
+    ahead = forecast(ExactModel(), 0.0, WalkLoad(), pending, tpot_s=0.11, max_tokens=1000)
+    # Two walks of 100 tokens.
+    assert ahead.is_possible
+    assert ahead.finish_s == pytest.approx((0.11, 0.11, 0.22))
+
+
+def test_a_tighter_target_is_never_admitted_where_a_looser_one_is_not() -> None:
+    scene = Scene()
+    for _ in range(30):
+        scene.decoding(20)
+    scene.waiting(300)
+    answers = [
+        verdict(scene, scene.newcomer(200, slo=replace(CHAT, ttft_s=ttft_s))).is_accepted
+        for ttft_s in (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+    ]
+    assert answers == sorted(answers)

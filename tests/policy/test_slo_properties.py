@@ -1,0 +1,241 @@
+"""What holds of plans made from targets, whatever the state."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from omniserve.policy.latency import WalkLoad
+from omniserve.policy.plan import CopyOut, Displace, Drop, Plan, Reserve, SwapIn
+from omniserve.policy.request import Phase
+from omniserve.policy.scheduler import schedule
+from omniserve.policy.state import State
+from omniserve.types import SLO
+from policy.exact import ExactModel, Scene, make_policy, make_terms, roomy
+from policy.scripted import World, make_limits
+
+MILLI = 1e-3
+EPSILON = 1e-9
+
+models = st.builds(
+    ExactModel,
+    walk=st.floats(0.1 * MILLI, 30 * MILLI),
+    row=st.floats(0.01 * MILLI, 3 * MILLI),
+    context=st.floats(0.0, 0.01 * MILLI),
+    prefill=st.floats(0.0, 0.01 * MILLI),
+    lane_row=st.floats(0.01 * MILLI, 2 * MILLI),
+    copied=st.floats(0.0, 0.1 * MILLI),
+    margin=st.floats(0.0, 0.5),
+    host_row=st.floats(0.01 * MILLI, 20 * MILLI),
+)
+slos = st.builds(SLO, st.floats(0.05, 3.0), st.floats(0.01, 0.3))
+
+
+@st.composite
+def scenes(draw: st.DrawFn, **limits: Any) -> Scene:
+    """Up to a dozen requests of either class in any phase, some of them late."""
+    scene = Scene(roomy(**({"num_device_pages": 400, "num_host_pages": 100, "max_lanes": 16} | limits)))
+    sizes = st.integers(2, 60)
+    for _ in range(draw(st.integers(0, 5), label="chats decoding")):
+        last_s = draw(st.floats(-0.2, 0.0))
+        first_s = last_s - draw(st.floats(0.0, 0.5))
+        scene.decoding(
+            draw(sizes), out=3, slo=draw(slos | st.none()), last_token_s=last_s, first_token_s=first_s
+        )
+    for _ in range(draw(st.integers(0, 3), label="chats with a prompt")):
+        arrival_s = draw(st.floats(-2.0, 0.0))
+        if draw(st.booleans()):
+            scene.waiting(draw(st.integers(2, 300)), slo=draw(slos), arrival_s=arrival_s)
+        else:
+            prompt = draw(st.integers(2, 300))
+            scene.prefilling(prompt, draw(st.integers(0, prompt - 1)), slo=draw(slos), arrival_s=arrival_s)
+    for _ in range(draw(st.integers(0, 4), label="batch")):
+        match draw(st.sampled_from(["waiting", "prefilling", "decoding"])):
+            case "waiting":
+                scene.waiting(draw(st.integers(2, 300)), best_effort=True)
+            case "prefilling":
+                scene.prefilling(100, draw(st.integers(0, 99)), best_effort=True)
+            case "decoding":
+                scene.decoding(draw(sizes), best_effort=True, last_token_s=draw(st.floats(-1.0, 0.0)))
+    num_in_flight = 0
+    for _ in range(draw(st.integers(0, 6), label="lanes")):
+        in_flight = draw(st.booleans())
+        scene.lane(draw(sizes), in_flight=in_flight)
+        num_in_flight += in_flight
+    low = draw(st.integers(0, num_in_flight))
+    scene.state.lanes_waiting = (low, num_in_flight - low)
+    return scene
+
+
+def load_of(plan: Plan, state: State) -> WalkLoad:
+    """What a plan asks of the device, counted from its rows alone."""
+    load = WalkLoad()
+    for request_id in plan.decodes:
+        load.add_decode(state.requests[request_id].kv_tokens + 1)
+    for chunk in plan.chunks:
+        load.add_chunk(chunk.start, chunk.num_tokens)
+    load.lane_rows = len(plan.lane_starts) + sum(plan.lane_cap)
+    load.copied_tokens = sum(m.num_tokens for m in plan.moves if isinstance(m, CopyOut))
+    return load
+
+
+@given(scene=scenes(), model=models, share=st.sampled_from([0.0, 0.0, 0.1]), debt=st.floats(0.0, 0.05))
+def test_a_plan_never_exceeds_its_budget_by_its_own_model(
+    scene: Scene, model: ExactModel, share: float, debt: float
+) -> None:
+    state = scene.state
+    state.best_effort_debt_s = debt if share else 0.0
+    plan = schedule(state, 0.0, make_policy(model, best_effort_share=share))
+    why = plan.why
+    assert why is not None
+    if plan.kind == "passes":
+        assert plan.budget_s <= make_terms().walk_bound_s
+        return
+    bound_s = model.bound_s(load_of(plan, state), why.host_is_busy)
+    assert why.budget_s is None or bound_s <= why.budget_s + EPSILON
+    if why.slack_s is not None and why.budget_s is not None and why.budget_s > why.slack_s + EPSILON:
+        chats = tuple(i for i in plan.decodes if not state.requests[i].best_effort)
+        least_s = model.bound_s(load_of(Plan("walk", decodes=chats), state), why.host_is_busy)
+        assert least_s > why.slack_s or state.best_effort_debt_s, "only what must be done exceeds the slack"
+
+
+@given(scene=scenes(num_device_pages=60, watermark_pages=2), model=models)
+def test_a_plan_can_be_carried_out(scene: Scene, model: ExactModel) -> None:
+    scene.state.check()
+    scene.state.commit(schedule(scene.state, 0.0, make_policy(model)))
+    scene.state.check()
+
+
+@given(scene=scenes(), model=models)
+def test_best_effort_work_takes_no_row_and_no_token_from_chat(scene: Scene, model: ExactModel) -> None:
+    """No class inversion: without any best-effort request chat is served the same."""
+    state, policy = scene.state, make_policy(model)
+    beside = schedule(state, 0.0, policy)
+    batch = {r.id for r in state.requests.values() if r.best_effort}
+    for request_id in batch:
+        state.abort(request_id)
+    alone = schedule(state, 0.0, policy)
+    assert [i for i in beside.decodes if i not in batch] == list(alone.decodes)
+    assert [c for c in beside.chunks if c.request_id not in batch] == list(alone.chunks)
+
+
+@given(scene=scenes(num_device_pages=60, watermark_pages=2), model=models)
+def test_nobody_gives_way_for_a_request_that_is_not_served(scene: Scene, model: ExactModel) -> None:
+    plan = schedule(scene.state, 0.0, make_policy(model))
+    dropped = [m.request_id for m in plan.moves if isinstance(m, Drop)]
+    served = {m.request_id for m in plan.moves if isinstance(m, Reserve)}
+    for request_id in dropped:
+        victim = scene.state.requests[request_id]
+        assert any(scene.state.requests[i].order < victim.order for i in served)
+    displaced = [scene.state.requests[m.request_id] for m in plan.moves if isinstance(m, Displace)]
+    assert all(request.best_effort for request in displaced)
+
+
+@given(scene=scenes(), model=models, earlier_s=st.floats(0.0, 0.2))
+def test_more_slack_never_means_fewer_prompt_tokens_for_chat(
+    scene: Scene, model: ExactModel, earlier_s: float
+) -> None:
+    def chunks_at(now: float) -> tuple[int, bool]:
+        """Prompt tokens of chat, and whether its decodes alone were late: a small chunk rides then."""
+        plan = schedule(scene.state, now, make_policy(model))
+        requests = scene.state.requests
+        chats = [c.num_tokens for c in plan.chunks if not requests[c.request_id].best_effort]
+        why = plan.why
+        assert why is not None
+        return sum(chats), why.slack_s is not None and why.budget_s is not None and why.budget_s > why.slack_s
+
+    late, is_lost = chunks_at(0.0)
+    early, _ = chunks_at(-earlier_s)
+    assert early >= late or is_lost
+
+
+@given(model=models, slack_s=st.floats(0.0, 0.2), more_s=st.floats(0.0, 0.2))
+def test_more_slack_never_means_less_for_best_effort_work(
+    model: ExactModel, slack_s: float, more_s: float
+) -> None:
+    scene = Scene()
+    scene.decoding(20, slo=SLO(4.0, 0.4), last_token_s=0.0)
+    scene.waiting(300, best_effort=True)
+
+    def seconds(left_s: float) -> float:
+        plan = schedule(scene.state, 0.4 - left_s, make_policy(model))
+        assert plan.why is not None
+        return plan.why.bound_s
+
+    assert seconds(slack_s + more_s) >= seconds(slack_s) - EPSILON
+
+
+@settings(max_examples=40, deadline=None)
+@given(model=models, share=st.floats(0.02, 0.5), num_chats=st.integers(1, 4))
+def test_the_guaranteed_share_of_best_effort_work_is_kept(
+    model: ExactModel, share: float, num_chats: int
+) -> None:
+    """Chat that has lost its targets for good leaves no slack; batch has its share of the device's time."""
+    terms = {"best_effort_share": share, "walk_bound_s": 1.0}
+    scene = Scene()
+    for _ in range(num_chats):
+        scene.decoding(20, last_token_s=-100.0)
+    scene.waiting(100_000, best_effort=True)
+    scene.state.limits = replace(scene.state.limits, watermark_pages=0)
+    policy = make_policy(model, **terms)
+    total_s = had_s = 0.0
+    for _ in range(60):
+        scene.state.requests[num_chats].kv_tokens = 0
+        plan = schedule(scene.state, 0.0, policy)
+        assert plan.why is not None
+        alone = replace(plan, chunks=(), lane_cap=(), lane_starts=())
+        total_s += plan.why.bound_s
+        had_s += plan.why.bound_s - model.bound_s(load_of(alone, scene.state), plan.why.host_is_busy)
+        scene.state.best_effort_debt_s = plan.best_effort_debt_s
+    smallest_s = model.bound_s(WalkLoad(), 0) + 300 * model.bound_s(WalkLoad(num_tokens=1, prefill_load=1), 0)
+    assert had_s >= share * total_s - smallest_s
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), model=models, mode=st.sampled_from(["auto", "always", "never"]))
+def test_every_request_finishes_whatever_targets_it_has(
+    data: st.DataObject, model: ExactModel, mode: str
+) -> None:
+    """Targets that nobody can hold, too: no budget ever stops an engine that could go on."""
+    host_pages = 0 if mode == "never" else 14
+    limits = make_limits(
+        num_host_pages=host_pages, num_device_pages=data.draw(st.integers(4, 14)), host_offload=mode
+    )
+    world = World(limits, policy=make_policy(model, max_num_batched_tokens=9, max_lane_rows=3))
+    wanted = {}
+    longest = min(limits.num_device_pages, 14) * limits.page_size
+    for _ in range(data.draw(st.integers(1, 8), label="requests")):
+        total = data.draw(st.integers(2, longest), label="total tokens")
+        prompt = data.draw(st.integers(1, total - 1), label="prompt")
+        best_effort = data.draw(st.booleans(), label="best effort")
+        slo = None if best_effort else data.draw(slos | st.none(), label="slo")
+        wanted[world.add(prompt, total - prompt, best_effort, slo=slo)] = total - prompt
+        for _ in range(data.draw(st.integers(0, 4), label="steps between")):
+            world.step(lambda kind, key: data.draw(st.booleans(), label="served"))
+    world.run()
+    assert world.produced == wanted
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data(), model=models)
+def test_nobody_goes_to_and_fro(data: st.DataObject, model: ExactModel) -> None:
+    """Chat comes and goes; a batch request changes sides at most once in so many tokens."""
+    world = World(
+        make_limits(num_device_pages=24, num_host_pages=40, max_lanes=6),
+        policy=make_policy(model, max_num_batched_tokens=16),
+    )
+    for _ in range(3):
+        world.add(8, 40, best_effort=True)
+    for _ in range(100):
+        if data.draw(st.integers(0, 9), label="arrival") == 0:
+            world.add(data.draw(st.integers(4, 30)), 6, best_effort=False, slo=data.draw(slos))
+        stayed = {r.id: r.num_tokens - (r.moved_at or 0) for r in world.state.in_phase(Phase.LANE)}
+        coming = {r.id for r in world.state.in_phase(Phase.LANE) if r.incoming_pages}
+        if not world.step():
+            break
+        for move in world.plans[-1].moves:
+            if isinstance(move, SwapIn) and move.request_id not in coming:
+                assert stayed[move.request_id] >= 8, "it has just come"
