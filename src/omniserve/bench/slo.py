@@ -68,9 +68,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--load-factor", type=float, default=0.5, help="rate as a share of the capacity")
     add("--rate", type=float, metavar="R", help="requests/s, in place of --load-factor")
     add("--burstiness", type=float, default=1.0, help="shape of gamma arrivals: 1 Poisson, below 1 in bursts")
-    add(
-        "--trace", help=f"arrivals and lengths of a trace, at the rate above: a file, or {', '.join(SHIPPED)}"
-    )
+    add("--trace", help=f"lengths and rhythm of a trace, at that rate: a file, {shipped}")
     add("--length-scale", type=float, default=0.25, help="times the lengths of ShareGPT or of the trace")
     add("--slo-factors", type=float, nargs="+", default=[1.25, 1.5, 2.0], help="times p95 of ls_only")
     add("--memory-factors", type=float, nargs="+", default=[1.25, 2.0, 4.0], help="times its P99 page use")

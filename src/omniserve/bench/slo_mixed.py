@@ -10,14 +10,16 @@ from omniserve.bench.slo_plan import Plan, Report, RunOne, Save, cell_of, middle
 from omniserve.bench.slo_run import Result, Trial
 from omniserve.bench.slo_setup import Memory
 from omniserve.bench.slo_variants import REFERENCE, SLO_AWARE, Variant, tunings
-from omniserve.bench.slo_verdict import better, counts, judge
+from omniserve.bench.slo_verdict import better, counts, judge, mean
 from omniserve.bench.workloads import BatchJobs
+
+TUNING_S = 30.0
 
 
 def num_mixed_runs(plan: Plan) -> int:
     tuned = sum(len(t) for v in plan.variants if len(t := tunings(v)) > 1) if plan.tune else 0
     each = sum(len(plan.slo_factors) if v.policy in SLO_AWARE else 1 for v in plan.variants)
-    return tuned + len(plan.memory_factors) * (2 + each * len(plan.seeds))
+    return tuned + len(plan.memory_factors) * len(plan.seeds) * (len(_alone(plan)) + each)
 
 
 def run_mixed(plan: Plan, run_one: RunOne, save: Save) -> Report:
@@ -27,12 +29,12 @@ def run_mixed(plan: Plan, run_one: RunOne, save: Save) -> Report:
     variants = _tune(plan, run_one, report) if plan.tune else list(plan.variants)
     for memory in map(plan.setup.memory, plan.memory_factors):
         jobs = memory.fit(plan.jobs)
-        alone = _measure_alone(plan, jobs, run_one)
-        report["alone"].append(
-            {"memory_factor": memory.factor, "context": [jobs.low, jobs.high], "be_tokens_per_s": alone}
-        )
+        alone: dict[str, list[float]] = {}
         found: dict[tuple[str, float], list[Result]] = {}
         for seed in plan.seeds:
+            for variant in _alone(plan):
+                result = run_one(Trial(variant, seed, 0.0, jobs), plan.timing, "batch alone")
+                alone.setdefault(variant.name, []).append(result.be_tokens_per_s())
             for variant, told in _turns(plan, variants, seed):
                 slo = None if told is None else plan.setup.slo(told)
                 own_jobs = None if variant.policy == REFERENCE else jobs
@@ -44,11 +46,18 @@ def run_mixed(plan: Plan, run_one: RunOne, save: Save) -> Report:
                 slos = {f"{factor:g}": plan.setup.slo(factor) for factor in judged}
                 report["runs"].append({"memory_factor": memory.factor, **result.as_dict(slos)})
                 save(report)
+        report["alone"].append({"memory_factor": memory.factor, "be_tokens_per_s": alone})
+        best_alone = max(map(mean, alone.values()))
         for factor in plan.slo_factors:
             results = [found[v.name, factor] for v in variants]
-            report["tables"].append(_table(plan, memory, jobs, factor, results, max(alone.values())))
+            report["tables"].append(_table(plan, memory, jobs, factor, results, best_alone))
         save(report)
     return report
+
+
+def _alone(plan: Plan) -> tuple[Variant, ...]:
+    """Who measures batch work with the box to itself, memory included: ours, and a device with all cores."""
+    return plan.ours, replace(plan.ours, host_offload="never", device_threads=plan.all_threads)
 
 
 def _turns(plan: Plan, variants: Sequence[Variant], seed: int) -> Iterator[tuple[Variant, float | None]]:
@@ -65,6 +74,7 @@ def _turns(plan: Plan, variants: Sequence[Variant], seed: int) -> Iterator[tuple
 def _tune(plan: Plan, run_one: RunOne, report: Report) -> list[Variant]:
     """Each baseline with its best tunables: one seed, middle memory and targets."""
     memory, slo = plan.setup.memory(middle(plan.memory_factors)), plan.middle_slo
+    brief = replace(plan.timing, duration_s=min(plan.timing.duration_s, TUNING_S))
     jobs, best = memory.fit(plan.jobs), []
     for variant in plan.variants:
         candidates = tunings(variant)
@@ -75,7 +85,7 @@ def _tune(plan: Plan, run_one: RunOne, report: Report) -> list[Variant]:
         for candidate in candidates:
             told = slo if candidate.policy in SLO_AWARE else None
             trial = Trial(candidate, plan.seeds[0], plan.setup.rate, jobs, memory.num_bytes, told)
-            cells.append(cell_of([run_one(trial, plan.timing, "tuning")], slo))
+            cells.append(cell_of([run_one(trial, brief, "tuning")], slo))
         # Held to all requests in time: what the reference reaches is only known to be near that.
         perfect = replace(cells[0], offered=(1.0,))
         chosen = candidates[cells.index(better(cells, perfect))]
@@ -88,15 +98,6 @@ def _tune(plan: Plan, run_one: RunOne, report: Report) -> list[Variant]:
             ],
         }
     return best
-
-
-def _measure_alone(plan: Plan, jobs: BatchJobs, run_one: RunOne) -> dict[str, float]:
-    """Batch tokens/s with the box to itself, memory included: ours, and a device with all cores."""
-    everything = replace(plan.ours, host_offload="never", device_threads=plan.all_threads)
-    return {
-        v.name: run_one(Trial(v, plan.seeds[0], 0.0, jobs), plan.timing, "batch alone").be_tokens_per_s()
-        for v in (plan.ours, everything)
-    }
 
 
 def _table(

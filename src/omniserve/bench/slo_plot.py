@@ -25,7 +25,7 @@ def plot_mixed(report: Report, path: Path) -> None:
     memories = sorted({t["memory_factor"] for t in tables})
     factors = sorted({t["slo_factor"] for t in tables})
     figure = Figure(figsize=(3.6 * len(factors) + 2, 3.0 * len(memories)), dpi=110, layout="constrained")
-    panels = figure.subplots(len(memories), len(factors), squeeze=False, sharey=True)
+    panels = figure.subplots(len(memories), len(factors), squeeze=False, sharex=True, sharey=True)
     for table in tables:
         axes = panels[memories.index(table["memory_factor"])][factors.index(table["slo_factor"])]
         _mixed_panel(axes, table)

@@ -68,15 +68,15 @@ def verdict_line(table: Report) -> str:
     verdict = table["verdict"]
     held = "within" if verdict["within_point"] else "NOT within"
     parts = [f"omniserve is {held} {100 * POINT:g} point of ls_only ({100 * verdict['gap']:+.1f} points)"]
+    if verdict["hardest"] is None:
+        return f"{parts[0]}; THE LOAD PROVES NOTHING: no baseline ran"
     if verdict["best_baseline"] is None:
         parts.append("no baseline holds the targets")
     elif verdict["be_ratio"] is None:
         parts.append(f"{verdict['best_baseline']} holds the targets and makes no batch tokens")
     else:
         parts.append(f"{verdict['be_ratio']:.2f}x the BE tok/s of {verdict['best_baseline']}")
-    if verdict["hardest"] is None:
-        parts.append("THE LOAD PROVES NOTHING: no baseline ran")
-    elif verdict["too_easy"]:
+    if verdict["too_easy"]:
         parts.append(
             f"THE LOAD IS TOO EASY: every baseline attains {_percent(verdict['hardest'])} or more, "
             f"one should fall below {HARD:.0%}"

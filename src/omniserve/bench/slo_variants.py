@@ -18,9 +18,12 @@ POLICIES = (OURS, REFERENCE, *BASELINES)
 SLO_AWARE = frozenset({OURS, "paper"})
 # Those that decode batch work with host attention: they need the host's cores. The others may take them.
 WITH_HOST = frozenset({OURS, "paper"})
-# What an operator would tune. The best value of a short run of each is used.
+# What an operator would tune, by what the baselines' own docstrings name. The best of short runs is used.
+_TOKENS = {"max_num_batched_tokens": (32, 64, 128)}
 TUNABLES: dict[str, dict[str, tuple[Any, ...]]] = {
-    name: {"max_num_batched_tokens": (32, 64, 128)} for name in ("sarathi", "vllm_priority", "llumnix")
+    "sarathi": _TOKENS,
+    "vllm_priority": {**_TOKENS, "max_num_seqs": (16, 64)},
+    "llumnix": {**_TOKENS, "watermark": (0.1, 0.3)},
 }
 # Not tunable: the paper lets a result enter in the next iteration.
 FIXED: dict[str, tuple[tuple[str, Any], ...]] = {"paper": (("reentry", "next_iteration"),)}
@@ -68,7 +71,7 @@ def engine_settings(variant: Variant, device_memory_bytes: int | None, slo: SLO 
         "host_offload": variant.host_offload,
         "device_threads": variant.device_threads,
         "device_memory_bytes": device_memory_bytes,
-        "admission": "on" if variant.policy == OURS and slo and not variant.admits_all else "off",
+        "admission": "on" if variant.policy in SLO_AWARE and slo and not variant.admits_all else "off",
         **dict(variant.extra),
     }
     if slo is not None and variant.policy in SLO_AWARE:
@@ -76,7 +79,7 @@ def engine_settings(variant: Variant, device_memory_bytes: int | None, slo: SLO 
     return {name: value for name, value in settings.items() if name in _KNOWN}
 
 
-def check_policies(policies: Collection[str], known: Collection[str] = _KNOWN) -> tuple[list[str], list[str]]:
+def check_policies(policies: Collection[str]) -> tuple[list[str], list[str]]:
     """The policies that this engine can run, in the order of POLICIES, and those it can not.
 
     An engine without a choice of policy runs as `omniserve`, and as `ls_only` when it gets no batch work.
@@ -86,7 +89,7 @@ def check_policies(policies: Collection[str], known: Collection[str] = _KNOWN) -
     if unknown:
         raise ConfigError(f"policies: unknown {', '.join(unknown)}; known policies: {', '.join(POLICIES)}")
     wanted = [p for p in POLICIES if p in {*policies, OURS, REFERENCE}]
-    if "policy" in known:
+    if "policy" in _KNOWN:
         return wanted, []
     return [p for p in wanted if p in (OURS, REFERENCE)], [p for p in wanted if p in BASELINES]
 
