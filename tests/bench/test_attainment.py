@@ -11,6 +11,7 @@ from omniserve.bench.attainment import (
     class_report,
     harvest_share,
     latency,
+    mean_context,
     tokens_between,
 )
 from omniserve.types import SLO
@@ -78,6 +79,13 @@ def test_a_report_counts_requests_by_arrival_and_tokens_by_their_time() -> None:
     batch = class_report([*ALL, record(1.0, [1.5, 4.9, 5.0], kind=BE)], BE, window)
     assert batch.tokens_per_s == 2 / 4
     assert batch.offered is None
+
+
+def test_the_mean_context_counts_prompt_and_tokens_before_each_token_of_the_window() -> None:
+    one = Record(BE, 0.0, 100, 3, 0.0, [0.5, 1.5, 2.5])
+    other = Record(BE, 0.0, 200, 1, 0.0, [1.0])
+    assert mean_context([one, other], 1.0, 3.0) == (101 + 102 + 200) / 3
+    assert mean_context([one], 5.0, 6.0) is None
 
 
 def test_windows_are_open_at_their_end() -> None:

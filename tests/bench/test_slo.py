@@ -377,6 +377,12 @@ def test_overload_shows_what_admission_keeps_and_what_collapses_without(
     assert "95% of the admitted requests meet TTFT: holds" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("without_policies")
+def test_overload_without_an_admission_to_switch_off_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--scenario", "overload"], run=Machine()) == 2
+    assert "no admission to switch off" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("with_policies")
 def test_placement_shows_where_lanes_win_and_where_the_device_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

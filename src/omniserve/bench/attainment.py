@@ -104,12 +104,24 @@ def latency(values: Sequence[float | None]) -> Latency:
     return Latency(len(known), *(percentile(known, share) for share in (0.50, 0.90, 0.95, 0.99)))
 
 
+def mean_context(records: Sequence[Record], begin_s: float, end_s: float) -> float | None:
+    """Tokens before each token that came in the window, on average: what decode attention really read."""
+    before = [
+        record.num_prompt + i
+        for record in records
+        for i, at_s in enumerate(record.token_s)
+        if begin_s <= at_s < end_s
+    ]
+    return sum(before) / len(before) if before else None
+
+
 @dataclass(frozen=True, slots=True)
 class ClassReport:
     """One service class in one window of `seconds`.
 
     Requests count when they were due in the window; tokens count when they came in it. outcomes: requests by
-    outcome. goodput: requests/s. offered, admitted and goodput are None for a class without targets.
+    outcome. context: tokens, see mean_context. goodput: requests/s. offered, admitted and goodput are None for a
+    class without targets.
     """
 
     service_class: str
@@ -118,6 +130,7 @@ class ClassReport:
     ttft: Latency
     tpot: Latency
     tokens_per_s: float
+    context: float | None
     offered: Attained | None
     admitted: Attained | None
     goodput: float | None
@@ -148,6 +161,7 @@ def class_report(
         latency([r.ttft_s for r in due]),
         latency([r.tpot_s for r in due]),
         tokens_between(own, *window) / seconds,
+        mean_context(own, *window),
         attained(due, slo, "offered") if slo else None,
         attained(due, slo, "admitted") if slo else None,
         sum(meets(r, slo) for r in due) / seconds if slo else None,

@@ -30,7 +30,7 @@ from omniserve.bench.slo_plan import Plan, Report, RunOne
 from omniserve.bench.slo_plot import PLOTS
 from omniserve.bench.slo_run import Result, Timing, Traffic, Trial, run_trial
 from omniserve.bench.slo_setup import measure_setup, reference_of
-from omniserve.bench.slo_variants import POLICIES, check_policies, variants
+from omniserve.bench.slo_variants import POLICIES, check_policies, supports, variants
 from omniserve.bench.traces import SHIPPED, read_trace
 from omniserve.bench.workloads import SHAREGPT, BatchJobs, resized
 from omniserve.config import EngineConfig, available_cpus, split_cpus
@@ -73,6 +73,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--slo-factors", type=float, nargs="+", default=[1.25, 1.5, 2.0], help="times p95 of ls_only")
     add("--memory-factors", type=float, nargs="+", default=[1.25, 2.0, 4.0], help="times its P99 page use")
     add("--be-context", type=int, nargs=2, default=[256, 4096], metavar=("LOW", "HIGH"), help="tokens")
+    add("--be-output-share", type=float, default=0.75, help="of a batch job's context that is generated")
     add("--backlog", type=int, default=32, help="batch requests with the engine at all times")
     add("--no-tune", action="store_true", help="baselines with their defaults, not their best tunables")
     add("--quick", action="store_true", help="one seed, one cap, one pair of targets, short runs: no result")
@@ -99,6 +100,8 @@ class Bench:
     def __init__(self, options: argparse.Namespace, console: Console, run: Callable[..., Result]) -> None:
         self.options, self.console, self._run = options, console, run
         self.policies, self.missing = check_policies(options.policies)
+        if options.scenario == "overload" and not supports("admission"):
+            raise ConfigError("scenario: this engine has no admission to switch off; use slo or placement")
         self.timing = Timing(options.warmup, options.duration, options.drain)
         self.traffic = make_traffic(options)
         split = split_cpus(EngineConfig(model=options.model))
@@ -130,11 +133,12 @@ class Bench:
             self.report["reference"] = [r.as_dict(slos) for r in results]
             for line in slo_tables.setup_lines(self.report["setup"]):
                 self.console.print(line)
+            low, high = options.be_context
             plan = Plan(
                 setup,
                 self.timing,
                 tuple(self.variants),
-                BatchJobs(*options.be_context),
+                BatchJobs(low, high, options.be_output_share),
                 tuple(options.seeds),
                 tuple(options.slo_factors),
                 tuple(options.memory_factors),

@@ -6,7 +6,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
 from omniserve.bench.attainment import harvest_share
-from omniserve.bench.slo_plan import Plan, Report, RunOne, Save, cell_of, middle, over_seeds
+from omniserve.bench.slo_plan import (
+    Plan,
+    Report,
+    RunOne,
+    Save,
+    cell_of,
+    mean_known,
+    middle,
+    over_seeds,
+    rotated,
+)
 from omniserve.bench.slo_run import Result, Trial
 from omniserve.bench.slo_setup import Memory
 from omniserve.bench.slo_variants import REFERENCE, SLO_AWARE, Variant, tunings
@@ -66,9 +76,7 @@ def _turns(plan: Plan, variants: Sequence[Variant], seed: int) -> Iterator[tuple
     for variant in variants:
         factors = plan.slo_factors if variant.policy in SLO_AWARE else (None,)
         turns += [(variant, f) for f in factors]
-    first = plan.seeds.index(seed) * len(turns) // len(plan.seeds)
-    yield from turns[first:]
-    yield from turns[:first]
+    return rotated(turns, plan, seed)
 
 
 def _tune(plan: Plan, run_one: RunOne, report: Report) -> list[Variant]:
@@ -116,6 +124,8 @@ def _table(
                 "counts": counts(cell, cells),
                 "harvest_share": harvest_share(cell.be_rate, alone),
                 "be_over_best_baseline": cell.be_rate / best.be_rate if best and best.be_rate else None,
+                "requests": sum(r.offered.requests for r in reports if r.offered),
+                "be_context": mean_known([r.be().context for r in each]),
                 "ttft": over_seeds([asdict(r.ttft) for r in reports]),
                 "tpot": over_seeds([asdict(r.tpot) for r in reports]),
             }

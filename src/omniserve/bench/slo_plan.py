@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from omniserve.bench.attainment import Attained
 from omniserve.bench.slo_run import Result, Timing, Trial
@@ -16,6 +16,7 @@ from omniserve.types import SLO
 
 RunOne = Callable[[Trial, Timing, str], Result]
 Report = dict[str, Any]
+T = TypeVar("T")
 Save = Callable[[Report], None]
 
 
@@ -46,6 +47,13 @@ def middle(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
+def rotated(items: Sequence[T], plan: Plan, seed: int) -> Iterator[T]:
+    """The items, beginning with another one for each seed."""
+    first = plan.seeds.index(seed) * len(items) // len(plan.seeds)
+    yield from items[first:]
+    yield from items[:first]
+
+
 def cell_of(results: Sequence[Result], slo: SLO) -> Cell:
     """One variant over its seeds, judged by `slo`."""
     reports = [r.ls(slo) for r in results]
@@ -61,6 +69,12 @@ def cell_of(results: Sequence[Result], slo: SLO) -> Cell:
     )
 
 
+def mean_known(values: Sequence[float | None]) -> float | None:
+    """Mean of those that are there; None of none."""
+    known = [v for v in values if v is not None]
+    return mean(known) if known else None
+
+
 def both(found: Attained | None) -> float:
     """No request at all is no success."""
     return found.both if found is not None and found.both is not None else 0.0
@@ -68,7 +82,4 @@ def both(found: Attained | None) -> float:
 
 def over_seeds(each: list[dict[str, Any]]) -> dict[str, float | None]:
     """Means of the percentiles of the seeds that have them."""
-    return {
-        name: mean(known) if (known := [e[name] for e in each if e[name] is not None]) else None
-        for name in ("p50", "p90", "p99")
-    }
+    return {name: mean_known([e[name] for e in each]) for name in ("p50", "p90", "p99")}

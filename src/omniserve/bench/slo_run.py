@@ -117,8 +117,11 @@ class Result:
     def ls(self, slo: SLO | None = None) -> ClassReport:
         return class_report(self.records, LATENCY_SENSITIVE.name, self.timing.window, slo)
 
+    def be(self) -> ClassReport:
+        return class_report(self.records, BEST_EFFORT.name, self.timing.window)
+
     def be_tokens_per_s(self) -> float:
-        return class_report(self.records, BEST_EFFORT.name, self.timing.window).tokens_per_s
+        return self.be().tokens_per_s
 
     def as_dict(self, slos: dict[str, SLO]) -> dict[str, Any]:
         """Plain data for the report; the latency-sensitive class judged by each of the targets."""
@@ -130,7 +133,7 @@ class Result:
             "settings": _plain(self.settings),
             "rate": self.trial.rate,
             "latency_sensitive": {name: asdict(self.ls(slo)) for name, slo in slos.items()},
-            "best_effort": asdict(class_report(self.records, BEST_EFFORT.name, self.timing.window)),
+            "best_effort": asdict(self.be()),
             "ls_pages_p99": percentile(self.pages, 0.99) if self.pages else None,
             "sender_late_p99_s": percentile(late, 0.99) if late else None,
             "reasons": sorted({r.reason for r in due if r.reason})[:5],

@@ -38,10 +38,11 @@ def _mixed_table(table: Report) -> Table:
         title=f"SLO x{table['slo_factor']:g}: TTFT {_ms(slo['ttft_s'])} ms, TPOT {_ms(slo['tpot_s'])} ms; "
         f"device memory x{table['memory_factor']:g} ({table['device_tokens']} tokens); BE context "
         f"{table['context'][0]} to {table['context'][1]}; BE alone {alone:.4g} tok/s",
-        caption="* counts for its policy (better threads); ranges over seeds; P50, P99 means over seeds",
+        caption="* counts for its policy (better threads); ranges over seeds; P50, P99: means over seeds; "
+        "BE context: tokens before each BE token, mean",
     )
-    columns = ("policy", "attained, offered", "admitted", "TTFT ms P50, P99", "TPOT ms P50, P99", "good/s")
-    for name in (*columns, "BE tok/s", "harvest", "BE over best"):
+    columns = ("policy", "requests", "attained, offered", "admitted", "TTFT ms P50, P99", "TPOT ms P50, P99")
+    for name in (*columns, "good/s", "BE tok/s", "BE context", "harvest", "BE over best"):
         result.add_column(name, justify="left" if name == "policy" else "right")
     for row in table["rows"]:
         result.add_row(*_mixed_row(row))
@@ -52,12 +53,14 @@ def _mixed_row(row: Report) -> Sequence[str]:
     ratio = row["be_over_best_baseline"]
     return (
         row["variant"] + (" *" if row["counts"] else ""),
+        str(row["requests"]),
         _shares(row["offered"]),
         _shares(row["admitted"]),
         f"{_ms(row['ttft']['p50'])}, {_ms(row['ttft']['p99'])}",
         f"{_ms(row['tpot']['p50'])}, {_ms(row['tpot']['p99'])}",
         f"{_mean(row['goodput']):.3g}",
         _range(row["be_tokens_per_s"]),
+        _tokens(row["be_context"]),
         _percent(row["harvest_share"]),
         "-" if ratio is None else f"{ratio:.2f}x",
     )
@@ -118,7 +121,8 @@ def overload_tables(report: Report) -> Iterator[Table | str]:
 def placement_tables(report: Report) -> Iterator[Table | str]:
     result = Table(
         title="BE tok/s by where batch work decodes, beside latency-sensitive traffic",
-        caption=f"good: auto reaches {NEAR:.0%} of the better of lanes and device at the same threads",
+        caption=f"good: auto reaches {NEAR:.0%} of the better of lanes and device at the same threads; in "
+        "brackets the mean context when tokens came, and the attainment of the latency-sensitive class",
     )
     for name in ("context", "memory", *CHOICES, WHOLE_BOX, "winner", "auto of winner", "good"):
         result.add_column(name)
@@ -126,7 +130,7 @@ def placement_tables(report: Report) -> Iterator[Table | str]:
         result.add_row(
             str(spot["context"]),
             f"x{spot['memory_factor']:g}",
-            *(_range(spot["rates"][name]) for name in (*CHOICES, WHOLE_BOX)),
+            *(_choice(spot, name) for name in (*CHOICES, WHOLE_BOX)),
             spot["winner"],
             _percent(spot["auto_share_of_winner"]),
             "yes" if spot["is_near"] else "NO",
@@ -139,12 +143,21 @@ def placement_tables(report: Report) -> Iterator[Table | str]:
         )
 
 
+def _choice(spot: Report, name: str) -> str:
+    context, offered = spot["contexts"][name], _mean(spot["offered"][name])
+    return f"{_range(spot['rates'][name])} [{_tokens(context)}, {_percent(offered)}]"
+
+
 def _ms(seconds: float | None) -> str:
     return "-" if seconds is None else f"{1e3 * seconds:.4g}"
 
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _tokens(count: float | None) -> str:
+    return "-" if count is None else f"{count:.0f}"
 
 
 def _mean(values: Sequence[float]) -> float:

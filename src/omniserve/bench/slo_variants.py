@@ -60,6 +60,11 @@ class Variant:
         return replace(self, extra=(*(e for e in self.extra if e[0] not in names), *values))
 
 
+def supports(setting: str) -> bool:
+    """Whether this engine has a setting of that name."""
+    return setting in _KNOWN
+
+
 def engine_settings(variant: Variant, device_memory_bytes: int | None, slo: SLO | None) -> dict[str, Any]:
     """Settings of the engine for one run; the targets are told only to policies that heed them.
 
@@ -76,7 +81,7 @@ def engine_settings(variant: Variant, device_memory_bytes: int | None, slo: SLO 
     }
     if slo is not None and variant.policy in SLO_AWARE:
         settings["classes"] = (replace(LATENCY_SENSITIVE, slo=slo), BEST_EFFORT)
-    return {name: value for name, value in settings.items() if name in _KNOWN}
+    return {name: value for name, value in settings.items() if supports(name)}
 
 
 def check_policies(policies: Collection[str]) -> tuple[list[str], list[str]]:
@@ -89,7 +94,7 @@ def check_policies(policies: Collection[str]) -> tuple[list[str], list[str]]:
     if unknown:
         raise ConfigError(f"policies: unknown {', '.join(unknown)}; known policies: {', '.join(POLICIES)}")
     wanted = [p for p in POLICIES if p in {*policies, OURS, REFERENCE}]
-    if "policy" in _KNOWN:
+    if supports("policy"):
         return wanted, []
     return [p for p in wanted if p in (OURS, REFERENCE)], [p for p in wanted if p in BASELINES]
 
@@ -108,7 +113,7 @@ def variants(policies: Sequence[str], device_threads: int, all_threads: int) -> 
 
 def tunings(variant: Variant) -> list[Variant]:
     """The variant with each combination of its tunables; itself alone when it has none."""
-    tunables = {k: v for k, v in TUNABLES.get(variant.policy, {}).items() if k in _KNOWN}
+    tunables = {k: v for k, v in TUNABLES.get(variant.policy, {}).items() if supports(k)}
     return [
         variant.tuned(tuple(zip(tunables, values, strict=True))) for values in product(*tunables.values())
     ]
