@@ -3,8 +3,8 @@
 core.py   start-up, tokens/s beside transformers, lane tokens/s, cost of lane rows in a walk
 host.py   host attention beside the memory's streaming rate and torch; host_lanes.py through host workers,
           host_report.py the command
-slo.py    targets kept and batch tokens made, beside baselines; slo_*.py its parts: variants (who competes), setup,
-          run (one engine, one load), mixed, overload, placement (scenarios), verdict, tables, plot
+slo.py    targets kept and batch tokens made, beside baselines; slo_*.py its parts: variants (who competes),
+          setup, run (one engine, one load), mixed, overload, placement (scenarios), verdict, tables, plot
 load.py   the load generator: two classes at once over any target; workloads.py what is sent and when, traces/
           recorded requests, attainment.py what was achieved
 """

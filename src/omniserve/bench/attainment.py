@@ -120,8 +120,8 @@ class ClassReport:
     """One service class in one window of `seconds`.
 
     Requests count when they were due in the window; tokens count when they came in it. outcomes: requests by
-    outcome. context: tokens, see mean_context. goodput: requests/s. offered, admitted and goodput are None for a
-    class without targets.
+    outcome. context: tokens, see mean_context. goodput: requests/s. offered, admitted and goodput are None
+    for a class without targets.
     """
 
     service_class: str

@@ -89,9 +89,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def _hurry(options: argparse.Namespace) -> None:
     options.seeds, options.no_tune = options.seeds[:1], True
     options.slo_factors, options.memory_factors = [1.5], [4.0]
-    options.duration, options.warmup, options.drain = 12.0, 3.0, 10.0
-    options.length_scale = min(options.length_scale, 0.1)
-    options.be_context = [64, min(options.be_context[1], 512)]
+    options.duration, options.warmup, options.drain = 15.0, 3.0, 10.0
+    options.length_scale = min(options.length_scale, 0.05)
+    options.be_context = [32, min(options.be_context[1], 256)]
 
 
 class Bench:

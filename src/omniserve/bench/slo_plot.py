@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from omniserve.bench.slo_placement import CHOICES, WHOLE_BOX
+from omniserve.bench.slo_placement import CHOICES, CONTEXTS, WHOLE_BOX
 from omniserve.bench.slo_variants import OURS, POLICIES, REFERENCE
 from omniserve.bench.slo_verdict import HARD, POINT
 
@@ -53,6 +53,7 @@ def _mixed_panel(axes: Any, table: Report) -> None:
             fillstyle="full" if row["counts"] else "none",
             ms=9 if row["policy"] == OURS else 7,
             ls="",
+            clip_on=False,
             label=row["variant"],
         )
     axes.set_title(f"SLO x{table['slo_factor']:g}, memory x{table['memory_factor']:g}", fontsize=9)
@@ -94,6 +95,7 @@ def plot_placement(report: Report, path: Path) -> None:
             style = "--" if name == WHOLE_BOX else "-"
             axes.plot([s["context"] for s in spots], rates, marker + style, label=name)
         axes.set_xscale("log", base=2)
+        axes.set_xticks(CONTEXTS, [str(context) for context in CONTEXTS])
         axes.set_ylim(bottom=0)
         axes.set_title(f"memory x{memory:g}", fontsize=9)
         axes.set_xlabel("batch context, tokens")
