@@ -168,6 +168,11 @@ def test_a_load_of_batch_jobs_alone_lasts_as_long_as_it_should() -> None:
     assert times[-1] == pytest.approx(4.0)
 
 
+def test_a_backlog_that_runs_out_leaves_the_stream_alone() -> None:
+    load = Load(arrivals(9.0), duration_s=10.0, backlog=Backlog(BE, 2, iter([(8, 4)] * 3)))
+    assert [r.outcome for r in send(Scripted, load)] == ["finished"] * 4
+
+
 def test_a_backlog_that_is_always_refused_ends_the_run_with_the_reason() -> None:
     def fail(job: Job) -> None:
         if job.service_class == BE:

@@ -57,7 +57,10 @@ class Target(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """Batch jobs, `depth` of them with the target at all times. `sizes`: tokens of prompt and output."""
+    """Batch jobs, `depth` of them with the target while there are any.
+
+    sizes: tokens of prompt and output of one job after the other.
+    """
 
     service_class: str
     depth: int
@@ -104,12 +107,13 @@ class Sender:
         stream = asyncio.create_task(self._send_stream())
         try:
             while not stream.done():
-                await asyncio.wait([stream, *keepers], timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
+                running = [stream, *(keeper for keeper in keepers if not keeper.done())]
+                await asyncio.wait(running, timeout=TICK_S, return_when=asyncio.FIRST_COMPLETED)
                 if on_tick is not None:
                     on_tick(self.now_s())
                 for keeper in keepers:
                     if keeper.done():
-                        keeper.result()  # keepers end by an error only
+                        keeper.result()  # raises what ended it; without an error its jobs have run out
             await stream
         finally:
             for task in (stream, *keepers):
