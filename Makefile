@@ -18,7 +18,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-parity test-native test-neon soak lint format types bench-core bench-host bench-peers bench-policy bench-prediction clean distclean
+.PHONY: help setup demo test test-fast test-parity test-native test-neon soak lint format types bench-core bench-host bench-peers bench-policy bench-prediction bench-slo clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ bench-policy: setup  ## cost of a plan and of an admission (seconds; no model, n
 
 bench-prediction: setup  ## predicted against measured walks, on this machine left alone (several minutes)
 	$(BIN)/python -m omniserve.bench.prediction
+
+bench-slo: setup $(PLOTS)  ## targets kept and batch tokens made, beside the baselines (hours; SLO_FLAGS=--quick: minutes)
+	$(BIN)/python -m omniserve.bench.slo --json results/slo.json --plot results/slo.svg $(SLO_FLAGS)
 
 clean:  ## build outputs and caches, not the virtual environments
 	if [ -d build ]; then find build -mindepth 1 -maxdepth 1 ! -name peers -exec rm -rf {} +; fi

@@ -1,0 +1,173 @@
+"""The reports of bench-slo as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from omniserve.bench.slo_placement import CHOICES, WHOLE_BOX
+from omniserve.bench.slo_verdict import HARD, KEPT, NEAR, POINT
+
+Report = dict[str, Any]
+
+
+def setup_lines(setup: Report) -> Iterator[str]:
+    yield (
+        f"capacity {setup['capacity']:.2f} requests/s at {setup['device_threads']} device thread(s); rate "
+        f"{setup['rate']:.2f}/s"
+    )
+    yield (
+        f"ls_only: p95 TTFT {_ms(setup['ttft_p95_s'])} ms, p95 TPOT {_ms(setup['tpot_p95_s'])} ms, "
+        f"P99 page use {setup['pages_p99']} pages ({setup['pages_p99'] * setup['page_size']} tokens)"
+    )
+
+
+def mixed_tables(report: Report) -> Iterator[Table | str]:
+    for name, tuned in report["tuned"].items():
+        yield f"{name}: best of {len(tuned['tried'])} settings is {tuned['chosen']}"
+    for table in report["tables"]:
+        yield _mixed_table(table)
+        yield verdict_line(table)
+
+
+def _mixed_table(table: Report) -> Table:
+    slo, alone = table["slo"], table["be_alone_tokens_per_s"]
+    result = Table(
+        title=f"SLO x{table['slo_factor']:g}: TTFT {_ms(slo['ttft_s'])} ms, TPOT {_ms(slo['tpot_s'])} ms; "
+        f"device memory x{table['memory_factor']:g} ({table['device_tokens']} tokens); BE context "
+        f"{table['context'][0]} to {table['context'][1]}; BE alone {alone:.4g} tok/s",
+        caption="* counts for its policy (better threads); ranges over seeds; P50, P99: means over seeds; "
+        "BE context: tokens before each BE token, mean",
+    )
+    columns = ("policy", "requests", "attained, offered", "admitted", "TTFT ms P50, P99", "TPOT ms P50, P99")
+    for name in (*columns, "good/s", "BE tok/s", "BE context", "harvest", "BE over best"):
+        result.add_column(name, justify="left" if name == "policy" else "right")
+    for row in table["rows"]:
+        result.add_row(*_mixed_row(row))
+    return result
+
+
+def _mixed_row(row: Report) -> Sequence[str]:
+    ratio = row["be_over_best_baseline"]
+    return (
+        row["variant"] + (" *" if row["counts"] else ""),
+        str(row["requests"]),
+        _shares(row["offered"]),
+        _shares(row["admitted"]),
+        f"{_ms(row['ttft']['p50'])}, {_ms(row['ttft']['p99'])}",
+        f"{_ms(row['tpot']['p50'])}, {_ms(row['tpot']['p99'])}",
+        f"{_mean(row['goodput']):.3g}",
+        _range(row["be_tokens_per_s"]),
+        _tokens(row["be_context"]),
+        _percent(row["harvest_share"]),
+        "-" if ratio is None else f"{ratio:.2f}x",
+    )
+
+
+def verdict_line(table: Report) -> str:
+    """What the table says, in one sentence each."""
+    verdict = table["verdict"]
+    held = "within" if verdict["within_point"] else "NOT within"
+    parts = [f"omniserve is {held} {100 * POINT:g} point of ls_only ({100 * verdict['gap']:+.1f} points)"]
+    if verdict["hardest"] is None:
+        return f"{parts[0]}; THE LOAD PROVES NOTHING: no baseline ran"
+    if verdict["best_baseline"] is None:
+        parts.append("no baseline holds the targets")
+    elif verdict["be_ratio"] is None:
+        parts.append(f"{verdict['best_baseline']} holds the targets and makes no batch tokens")
+    else:
+        parts.append(f"{verdict['be_ratio']:.2f}x the BE tok/s of {verdict['best_baseline']}")
+    if verdict["too_easy"]:
+        parts.append(
+            f"THE LOAD IS TOO EASY: every baseline attains {_percent(verdict['hardest'])} or more, "
+            f"one should fall below {HARD:.0%}"
+        )
+    return "; ".join(parts)
+
+
+def overload_tables(report: Report) -> Iterator[Table | str]:
+    slo = report["slo"]
+    result = Table(
+        title=f"Overload: {report['rate']:.2f} requests/s, twice the capacity; TTFT {_ms(slo['ttft_s'])} ms, "
+        f"TPOT {_ms(slo['tpot_s'])} ms"
+    )
+    for name in (
+        "",
+        "requests",
+        "TTFT met, admitted",
+        "both, offered",
+        "good/s",
+        "TTFT ms P50, P99",
+        "BE tok/s",
+    ):
+        result.add_column(name)
+    for name, side in report["sides"].items():
+        result.add_row(
+            name,
+            ", ".join(f"{count} {outcome}" for outcome, count in sorted(side["outcomes"].items())),
+            _percent(side["ttft_of_admitted"]),
+            _percent(side["both_of_offered"]),
+            f"{side['goodput']:.3g}",
+            f"{_ms(side['ttft']['p50'])}, {_ms(side['ttft']['p99'])}",
+            f"{side['be_tokens_per_s']:.4g}",
+        )
+    yield result
+    verdict = "holds" if report["verdict"]["holds"] else "does NOT hold"
+    yield f"at least {KEPT:.0%} of the admitted requests meet TTFT: {verdict}"
+
+
+def placement_tables(report: Report) -> Iterator[Table | str]:
+    result = Table(
+        title="BE tok/s by where batch work decodes, beside latency-sensitive traffic",
+        caption=f"good: auto reaches {NEAR:.0%} of the better of lanes and device at the same threads; in "
+        "brackets the mean context when tokens came, and the attainment of the latency-sensitive class",
+    )
+    for name in ("context", "memory", *CHOICES, WHOLE_BOX, "winner", "auto of winner", "good"):
+        result.add_column(name)
+    for spot in report["spots"]:
+        result.add_row(
+            str(spot["context"]),
+            f"x{spot['memory_factor']:g}",
+            *(_choice(spot, name) for name in (*CHOICES, WHOLE_BOX)),
+            spot["winner"],
+            _percent(spot["auto_share_of_winner"]),
+            "yes" if spot["is_near"] else "NO",
+        )
+    yield result
+    for spot in report["left_out"]:
+        yield (
+            f"left out: context {spot['context']} does not fit a device of {spot['device_tokens']} tokens "
+            f"(memory x{spot['memory_factor']:g})"
+        )
+
+
+def _choice(spot: Report, name: str) -> str:
+    context, offered = spot["contexts"][name], _mean(spot["offered"][name])
+    return f"{_range(spot['rates'][name])} [{_tokens(context)}, {_percent(offered)}]"
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1e3 * seconds:.4g}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _tokens(count: float | None) -> str:
+    return "-" if count is None else f"{count:.0f}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _shares(values: Sequence[float]) -> str:
+    low, high = (100 * f(values) for f in (min, max))
+    return f"{100 * _mean(values):.1f} % ({low:.0f}-{high:.0f})"
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{_mean(values):.4g} ({min(values):.4g}-{max(values):.4g})"

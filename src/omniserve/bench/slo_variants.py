@@ -1,0 +1,119 @@
+"""Who competes: policies with their threads and tunables, and how each is told to the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from typing import Any
+
+from omniserve.config import EngineConfig, HostOffload
+from omniserve.errors import ConfigError
+from omniserve.types import BEST_EFFORT, LATENCY_SENSITIVE, SLO
+
+OURS, REFERENCE = "omniserve", "ls_only"
+BASELINES = ("paper", "sarathi", "vllm_priority", "llumnix")
+POLICIES = (OURS, REFERENCE, *BASELINES)
+# Those that budget against the targets: they run once for each; the others run once and are judged by all.
+SLO_AWARE = frozenset({OURS, "paper"})
+# Those that decode batch work with host attention: they need the host's cores. The others may take them.
+WITH_HOST = frozenset({OURS, "paper"})
+# What an operator would tune, by what the baselines' own docstrings name. The best of short runs is used.
+_TOKENS = {"max_num_batched_tokens": (32, 64, 128)}
+TUNABLES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "sarathi": _TOKENS,
+    "vllm_priority": {**_TOKENS, "max_num_seqs": (16, 64)},
+    "llumnix": {**_TOKENS, "watermark": (0.1, 0.3)},
+}
+# Not tunable: the paper lets a result enter in the next iteration.
+FIXED: dict[str, tuple[tuple[str, Any], ...]] = {"paper": (("reentry", "next_iteration"),)}
+
+_KNOWN = frozenset(f.name for f in fields(EngineConfig))
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A policy as it runs. `extra`: further engine settings, (name, value) each."""
+
+    policy: str
+    device_threads: int
+    host_offload: HostOffload
+    extra: tuple[tuple[str, Any], ...] = ()
+    admits_all: bool = False
+
+    @property
+    def name(self) -> str:
+        """Tells it from the others of one table."""
+        offload = "" if self.host_offload == "auto" else f", offload {self.host_offload}"
+        admission = ", no admission" if self.admits_all else ""
+        threads = f"{self.device_threads} thread{'s' * (self.device_threads > 1)}"
+        shown = self.policy + (offload if self.policy in WITH_HOST else "") + admission
+        return f"{shown}, {threads}"
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.policy in BASELINES
+
+    def tuned(self, values: Sequence[tuple[str, Any]]) -> Variant:
+        """The same with these settings in place of those of the same name."""
+        names = {name for name, _ in values}
+        return replace(self, extra=(*(e for e in self.extra if e[0] not in names), *values))
+
+
+def supports(setting: str) -> bool:
+    """Whether this engine has a setting of that name."""
+    return setting in _KNOWN
+
+
+def engine_settings(variant: Variant, device_memory_bytes: int | None, slo: SLO | None) -> dict[str, Any]:
+    """Settings of the engine for one run; the targets are told only to policies that heed them.
+
+    What this engine does not know (`policy`, `classes` and `admission` before there are policies to choose)
+    is left out here and nowhere else: `check_policies` has refused whatever needs it.
+    """
+    settings = {
+        "policy": variant.policy,
+        "host_offload": variant.host_offload,
+        "device_threads": variant.device_threads,
+        "device_memory_bytes": device_memory_bytes,
+        "admission": "on" if variant.policy in SLO_AWARE and slo and not variant.admits_all else "off",
+        **dict(variant.extra),
+    }
+    if slo is not None and variant.policy in SLO_AWARE:
+        settings["classes"] = (replace(LATENCY_SENSITIVE, slo=slo), BEST_EFFORT)
+    return {name: value for name, value in settings.items() if supports(name)}
+
+
+def check_policies(policies: Collection[str]) -> tuple[list[str], list[str]]:
+    """The policies that this engine can run, in the order of POLICIES, and those it can not.
+
+    An engine without a choice of policy runs as `omniserve`, and as `ls_only` when it gets no batch work.
+    ConfigError for a name that is no policy, or when ours or the reference is not among them.
+    """
+    unknown = sorted(set(policies) - set(POLICIES))
+    if unknown:
+        raise ConfigError(f"policies: unknown {', '.join(unknown)}; known policies: {', '.join(POLICIES)}")
+    wanted = [p for p in POLICIES if p in {*policies, OURS, REFERENCE}]
+    if supports("policy"):
+        return wanted, []
+    return [p for p in wanted if p in (OURS, REFERENCE)], [p for p in wanted if p in BASELINES]
+
+
+def variants(policies: Sequence[str], device_threads: int, all_threads: int) -> list[Variant]:
+    """What competes: baselines without host attention run with our device threads and with all cores."""
+    result = []
+    for policy in policies:
+        offload: HostOffload = "auto" if policy in WITH_HOST else "never"
+        first = Variant(policy, device_threads, offload, FIXED.get(policy, ()))
+        result.append(first)
+        if policy not in WITH_HOST and policy != REFERENCE and all_threads != device_threads:
+            result.append(replace(first, device_threads=all_threads))
+    return result
+
+
+def tunings(variant: Variant) -> list[Variant]:
+    """The variant with each combination of its tunables; itself alone when it has none."""
+    tunables = {k: v for k, v in TUNABLES.get(variant.policy, {}).items() if supports(k)}
+    return [
+        variant.tuned(tuple(zip(tunables, values, strict=True))) for values in product(*tunables.values())
+    ]
