@@ -16,7 +16,7 @@ Reentry = Literal["same_iteration", "next_iteration", "wait"]
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
 HostKvDTypeName = Literal["auto", "int8"]
-Quantization = Literal["none", "int8", "int4"]
+Quantization = Literal["none", "bfloat16", "int8", "int4"]
 Calibrate = Literal["auto", "always", "never"]
 AdmissionMode = Literal["on", "off"]
 
@@ -101,9 +101,9 @@ class EngineConfig:
     revision          branch, tag or commit of a Hugging Face name; None: its main branch.
     load_format       "auto", or "dummy": random weights of the model's shape; needs no weight files.
     dtype             of weights, activations and KV. "auto" is float32 on the CPU device, whatever the
-                      checkpoint holds; "float16" computes matrix products in torch's own half kernels.
-    quantization      of the weights of matrix products, rounded while they are loaded: "none", "int8" or
-                      "int4" (docs/models.md, "Quantisation"). LOSSY: every text is then outside the exactness
+                      checkpoint holds.
+    quantization      of the weights of matrix products, rounded while they are loaded: "none", "bfloat16",
+                      "int8" or "int4" (docs/models.md, "Quantisation"). LOSSY: every text is then outside the exactness
                       promise and marked (`metrics.is_exact` is False). Activations and KV stay in `dtype`.
     device            "cpu" or "auto" (CUDA is not there yet: "cuda" is refused).
     device_threads    threads of dense modules, prefill and LS attention; None: half of the cores, all

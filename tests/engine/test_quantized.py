@@ -24,7 +24,7 @@ from omniserve.config import Quantization
 from omniserve.model.tokenizer import Tokenizer
 
 # Measured on SmolLM2 (docs/models.md, "Quantisation").
-MIN_AGREEMENT = {"int8": 0.9, "int4": 0.8}
+MIN_AGREEMENT = {"bfloat16": 0.95, "int8": 0.9, "int4": 0.8}
 
 
 @pytest.fixture(scope="module")
@@ -33,34 +33,36 @@ def pool() -> Pool:
     return pool_of([rng.randrange(512) for _ in range(4000)])
 
 
-def rounded_int8(weight: Tensor) -> Tensor:
-    """Each output in 255 equal steps around zero."""
+def rounded(weight: Tensor, quantization: Quantization) -> Tensor:
+    """What is left; int8: each output in 255 equal steps around zero."""
+    if quantization == "bfloat16":
+        return weight.bfloat16().float()
     scale = weight.abs().amax(dim=1, keepdim=True) / 127
     return (weight / scale).round() * scale
 
 
-def rounded_folder(path: Path, target: Path) -> Path:
-    """The checkpoint with the weights that int8 leaves, the embedding untouched and apart from the head."""
+def rounded_folder(path: Path, target: Path, quantization: Quantization) -> Path:
+    """The checkpoint with the weights that are left, the embedding untouched and apart from the head."""
     shutil.copytree(path, target)
     tensors = load_file(path / "model.safetensors")
     embedding = tensors["model.embed_tokens.weight"]
     tensors.setdefault("lm_head.weight", embedding.clone())
     for name, tensor in tensors.items():
         if tensor.dim() == 2 and tensor is not embedding:
-            tensors[name] = rounded_int8(tensor)
+            tensors[name] = rounded(tensor, quantization)
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((path / "config.json").read_text())
     (target / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
     return target
 
 
-@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize(("quantization", "is_tied"), [("int8", False), ("int8", True), ("bfloat16", True)])
 def test_tokens_equal_transformers_on_the_rounded_weights(
-    tiny_llama: Callable[..., Path], tmp_path: Path, pool: Pool, is_tied: bool
+    tiny_llama: Callable[..., Path], tmp_path: Path, pool: Pool, quantization: Quantization, is_tied: bool
 ) -> None:
     path = tiny_llama(tie_word_embeddings=is_tied, attention_bias=True)
-    reference = rounded_folder(path, tmp_path / "rounded")
-    subject = Subject(path, quantization="int8", reference_path=reference)
+    reference = rounded_folder(path, tmp_path / "rounded", quantization)
+    subject = Subject(path, quantization=quantization, reference_path=reference)
     for scenario in ("ls_alone", "be_always", "mixed"):
         settings, rng = Settings(), random.Random(scenario)
         story = SCENARIOS[scenario](pool, settings, few_lengths(rng), rng)
@@ -105,7 +107,7 @@ def test_every_text_from_rounded_weights_is_marked(llm: LLM) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("quantization", ["bfloat16", "int8", "int4"])
 @pytest.mark.parametrize(
     ("lengths", "num_tokens"),
     [

@@ -95,6 +95,20 @@ def test_a_row_is_bit_for_bit_the_same_beside_any_other_rows(
         assert torch.equal(alone(x[row : row + 1])[0], together[row])
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_float32_weights_of_16_bits_take_16_bits_and_give_the_same_bits(stored: torch.dtype) -> None:
+    weight, x, team = random(40, 1100).to(stored).float(), random(5, 1100, seed=1), _native.ThreadTeam(1)
+    narrow, wide = DenseLinear(weight, None, team), DenseLinear(weight, None, team, "float32")
+    assert narrow.num_bytes * 2 == wide.num_bytes
+    assert torch.equal(narrow(x), wide(x))
+
+
+def test_one_value_that_16_bits_do_not_hold_keeps_all_of_32() -> None:
+    weight = random(40, 64).bfloat16().float()
+    weight[39, 63] += 2**-20
+    assert make_linear(weight).num_bytes == weight[:32].nbytes * 2  # two panels
+
+
 def test_no_rows_give_no_rows() -> None:
     assert make_linear(random(8, 8))(torch.empty(0, 8)).shape == (0, 8)
 

@@ -60,6 +60,22 @@ def make_gated(
     return PlainGated(first, second)
 
 
+def narrowest(weight: Tensor) -> WeightDType:
+    """The type of fewest bytes that holds every value: most checkpoints are bfloat16, whatever they run in."""
+    if weight.dtype == torch.float32:
+        if not (weight.view(torch.int32) & 0xFFFF).any():  # bfloat16 is the upper half of float32
+            return "bfloat16"
+        # One row tells most matrices that do not fit without a look at the rest.
+        if all(torch.equal(part, part.half().float()) for part in (weight[:1], weight)):
+            return "float16"
+    names: dict[torch.dtype, WeightDType] = {
+        torch.float32: "float32",
+        torch.bfloat16: "bfloat16",
+        torch.float16: "float16",
+    }
+    return names[weight.dtype]
+
+
 class PlainLinear:
     """torch's own kernel for the device."""
 
@@ -97,8 +113,8 @@ class PlainGated:
 class DenseLinear:
     """The native kernel on a packed weight. Sums are float32; rows and results have the type of `weight`.
 
-    kept: the type the packed weight is stored in; None: its own. One rounded to bfloat16 or int8 gives what
-    plain arithmetic gives with the rounded weight.
+    kept: the type the packed weight is stored in; None: the narrowest that loses nothing. One rounded to
+    bfloat16 or int8 gives what plain arithmetic gives with the rounded weight.
     """
 
     __slots__ = ("_bias", "bias_addr", "dtype", "team", "weight")
@@ -116,8 +132,9 @@ class DenseLinear:
         self._bias = None if bias is None else bias.float().contiguous()
         self.bias_addr = 0 if self._bias is None else self._bias.data_ptr()
         weight = weight if weight.stride(1) == 1 else weight.contiguous()
+        kept = kept or narrowest(weight)
         self.weight = _native.DenseWeight(
-            weight.data_ptr(), self.dtype, weight.stride(0), num_out, num_in, kept or self.dtype
+            weight.data_ptr(), self.dtype, weight.stride(0), num_out, num_in, kept
         )
 
     @property

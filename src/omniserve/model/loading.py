@@ -81,6 +81,16 @@ def load_decoder(
     return Decoder(config, weights, limit, team, shard, all_reduce)
 
 
+# How matrices are kept; None: as they come. The output matrix is int8 also where the rest is int4: its rounding errs
+# in the logits themselves.
+_KEPT: dict[Quantization, WeightDType | None] = {
+    "none": None,
+    "bfloat16": "bfloat16",
+    "int8": "int8",
+    "int4": "int8",
+}
+
+
 class _Filler:
     """Allocates merged tensors and fills them. Remembers what it used, to name what it did not."""
 
@@ -98,8 +108,7 @@ class _Filler:
         self.config = config
         self.team = team
         self.quantization = quantization
-        # The output matrix is int8 also where the rest is int4: its rounding errs in the logits themselves.
-        self.kept: WeightDType | None = None if quantization == "none" else "int8"
+        self.kept = _KEPT[quantization]
         self.source = source
         self.shard = shard
         self.dtype = dtype
