@@ -103,8 +103,9 @@ class EngineConfig:
     dtype             of weights, activations and KV. "auto" is float32 on the CPU device, whatever the
                       checkpoint holds.
     quantization      of the weights of matrix products, rounded while they are loaded: "none", "bfloat16",
-                      "int8" or "int4" (docs/models.md, "Quantisation"). LOSSY: every text is then outside the exactness
-                      promise and marked (`metrics.is_exact` is False). Activations and KV stay in `dtype`.
+                      "int8" or "int4" (docs/models.md, "Quantisation"). LOSSY: every text is then outside the
+                      exactness promise and marked (`metrics.is_exact` is False). Activations and KV stay in
+                      `dtype`.
     device            "cpu" or "auto" (CUDA is not there yet: "cuda" is refused).
     device_threads    threads of dense modules, prefill and LS attention; None: half of the cores, all
                       of them when host_offload is "never".

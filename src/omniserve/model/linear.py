@@ -27,6 +27,8 @@ class Linear(Protocol):
 
 # How a weight may be kept: as it comes, or in another type, with rows and sums as they were.
 WeightDType = Literal["float32", "bfloat16", "float16", "int8"]
+# Rows of a weight that are looked at together.
+_ROWS_LOOKED_AT = 64
 
 
 def make_linear(
@@ -61,12 +63,11 @@ def make_gated(
 
 
 def narrowest(weight: Tensor) -> WeightDType:
-    """The type of fewest bytes that holds every value: most checkpoints are bfloat16, whatever they run in."""
+    """The type of fewest bytes that holds every value: most checkpoints are bfloat16 in truth."""
     if weight.dtype == torch.float32:
-        if not (weight.view(torch.int32) & 0xFFFF).any():  # bfloat16 is the upper half of float32
+        if _holds(torch.bfloat16, weight):
             return "bfloat16"
-        # One row tells most matrices that do not fit without a look at the rest.
-        if all(torch.equal(part, part.half().float()) for part in (weight[:1], weight)):
+        if _holds(torch.float16, weight):
             return "float16"
     names: dict[torch.dtype, WeightDType] = {
         torch.float32: "float32",
@@ -74,6 +75,11 @@ def narrowest(weight: Tensor) -> WeightDType:
         torch.float16: "float16",
     }
     return names[weight.dtype]
+
+
+def _holds(dtype: torch.dtype, weight: Tensor) -> bool:
+    """A few rows at a time: the first ones tell of most matrices, and little memory is needed."""
+    return all(torch.equal(part, part.to(dtype).float()) for part in weight.split(_ROWS_LOOKED_AT))
 
 
 class PlainLinear:
