@@ -79,7 +79,7 @@ def narrowest(weight: Tensor) -> WeightDType:
 
 def _holds(dtype: torch.dtype, weight: Tensor) -> bool:
     """A few rows at a time: the first ones tell of most matrices, and little memory is needed."""
-    return all(torch.equal(part, part.to(dtype).float()) for part in weight.split(_ROWS_LOOKED_AT))
+    return all(torch.equal(part, part.to(dtype).float()) for part in torch.split(weight, _ROWS_LOOKED_AT))
 
 
 class PlainLinear:

@@ -81,7 +81,7 @@ def load_decoder(
     return Decoder(config, weights, limit, team, shard, all_reduce)
 
 
-# How matrices are kept; None: as they come. The output matrix is int8 also where the rest is int4: its rounding
+# How matrices are kept; None: as they come. The output matrix is int8 where the rest is int4: its rounding
 # errs in the logits themselves.
 _KEPT: dict[Quantization, WeightDType | None] = {
     "none": None,
