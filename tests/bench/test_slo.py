@@ -26,7 +26,6 @@ from omniserve.types import SLO
 
 LS, BE = "latency_sensitive", "best_effort"
 PAGE_BYTES = 1024
-NEW_SETTINGS = {"policy", "classes", "admission"}
 
 
 # ---------------------------------------------------------------- a machine that obeys a script
@@ -76,17 +75,6 @@ def spread(kind: str, timing: Timing, rate: float) -> Record:
     return Record(kind, 0.0, 8, 10**6, 0.0, [timing.warmup_s + (i + 0.5) * step_s for i in range(count)])
 
 
-@pytest.fixture
-def with_policies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine whose settings know policies, classes and admission."""
-    monkeypatch.setattr(slo_variants, "_KNOWN", slo_variants._KNOWN | NEW_SETTINGS)
-
-
-@pytest.fixture
-def without_policies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slo_variants, "_KNOWN", slo_variants._KNOWN - NEW_SETTINGS)
-
-
 @pytest.fixture(autouse=True)
 def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slo, "available_cpus", lambda: CpuBudget(2, (0, 1)))
@@ -109,7 +97,6 @@ def bench(machine: Machine, tmp_path: Path, *flags: str) -> dict[str, Any]:
 # ---------------------------------------------------------------- the set-up
 
 
-@pytest.mark.usefixtures("with_policies")
 def test_rate_targets_and_memory_come_from_the_reference(tmp_path: Path) -> None:
     machine = Machine()
     report = bench(machine, tmp_path)
@@ -126,7 +113,6 @@ def test_rate_targets_and_memory_come_from_the_reference(tmp_path: Path) -> None
     assert {t.device_memory_bytes for t in mixed} == {4 * 10 * PAGE_BYTES}
 
 
-@pytest.mark.usefixtures("with_policies")
 def test_everybody_gets_the_same_arrivals_and_jobs_and_nobody_always_goes_first(tmp_path: Path) -> None:
     machine = Machine()
     bench(machine, tmp_path)
@@ -139,7 +125,6 @@ def test_everybody_gets_the_same_arrivals_and_jobs_and_nobody_always_goes_first(
     assert {t.variant.policy for t in alone} == {"ls_only"}
 
 
-@pytest.mark.usefixtures("with_policies")
 def test_policies_that_heed_targets_run_once_for_each_and_the_others_once(tmp_path: Path) -> None:
     machine = Machine()
     bench(machine, tmp_path)
@@ -169,7 +154,6 @@ def test_an_unknown_policy_is_refused_by_name(capsys: pytest.CaptureFixture[str]
 # ---------------------------------------------------------------- who competes
 
 
-@pytest.mark.usefixtures("with_policies")
 def test_targets_and_admission_go_to_those_that_heed_them_alone() -> None:
     slo = SLO(1.0, 0.1)
     ours, sarathi = (Variant(p, 1, "auto") for p in ("omniserve", "sarathi"))
@@ -190,21 +174,10 @@ def test_only_baselines_without_host_attention_get_all_cores_as_well() -> None:
     assert len(names) == len(set(names)) == len(POLICIES) + 3
 
 
-@pytest.mark.usefixtures("without_policies")
-def test_an_engine_without_policies_runs_as_ours_and_as_the_reference_only() -> None:
-    assert check_policies(["sarathi"]) == (["omniserve", "ls_only"], ["sarathi"])
-    ours = Variant("omniserve", 1, "auto")
-    assert engine_settings(ours, None, SLO(1.0, 0.1)).keys() == {
-        "host_offload", "device_threads", "device_memory_bytes"
-    }  # fmt: skip
-
-
-@pytest.mark.usefixtures("with_policies")
 def test_ours_and_the_reference_always_run() -> None:
-    assert check_policies(["sarathi"]) == (["omniserve", "ls_only", "sarathi"], [])
+    assert check_policies(["sarathi"]) == ["omniserve", "ls_only", "sarathi"]
 
 
-@pytest.mark.usefixtures("with_policies")
 def test_baselines_run_with_their_best_tunables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batch tokens/s rise with the token budget; above 64 the targets are missed."""
 
@@ -307,7 +280,6 @@ def test_the_automatic_choice_is_held_to_the_better_place(
 # ---------------------------------------------------------------- whole reports
 
 
-@pytest.mark.usefixtures("with_policies")
 def test_the_report_sets_ratios_beside_absolute_values_and_harvest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -336,22 +308,11 @@ def test_the_report_sets_ratios_beside_absolute_values_and_harvest(
         assert (tmp_path / "slo.svg").stat().st_size > 1000
 
 
-@pytest.mark.usefixtures("with_policies")
 def test_a_load_that_is_too_easy_is_called_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench(Machine(), tmp_path)
     assert "THE LOAD IS TOO EASY" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("without_policies")
-def test_policies_that_the_engine_lacks_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = bench(Machine(), tmp_path)
-    assert report["missing_policies"] == ["paper", "sarathi", "vllm_priority", "llumnix"]
-    printed = capsys.readouterr().out
-    assert "no policy paper" in printed
-    assert "PROVES NOTHING: no baseline ran" in printed
-
-
-@pytest.mark.usefixtures("with_policies")
 def test_overload_shows_what_admission_keeps_and_what_collapses_without(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -377,13 +338,6 @@ def test_overload_shows_what_admission_keeps_and_what_collapses_without(
     assert "95% of the admitted requests meet TTFT: holds" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("without_policies")
-def test_overload_without_an_admission_to_switch_off_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--scenario", "overload"], run=Machine()) == 2
-    assert "no admission to switch off" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("with_policies")
 def test_placement_shows_where_lanes_win_and_where_the_device_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -403,7 +357,6 @@ def test_placement_shows_where_lanes_win_and_where_the_device_does(
     assert "context 4096 does not fit a device of 1120 tokens" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("with_policies")
 @pytest.mark.parametrize("scenario", ["slo", "overload", "placement"])
 def test_the_number_of_runs_announced_is_the_number_made(
     scenario: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -30,7 +30,7 @@ from omniserve.bench.slo_plan import Plan, Report, RunOne
 from omniserve.bench.slo_plot import PLOTS
 from omniserve.bench.slo_run import Result, Timing, Traffic, Trial, run_trial
 from omniserve.bench.slo_setup import measure_setup, reference_of
-from omniserve.bench.slo_variants import POLICIES, check_policies, supports, variants
+from omniserve.bench.slo_variants import POLICIES, check_policies, variants
 from omniserve.bench.traces import SHIPPED, read_trace
 from omniserve.bench.workloads import SHAREGPT, BatchJobs, resized
 from omniserve.config import EngineConfig, available_cpus, split_cpus
@@ -99,9 +99,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, console: Console, run: Callable[..., Result]) -> None:
         self.options, self.console, self._run = options, console, run
-        self.policies, self.missing = check_policies(options.policies)
-        if options.scenario == "overload" and not supports("admission"):
-            raise ConfigError("scenario: this engine has no admission to switch off; use slo or placement")
+        self.policies = check_policies(options.policies)
         self.timing = Timing(options.warmup, options.duration, options.drain)
         self.traffic = make_traffic(options)
         split = split_cpus(EngineConfig(model=options.model))
@@ -112,7 +110,6 @@ class Bench:
             "machine": machine(),
             "definitions": DEFINITIONS,
             "options": _as_json(vars(options)),
-            "missing_policies": self.missing,
         }
 
     def measure(self) -> None:
@@ -184,8 +181,6 @@ class Bench:
         return result
 
     def print(self) -> None:
-        if self.missing:
-            self.console.print(f"this engine has no policy {', '.join(self.missing)}: left out")
         for part in SCENARIOS[self.options.scenario].tables(self.report[self.options.scenario]):
             self.console.print(part)
         self.console.print(DEFINITIONS)

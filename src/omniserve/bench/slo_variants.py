@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from omniserve.config import EngineConfig, HostOffload
+from omniserve.config import HostOffload
 from omniserve.errors import ConfigError
 from omniserve.types import BEST_EFFORT, LATENCY_SENSITIVE, SLO
 
@@ -27,8 +27,6 @@ TUNABLES: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 # Not tunable: the paper lets a result enter in the next iteration.
 FIXED: dict[str, tuple[tuple[str, Any], ...]] = {"paper": (("reentry", "next_iteration"),)}
-
-_KNOWN = frozenset(f.name for f in fields(EngineConfig))
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +58,8 @@ class Variant:
         return replace(self, extra=(*(e for e in self.extra if e[0] not in names), *values))
 
 
-def supports(setting: str) -> bool:
-    """Whether this engine has a setting of that name."""
-    return setting in _KNOWN
-
-
 def engine_settings(variant: Variant, device_memory_bytes: int | None, slo: SLO | None) -> dict[str, Any]:
-    """Settings of the engine for one run; the targets are told only to policies that heed them.
-
-    What this engine does not know (`policy`, `classes` and `admission` before there are policies to choose)
-    is left out here and nowhere else: `check_policies` has refused whatever needs it.
-    """
+    """Settings of the engine for one run; the targets are told only to policies that heed them."""
     settings = {
         "policy": variant.policy,
         "host_offload": variant.host_offload,
@@ -81,22 +70,15 @@ def engine_settings(variant: Variant, device_memory_bytes: int | None, slo: SLO 
     }
     if slo is not None and variant.policy in SLO_AWARE:
         settings["classes"] = (replace(LATENCY_SENSITIVE, slo=slo), BEST_EFFORT)
-    return {name: value for name, value in settings.items() if supports(name)}
+    return settings
 
 
-def check_policies(policies: Collection[str]) -> tuple[list[str], list[str]]:
-    """The policies that this engine can run, in the order of POLICIES, and those it can not.
-
-    An engine without a choice of policy runs as `omniserve`, and as `ls_only` when it gets no batch work.
-    ConfigError for a name that is no policy, or when ours or the reference is not among them.
-    """
+def check_policies(policies: Collection[str]) -> list[str]:
+    """These policies, ours and the reference, in the order of POLICIES; ConfigError for any other name."""
     unknown = sorted(set(policies) - set(POLICIES))
     if unknown:
         raise ConfigError(f"policies: unknown {', '.join(unknown)}; known policies: {', '.join(POLICIES)}")
-    wanted = [p for p in POLICIES if p in {*policies, OURS, REFERENCE}]
-    if supports("policy"):
-        return wanted, []
-    return [p for p in wanted if p in (OURS, REFERENCE)], [p for p in wanted if p in BASELINES]
+    return [p for p in POLICIES if p in {*policies, OURS, REFERENCE}]
 
 
 def variants(policies: Sequence[str], device_threads: int, all_threads: int) -> list[Variant]:
@@ -113,7 +95,7 @@ def variants(policies: Sequence[str], device_threads: int, all_threads: int) -> 
 
 def tunings(variant: Variant) -> list[Variant]:
     """The variant with each combination of its tunables; itself alone when it has none."""
-    tunables = {k: v for k, v in TUNABLES.get(variant.policy, {}).items() if supports(k)}
+    tunables = TUNABLES.get(variant.policy, {})
     return [
         variant.tuned(tuple(zip(tunables, values, strict=True))) for values in product(*tunables.values())
     ]
