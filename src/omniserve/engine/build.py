@@ -154,7 +154,7 @@ def make_engine(
     executor = CpuExecutor(
         decoder,
         _device_attention(config, decoder, limits),
-        max_rows=config.max_num_batched_tokens,
+        max_rows=config.max_device_rows,
         max_lane_rows=config.max_lane_rows,
         max_lanes=config.max_lanes,
         reentry=config.reentry,
@@ -183,7 +183,7 @@ def make_engine(
 
 def engine_policy(config: EngineConfig, decoder: Decoder, latency: Prediction | None) -> Policy:
     """The policy of the settings; with targets and a calibrated model, one that holds them."""
-    fixed = FixedBudget(config.max_num_batched_tokens, config.max_lane_rows, config.pass_budget_s)
+    fixed = FixedBudget(config.max_device_rows, config.max_lane_rows, config.pass_budget_s)
     bound_s = walk_bound_s(config.classes)
     if bound_s is None:
         return make_policy(config.policy, fixed, None, None)
@@ -191,7 +191,7 @@ def engine_policy(config: EngineConfig, decoder: Decoder, latency: Prediction | 
     kv_heads, head_dim, size = decoder.num_kv_heads, decoder.head_dim, config.host_page_size
     page_bytes = kv_geometry(1, kv_heads, head_dim, size, kv_dtype).page_bytes
     terms = Terms(
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=config.max_device_rows,
         max_lane_rows=config.max_lane_rows,
         pass_budget_s=config.pass_budget_s,
         walk_bound_s=bound_s,

@@ -75,7 +75,7 @@ def profile_key(
         "device_threads": split.device_threads,
         "host_threads": split.host_threads,
         "is_pinned": int(bool(split.device_cpus)),
-        "max_rows": config.max_num_batched_tokens + config.max_lane_rows,
+        "max_rows": config.max_device_rows + config.max_lane_rows,
         "max_model_len": max_model_len,
         "page_sizes": f"{config.page_size}, {config.host_page_size}",
         "software": ", ".join((omniserve.__version__, f"torch {torch.__version__}", _native_digest())),

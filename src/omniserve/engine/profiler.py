@@ -61,7 +61,7 @@ class Profiler:
         self._until = math.inf
         self._random = random.Random(0)
         self.sandbox = Sandbox(config, decoder, split, max_model_len)
-        self.max_rows = config.max_num_batched_tokens + config.max_lane_rows
+        self.max_rows = config.max_device_rows + config.max_lane_rows
 
     def fit(self, key: dict[str, str | int]) -> LatencyFit:
         """Measure everything. `key` says what the result holds for."""
@@ -206,7 +206,7 @@ class Profiler:
 
     def _mix(self) -> Mix:
         """Log-uniform counts and lengths: small walks are as frequent as large ones."""
-        rows = self.config.max_num_batched_tokens
+        rows = self.config.max_device_rows
         memory, longest = self.sandbox.kv_tokens - 2 * rows, self.sandbox.max_model_len - 1
         kind = self._random.random()
         num_decodes = 0 if kind < 0.2 else self._upto(min(rows, self.config.max_num_seqs))
@@ -228,7 +228,7 @@ class Profiler:
 
     def _engine_overhead(self) -> tuple[float, float]:
         """Of the loop around a walk, and of each request in it: the line through one and a few requests."""
-        few = max(2, min(8, self.config.max_num_seqs, self.config.max_num_batched_tokens))
+        few = max(2, min(8, self.config.max_num_seqs, self.config.max_device_rows))
         self.sandbox.engine_s(1, 2)
         one = statistics.median(self.sandbox.engine_s(1, 8))
         many = statistics.median(self.sandbox.engine_s(few, 8))
