@@ -18,7 +18,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-parity test-native test-neon soak lint format types bench-core bench-host bench-peers bench-policy bench-prediction bench-slo clean distclean
+.PHONY: help setup demo test test-fast test-parity test-native test-neon soak lint format types bench-core bench-dense bench-host bench-peers bench-policy bench-prediction bench-slo clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ types: setup  ## mypy --strict
 
 bench-core: setup  ## start-up, lane tokens/s, cost of lane rows (several minutes)
 	$(BIN)/python -m omniserve.bench.core
+
+bench-dense: setup  ## dense work of a walk by number of rows and type of weights (two minutes)
+	$(BIN)/python -m omniserve.bench.dense
 
 bench-host: setup $(PLOTS)  ## host attention beside the memory's streaming rate and torch (several minutes)
 	$(BIN)/omniserve bench-host --json results/host.json --plot results/host.svg

@@ -24,8 +24,8 @@ AdmissionMode = Literal["on", "off"]
 # page cache need the rest.
 DEVICE_MEMORY_SHARE = 0.15
 HOST_MEMORY_SHARE = 0.30
-# Device rows of a walk unless set. On a CPU core 64 rows of a prompt take a third of the time of 256, at seven
-# eighths of the rate.
+# Device rows of a walk unless set. On a CPU core 64 rows of a prompt take a third of the time of 256, at
+# seven eighths of the rate.
 DEVICE_ROWS, DEVICE_ROWS_WITH_TARGETS = 64, 256
 # Limits of the native part.
 MAX_HOST_THREADS = 1024

@@ -5,7 +5,7 @@ host.py   host attention beside the memory's streaming rate and torch; host_lane
           host_report.py the command
 peers.py  our engine beside transformers, vLLM and llama.cpp; peer_rounds.py takes the measurements,
           peer_engines.py is what each peer's process runs
-quantized.py  a walk's dense work with quantised weights
+dense.py  a walk's dense work by number of rows and type of weights
 policy.py     what a plan and an admission cost
 prediction.py predicted beside measured walks
 slo.py    targets kept and batch tokens made, beside baselines; slo_*.py its parts: variants (who competes),

@@ -1,0 +1,129 @@
+"""Dense work of one walk by number of rows and type of weights: `python -m omniserve.bench.dense`.
+
+All of the model but attention, on one thread, real weights: every matrix comes from memory, as in serving.
+The sides take turns; what is compared is CPU time round by round, which other work disturbs least. The limit
+at one row is reading the weights once: as many bytes are read by plain loads in each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import omniserve._native as _native
+from omniserve.bench.measure import Rounds, machine
+from omniserve.config import Quantization
+from omniserve.model.decoder import Decoder
+from omniserve.model.loading import load_decoder
+from omniserve.model.sources import ensure_model
+
+MODEL = "smollm2-135m"
+ROWS = (1, 2, 4, 8, 16, 32, 64, 256)
+READING = "reading float32 weights once"
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """Weights and rows as `name` says."""
+
+    name: str
+    dtype: torch.dtype
+    quantization: Quantization
+
+
+SIDES = (
+    Side("float32", torch.float32, "none"),
+    Side("bfloat16 weights", torch.float32, "bfloat16"),
+    Side("bfloat16 weights and rows", torch.bfloat16, "none"),
+    Side("int8 weights", torch.float32, "int8"),
+    Side("int4 weights", torch.float32, "int4"),
+)
+
+
+def dense_walk_s(decoder: Decoder, num_rows: int) -> float:
+    """CPU seconds of all layers and logits for `num_rows` rows; queries stand in for attention's results."""
+    ids = torch.arange(num_rows) * 97 % decoder.config.vocab_size
+    positions = torch.arange(num_rows)
+    began = time.process_time()
+    x = decoder.embed(ids)
+    for layer in range(decoder.num_layers):
+        q, _, _ = decoder.pre_attention(layer, x, positions)
+        x = decoder.post_attention(layer, q, x)
+    decoder.logits(x)
+    return time.process_time() - began
+
+
+def reading_s(memory: Tensor) -> float:
+    began = time.process_time()
+    _native.stream_read_gbps(memory.data_ptr(), memory.nbytes)
+    return time.process_time() - began
+
+
+@torch.inference_mode()
+def measure(repeats: int) -> dict[int, Rounds]:
+    """By number of rows, seconds of each side and of the reading."""
+    path = ensure_model(MODEL)
+    decoders = {side.name: load_decoder(path, side.dtype, quantization=side.quantization) for side in SIDES}
+    plain = decoders[SIDES[0].name]
+    embedding_bytes = (
+        plain.config.vocab_size * plain.config.hidden_size * 4
+    )  # its rows are looked up, not read
+    memory = torch.ones(plain.weight_bytes - embedding_bytes, dtype=torch.uint8)
+    result = {num_rows: Rounds() for num_rows in ROWS}
+    for repeat in range(repeats + 1):
+        for num_rows, rounds in result.items():
+            seconds = {READING: reading_s(memory)}
+            seconds |= {name: dense_walk_s(decoder, num_rows) for name, decoder in decoders.items()}
+            for name, value in seconds.items():
+                if repeat:  # the first round warms up
+                    rounds.add(name, value)
+    return result
+
+
+def report(console: Console, measured: dict[int, Rounds]) -> dict[str, Any]:
+    """Prints milliseconds and how many times those of one row they are; returns seconds."""
+    names = [side.name for side in SIDES]
+    first = measured[ROWS[0]].spreads()
+    table = Table("rows", READING, *names, title="one thread: ms, and times those of one row")
+    found: dict[str, Any] = {}
+    for num_rows, rounds in measured.items():
+        spreads = rounds.spreads()
+        shown = [f"{spreads[READING].median * 1e3:.1f}"]
+        for name in names:
+            ratio = spreads[name].median / first[name].median
+            shown.append(f"{spreads[name].median * 1e3:.1f} ({ratio:.2f}x)")
+        table.add_row(str(num_rows), *shown)
+        found[str(num_rows)] = {name: spread.as_dict() for name, spread in spreads.items()} | {
+            f"{name} over float32": rounds.ratio(name, names[0]).as_dict() for name in names[1:]
+        }
+    console.print(table)
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="omniserve.bench.dense", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("results/dense.json"))
+    parser.add_argument("--repeats", type=int, default=7)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    console = Console()
+    found = {"machine": machine(), "simd": _native.simd(), "repeats": options.repeats}
+    found["seconds"] = report(console, measure(options.repeats))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(found, indent=2) + "\n")
+    console.print(f"written to {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
