@@ -16,14 +16,14 @@ import torch
 from engine.conftest import TinySubject
 from engine.driver import BE, LS, Subject, build_engine, executor_of
 from omniserve import cli
-from omniserve.config import EngineConfig, split_cpus
+from omniserve.config import DEVICE_ROWS_WITH_TARGETS, EngineConfig, split_cpus
 from omniserve.engine import calibration
 from omniserve.engine.calibration import ensure_profile, profile_key, profile_path
 from omniserve.engine.profiler import Profiler, profile
 from omniserve.engine.sandbox import Mix, Sandbox
 from omniserve.policy.latency import WalkLoad
 from omniserve.policy.latency_model import LatencyFit, LatencyModel, WalkCosts
-from omniserve.types import SamplingParams
+from omniserve.types import BEST_EFFORT, LATENCY_SENSITIVE, SLO, SamplingParams
 from policy.latency_fits import small_fit
 
 SMALL = EngineConfig(
@@ -57,6 +57,34 @@ def test_every_part_of_a_real_model_is_measured(subject: Subject) -> None:
     assert fit.copy_bytes_per_s > 0
     assert all(errors for errors in fit.residuals.values()), "walks of every kind are in it"
     assert LatencyModel.from_json(json.loads(json.dumps(fit.to_json()))).fit == fit
+
+
+def test_an_engine_with_targets_and_few_settings_can_be_measured(subject: Subject) -> None:
+    """Rows of a walk left at None: there are more of them with targets, and the sandbox has as many."""
+    classes = (replace(LATENCY_SENSITIVE, slo=SLO(5.0, 1.0)), BEST_EFFORT)
+    config = replace(SMALL, classes=classes, max_num_batched_tokens=None)
+    profiler = Profiler(config, subject.decoder, split_cpus(config), MODEL_LEN, 0.0)
+    try:
+        rows = config.max_device_rows
+        assert profiler.fit({}).idle.dense.rows[-1] == rows + config.max_lane_rows
+        load, _ = profiler.sandbox.walk(Mix(chunks=((0, 100, True), (8, 110, True), (0, rows - 210, True))))
+        assert load.num_tokens == rows == DEVICE_ROWS_WITH_TARGETS
+    finally:
+        profiler.close()
+
+
+def test_a_profile_does_not_depend_on_the_engines_memory(subject: Subject) -> None:
+    """It stands for every engine with the same key, so it looks at the same contexts."""
+    sizes, keys = set(), []
+    for memory in (None, subject.kv_bytes(2, SMALL.page_size), 1 << 30):
+        config = replace(SMALL, device_memory_bytes=memory)
+        sandbox = Sandbox(config, subject.decoder, split_cpus(config), MODEL_LEN)
+        sizes.add(sandbox.kv_tokens)
+        sandbox.close()
+        keys.append(profile_key(config, subject.decoder, split_cpus(config), MODEL_LEN))
+    assert keys[0] == keys[1] == keys[2]
+    (kv_tokens,) = sizes
+    assert kv_tokens >= SMALL.max_num_seqs * MODEL_LEN
 
 
 def test_without_a_host_there_is_nothing_to_measure_there(subject: Subject) -> None:
@@ -137,11 +165,16 @@ def test_a_profile_is_measured_once(subject: Subject, profiles: list[dict[str, o
 def test_other_threads_or_larger_walks_need_another_profile(
     subject: Subject, profiles: list[dict[str, object]]
 ) -> None:
-    for config in (SMALL, replace(SMALL, max_num_batched_tokens=20), replace(SMALL, host_kv_dtype="int8")):
+    others = (
+        replace(SMALL, max_num_batched_tokens=13, max_lane_rows=2),  # as many rows in all
+        replace(SMALL, max_num_seqs=5),
+        replace(SMALL, host_kv_dtype="int8"),
+    )
+    for config in (SMALL, *others):
         ensured(subject, config)
-    assert len(profiles) == 3
+    assert len(profiles) == 4
     ensured(subject)
-    assert len(profiles) == 3
+    assert len(profiles) == 4
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": "omniserve-latency/0"}'])

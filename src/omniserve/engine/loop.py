@@ -243,23 +243,24 @@ class Engine:
         result = self.executor.collect(self.executor.launch(step))
         finished = self.state.apply(step, result, self._clock())
         output = self._output(result, finished)
-        if step.kind == "walk" and self.latency is not None:
-            seconds = self._clock() - began
-            share = (self._host_busy_s() - host_busy_s) / (seconds * self._host_threads)
-            self._learn(self.latency, step, result, min(1.0, max(0.0, share)), seconds)
+        if step.kind == "walk":
+            self._learn(step, result, self._host_busy_s() - host_busy_s, self._clock() - began)
         return output
 
     def _host_busy_s(self) -> float:
         """Of all host workers so far; 0 when nobody wants to know."""
         return 0.0 if self.latency is None else self.executor.lane_stats().get("host_busy_s", 0.0)
 
-    @staticmethod
-    def _learn(
-        latency: LearningPrediction, step: Step, result: StepResult, host_share: float, seconds: float
-    ) -> None:
-        """What ran, not what was planned, is what the time is compared with."""
+    def _learn(self, step: Step, result: StepResult, host_busy_s: float, seconds: float) -> None:
+        """What ran, not what was planned, is what the time is compared with.
+
+        host_busy_s: of all host workers during the walk. A walk that took no time teaches nothing.
+        """
+        if self.latency is None or seconds <= 0:
+            return
+        share = min(1.0, max(0.0, host_busy_s / (seconds * self._host_threads)))
         num_lane_tokens = sum(token.by_lane for token in result.tokens)
-        latency.observe(load_of(step, result.lane_rows, num_lane_tokens), host_share, seconds)
+        self.latency.observe(load_of(step, result.lane_rows, num_lane_tokens), share, seconds)
 
     def _output(self, result: StepResult, finished: list[Request]) -> StepOutput:
         ended = {request.id: request for request in finished}

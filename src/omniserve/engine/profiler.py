@@ -214,7 +214,7 @@ class Profiler:
         chunks: list[tuple[int, int, bool]] = []
         left = rows - num_decodes
         while kind < 0.6 and left > 1 and len(chunks) < 4:
-            count = max(2, self._upto(left))
+            count = max(2, self._upto(min(left, longest)))
             start = self._random.choice((0, self._upto(max(1, longest - count))))
             start = min(start, max(0, (memory - sum(decodes)) // 4 - count), longest - count)
             chunks.append((start, count, self._random.random() < 0.5))

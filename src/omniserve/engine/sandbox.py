@@ -27,8 +27,9 @@ from omniserve.policy.latency_model import load_of
 from omniserve.policy.plan import DeviceRows, LaneStart, PageCopy, Step
 from omniserve.types import DEFAULT_CLASSES, SamplingParams
 
-# KV memory of the device side at most: larger than caches, small beside the machine.
-MAX_KV_BYTES = 512 << 20
+# KV memory of the device side, whatever the engine has: larger than caches, small beside the machine. A
+# profile does not depend on the memory that an engine may use.
+KV_BYTES = 512 << 20
 # Lanes hold one token here; copies go to pages of their own.
 LANE_PAGE_SIZE = 4
 COPY_PAGES = 1024
@@ -59,7 +60,8 @@ class Sandbox:
             host_offload="always",
             reentry="next_iteration",
             enable_prefix_caching=False,
-            device_memory_bytes=min(MAX_KV_BYTES, config.device_memory_bytes or MAX_KV_BYTES),
+            max_num_batched_tokens=config.max_device_rows,
+            device_memory_bytes=KV_BYTES,
             host_memory_bytes=(lanes + COPY_PAGES) * lane_page,
             host_page_size=LANE_PAGE_SIZE,
             host_kv_dtype="auto",
