@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from omniserve.policy.latency import WalkLoad
+from omniserve.policy.latency import Prediction, WalkLoad
 from omniserve.policy.request import HostHold, Limits, Phase, Request
 from omniserve.policy.slo import SloPolicy
 from omniserve.policy.state import State
@@ -33,8 +33,18 @@ class ExactModel:
     host_row: float = 0.0001
     host_byte: float = 0.0
     copy: float = 0.001
+    sample: float = 0.0
+    chunk: float = 0.0
+    gathered: float = 0.0
+    host_share: float = 0.0
 
-    def observe(self, load: WalkLoad, host_is_busy: float, seconds: float) -> float:
+    def observe(
+        self,
+        load: WalkLoad,
+        host_is_busy: float,
+        seconds: float,
+        planned: tuple[WalkLoad, float] | None = None,
+    ) -> float:
         """It has nothing to learn."""
         return self.walk_s(load, host_is_busy)
 
@@ -49,6 +59,9 @@ class ExactModel:
             + self.prefill * load.prefill_load
             + self.lane_row * load.lane_rows
             + self.copied * load.copied_tokens
+            + self.sample * load.num_samples
+            + self.chunk * load.num_chunks
+            + self.gathered * load.chunk_context
         )
         return seconds * (1 + self.host_slowdown * host_is_busy)
 
@@ -76,7 +89,7 @@ def make_terms(**changes: float) -> Terms:
     return Terms(**(values | changes))  # type: ignore[arg-type]
 
 
-def make_policy(model: ExactModel | None = None, **terms: float) -> SloPolicy:
+def make_policy(model: Prediction | None = None, **terms: float) -> SloPolicy:
     return SloPolicy(model or ExactModel(), make_terms(**terms))
 
 

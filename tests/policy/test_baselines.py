@@ -9,7 +9,7 @@ from omniserve.errors import ConfigError
 from omniserve.policy.baselines import RULES, make_policy
 from omniserve.policy.baselines.paper import PaperPolicy
 from omniserve.policy.budget import FixedBudget
-from omniserve.policy.plan import Drop, Plan, Reserve
+from omniserve.policy.plan import Displace, Drop, Plan, Reserve
 from omniserve.policy.scheduler import schedule
 from omniserve.policy.slo import SloPolicy
 from omniserve.types import SLO
@@ -165,7 +165,40 @@ def test_in_the_paper_the_lowest_layers_come_first() -> None:
         scene.lane(20, in_flight=True)
     scene.state.lanes_waiting = (6, 6)
     plan = schedule(scene.state, 0.0, paper(max_lane_rows=3))
-    assert plan.lane_cap == (1, 0), "starts take three of the four rows that fit"
+    assert plan.lane_cap == (3, 1), "no lane can start: the four rows that fit are for the layers"
+
+
+def test_in_the_paper_starts_come_before_all_layers() -> None:
+    scene = Scene()
+    scene.decoding(20, slo=SLO(1.0, 0.013))
+    for _ in range(10):
+        scene.lane(20, in_flight=True)
+    for _ in range(2):
+        scene.lane(20)
+    scene.state.lanes_waiting = (5, 5)
+    plan = schedule(scene.state, 0.0, paper(max_lane_rows=3))
+    assert len(plan.lane_starts) == 2
+    assert plan.lane_cap == (2, 0)
+
+
+def test_the_paper_keeps_its_budget_by_the_expected_time() -> None:
+    scene = Scene()
+    scene.decoding(20)
+    prompt = scene.waiting(500)
+    plan = schedule(scene.state, 0.0, paper(ExactModel(margin=0.25)))
+    assert [(c.request_id, c.num_tokens) for c in plan.chunks] == [(prompt.id, 89)], "without a margin"
+
+
+def test_in_the_paper_one_without_a_row_becomes_a_lane_at_once() -> None:
+    scene = Scene()
+    scene.decoding(20, slo=SLO(1.0, 0.0111), last_token_s=0.0)
+    for _ in range(4):
+        scene.lane(20, in_flight=True)
+    batch = scene.decoding(40, best_effort=True, last_token_s=0.0)
+    slow_host = ExactModel(host_row=0.1)
+    assert Displace(batch.id) in schedule(scene.state, 0.0, paper(slow_host)).moves
+    ours = schedule(scene.state, 0.0, SloPolicy(slow_host, make_terms())).moves
+    assert Displace(batch.id) not in ours
 
 
 def test_the_papers_estimate_knows_neither_waiting_nor_chunking() -> None:

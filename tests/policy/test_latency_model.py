@@ -129,6 +129,7 @@ def test_more_work_never_takes_less_time(
     model = taught(LatencyModel(small_fit()), seed) if seed else LatencyModel(small_fit())
     larger = replace(load, **{field: getattr(load, field) + more})
     assert model.walk_s(larger, share) >= model.walk_s(load, share) * (1 - 1e-12)
+    assert model.bound_s(larger, share) >= model.bound_s(load, share) * (1 - 1e-12)
 
 
 @given(st.integers(0, 100), shares, st.integers(0, 9))
@@ -221,7 +222,30 @@ def test_before_anything_is_learned_the_margin_is_that_of_the_fits_own_errors() 
     model = LatencyModel(small_fit(residuals={"decode, host idle": errors}))
     load = decodes(8, 100)
     assert model.bound_s(load, False) == pytest.approx(1.10 * model.walk_s(load, False))
-    assert model.bound_s(load, True) == model.walk_s(load, True)  # of this kind nothing is known
+    assert LatencyModel(small_fit()).bound_s(load, False) == model.walk_s(load, False), "nothing is known"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_walk_has_the_largest_margin_of_all_kinds_that_it_contains(kind: str) -> None:
+    """More work, or a busier host, never has less: a search by halves needs bounds that do not fall."""
+    model = LatencyModel(small_fit(residuals={kind: [0.5]}))
+    chunk, lanes, both = decodes(8, 100), decodes(8, 100), decodes(8, 100)
+    for load in (chunk, both):
+        load.add_chunk(0, 4)
+    for load in (lanes, both):
+        load.lane_rows += 1
+    contained = {
+        "decode": (decodes(8, 100), chunk, lanes, both),
+        "chunk": (chunk, both),
+        "lanes": (lanes, both),
+    }
+    what, _, host = kind.partition(", host ")
+    for load in (decodes(8, 100), chunk, lanes, both):
+        for share in (0.0, 1.0):
+            is_in = load in contained[what] and (share or host == "idle")
+            assert model.bound_s(load, share) == pytest.approx(
+                (1.5 if is_in else 1) * model.walk_s(load, share)
+            )
 
 
 def test_errors_are_of_predictions_made_before_learning_from_them() -> None:
@@ -230,6 +254,26 @@ def test_errors_are_of_predictions_made_before_learning_from_them() -> None:
     expected = model.walk_s(load, False)
     assert model.observe(load, False, 2 * expected) == expected
     assert model.accuracy()["decode, host idle"] == {"count": 1, "mean": 0.5, "p90": 0.5}
+
+
+def test_the_margin_covers_what_plans_get_wrong() -> None:
+    """Walks are as fitted, but each has twenty lane rows where its plan expected four."""
+    machine, model = LatencyModel(small_fit()), LatencyModel(small_fit())
+    planned, ran = decodes(8, 100), decodes(8, 100)
+    planned.add_lane_rows(4, NUM_LAYERS)
+    ran.add_lane_rows(20, NUM_LAYERS)
+    for _ in range(40):
+        model.observe(ran, 0.2, machine.walk_s(ran, 0.2), (planned, 0.0))
+    assert model.bound_s(planned, 0.0) >= machine.walk_s(ran, 0.2)
+    assert model.accuracy()["lanes, host idle"]["mean"] == pytest.approx(1.0), "what ran is predicted well"
+
+
+def test_a_plan_that_expected_more_than_ran_does_not_hide_the_models_errors() -> None:
+    model = LatencyModel(small_fit())
+    planned, ran = decodes(16, 100), decodes(8, 100)
+    expected_s = model.walk_s(ran, 0.0)
+    model.observe(ran, 0.0, 1.2 * expected_s, (planned, 0.0))
+    assert model.bound_s(ran, 0.0) == pytest.approx(1.2 * model.walk_s(ran, 0.0))
 
 
 def test_the_hosts_share_is_that_of_the_last_walks() -> None:

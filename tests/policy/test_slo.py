@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from omniserve.policy.explanation import LeftOut
-from omniserve.policy.plan import CopyOut, Displace, Plan, SwapIn
+from omniserve.policy.plan import CopyOut, Displace, Plan, Step, StepResult, SwapIn
 from omniserve.policy.request import Phase, Request
 from omniserve.policy.scheduler import schedule
 from omniserve.policy.slack import token_due_s
@@ -208,6 +208,74 @@ def test_lanes_get_their_part_before_uses_worth_less() -> None:
 
 
 # ---------------------------------------------------------------- lanes
+
+
+def test_the_host_is_taken_for_as_busy_as_it_lately_was_while_there_are_lanes() -> None:
+    """Twice as slow beside a host that streams all the time: a chunk gets 39 rows instead of 89."""
+    model = ExactModel(host_slowdown=1.0, host_share=1.0)
+    scene = Scene()
+    scene.decoding(20)
+    prompt = scene.waiting(500)
+    assert chunks(schedule(scene.state, 0.0, make_policy(model))) == {prompt.id: 89}
+    scene.lane(20, in_flight=True)
+    assert chunks(schedule(scene.state, 0.0, make_policy(model))) == {prompt.id: 39}
+    found = make_policy(model).admit(scene.state, scene.newcomer(100), 0.0)
+    assert found.predicted_ttft_s == pytest.approx(16 * 0.1), "600 tokens in walks of 100 ms"
+
+
+def test_lanes_with_many_rows_a_walk_have_as_many_kept_for_them() -> None:
+    def prefilled(lane_rows_per_walk: float) -> int:
+        scene = Scene()
+        scene.decoding(20)
+        for _ in range(2):
+            scene.lane(20)
+        scene.waiting(2000, best_effort=True)
+        scene.state.lane_rows_per_walk = lane_rows_per_walk
+        return sum(chunks(schedule(scene.state, 0.0, make_policy())).values())
+
+    assert prefilled(0.0) == 88, "one row of each lane, half a millisecond each"
+    assert prefilled(9.5) == 84
+
+
+def test_lane_rows_are_remembered_from_walk_to_walk() -> None:
+    state = Scene().state
+    for _ in range(40):
+        state.apply(Step("walk"), StepResult(lane_rows=12), 0.0)
+        state.apply(Step("passes"), StepResult(), 0.0)
+    assert state.lane_rows_per_walk == pytest.approx(12, abs=0.1)
+    state.host_lost()
+    assert state.lane_rows_per_walk == 0
+
+
+def test_tokens_of_lanes_need_logits_too() -> None:
+    """Rows through both layers: for every second one a token is chosen."""
+    scene = Scene()
+    scene.decoding(20, last_token_s=0.0)
+    for _ in range(12):
+        scene.lane(20, in_flight=True)
+    scene.state.lanes_waiting = (6, 6)
+    # 18 ms left, 11 + 1 of them for the chat: a pair of rows takes 1 ms and its logits 1 ms.
+    plan = schedule(scene.state, 0.08199, make_policy(ExactModel(sample=0.001)))
+    assert sum(plan.lane_cap) == 6
+    assert plan.why is not None
+    assert plan.why.load.num_samples == 1 + 3
+
+
+def test_passes_leave_time_for_the_one_that_begins_last() -> None:
+    scene = Scene()
+    scene.lane(20)
+    plan = schedule(scene.state, 0.0, make_policy(ExactModel(lane_row=0.002)))
+    assert (plan.kind, plan.budget_s) == ("passes", pytest.approx(0.05 - 8 * 0.002))
+    plan = schedule(scene.state, 0.0, make_policy(ExactModel(lane_row=1.0)))
+    assert plan.budget_s > 0, "one pass at least"
+
+
+def test_passes_do_not_settle_what_is_owed() -> None:
+    scene = Scene()
+    scene.lane(20)
+    scene.state.best_effort_debt_s = 0.01
+    plan = schedule(scene.state, 0.0, make_policy(best_effort_share=0.1))
+    assert (plan.kind, plan.best_effort_debt_s) == ("passes", 0.01)
 
 
 def test_all_layers_share_one_slack() -> None:

@@ -8,19 +8,21 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniserve.policy.latency import WalkLoad
+from omniserve.policy.latency import Prediction, WalkLoad
+from omniserve.policy.latency_model import KINDS, LatencyModel
 from omniserve.policy.plan import CopyOut, Displace, Drop, Plan, Reserve, SwapIn
 from omniserve.policy.request import Phase
 from omniserve.policy.scheduler import schedule
 from omniserve.policy.state import State
 from omniserve.types import SLO
 from policy.exact import ExactModel, Scene, make_policy, make_terms, roomy
+from policy.latency_fits import small_fit
 from policy.scripted import World, make_limits
 
 MILLI = 1e-3
 EPSILON = 1e-9
 
-models = st.builds(
+exact_models = st.builds(
     ExactModel,
     walk=st.floats(0.1 * MILLI, 30 * MILLI),
     row=st.floats(0.01 * MILLI, 3 * MILLI),
@@ -30,7 +32,15 @@ models = st.builds(
     copied=st.floats(0.0, 0.1 * MILLI),
     margin=st.floats(0.0, 0.5),
     host_row=st.floats(0.01 * MILLI, 20 * MILLI),
+    sample=st.floats(0.0, 1 * MILLI),
+    host_share=st.floats(0.0, 1.0),
 )
+# The engine's own: staircases, and another margin for each kind of walk.
+learned_models = st.builds(
+    lambda residuals: LatencyModel(small_fit(residuals=residuals, num_layers=2)),
+    st.dictionaries(st.sampled_from(KINDS), st.lists(st.floats(-0.3, 0.6), min_size=1, max_size=3)),
+)
+models = exact_models | learned_models
 slos = st.builds(SLO, st.floats(0.05, 3.0), st.floats(0.01, 0.3))
 
 
@@ -77,14 +87,15 @@ def load_of(plan: Plan, state: State) -> WalkLoad:
         load.add_decode(state.requests[request_id].kv_tokens + 1)
     for chunk in plan.chunks:
         load.add_chunk(chunk.start, chunk.num_tokens)
-    load.lane_rows = len(plan.lane_starts) + sum(plan.lane_cap)
+        load.num_samples += chunk.start + chunk.num_tokens == state.requests[chunk.request_id].num_tokens
+    load.add_lane_rows(len(plan.lane_starts) + sum(plan.lane_cap), state.limits.num_layers)
     load.copied_tokens = sum(m.num_tokens for m in plan.moves if isinstance(m, CopyOut))
     return load
 
 
 @given(scene=scenes(), model=models, share=st.sampled_from([0.0, 0.0, 0.1]), debt=st.floats(0.0, 0.05))
 def test_a_plan_never_exceeds_its_budget_by_its_own_model(
-    scene: Scene, model: ExactModel, share: float, debt: float
+    scene: Scene, model: Prediction, share: float, debt: float
 ) -> None:
     state = scene.state
     state.best_effort_debt_s = debt if share else 0.0
@@ -103,14 +114,14 @@ def test_a_plan_never_exceeds_its_budget_by_its_own_model(
 
 
 @given(scene=scenes(num_device_pages=60, watermark_pages=2), model=models)
-def test_a_plan_can_be_carried_out(scene: Scene, model: ExactModel) -> None:
+def test_a_plan_can_be_carried_out(scene: Scene, model: Prediction) -> None:
     scene.state.check()
     scene.state.commit(schedule(scene.state, 0.0, make_policy(model)))
     scene.state.check()
 
 
 @given(scene=scenes(), model=models)
-def test_best_effort_work_takes_no_row_and_no_token_from_chat(scene: Scene, model: ExactModel) -> None:
+def test_best_effort_work_takes_no_row_and_no_token_from_chat(scene: Scene, model: Prediction) -> None:
     """No class inversion: without any best-effort request chat is served the same."""
     state, policy = scene.state, make_policy(model)
     beside = schedule(state, 0.0, policy)
@@ -123,7 +134,7 @@ def test_best_effort_work_takes_no_row_and_no_token_from_chat(scene: Scene, mode
 
 
 @given(scene=scenes(num_device_pages=60, watermark_pages=2), model=models)
-def test_nobody_gives_way_for_a_request_that_is_not_served(scene: Scene, model: ExactModel) -> None:
+def test_nobody_gives_way_for_a_request_that_is_not_served(scene: Scene, model: Prediction) -> None:
     plan = schedule(scene.state, 0.0, make_policy(model))
     dropped = [m.request_id for m in plan.moves if isinstance(m, Drop)]
     served = {m.request_id for m in plan.moves if isinstance(m, Reserve)}
@@ -136,7 +147,7 @@ def test_nobody_gives_way_for_a_request_that_is_not_served(scene: Scene, model: 
 
 @given(scene=scenes(), model=models, earlier_s=st.floats(0.0, 0.2))
 def test_more_slack_never_means_fewer_prompt_tokens_for_chat(
-    scene: Scene, model: ExactModel, earlier_s: float
+    scene: Scene, model: Prediction, earlier_s: float
 ) -> None:
     def chunks_at(now: float) -> tuple[int, bool]:
         """Prompt tokens of chat, and whether its decodes alone were late: a small chunk rides then."""
@@ -154,7 +165,7 @@ def test_more_slack_never_means_fewer_prompt_tokens_for_chat(
 
 @given(model=models, slack_s=st.floats(0.0, 0.2), more_s=st.floats(0.0, 0.2))
 def test_more_slack_never_means_less_for_best_effort_work(
-    model: ExactModel, slack_s: float, more_s: float
+    model: Prediction, slack_s: float, more_s: float
 ) -> None:
     scene = Scene()
     scene.decoding(20, slo=SLO(4.0, 0.4), last_token_s=0.0)
@@ -169,7 +180,7 @@ def test_more_slack_never_means_less_for_best_effort_work(
 
 
 @settings(max_examples=40, deadline=None)
-@given(model=models, share=st.floats(0.02, 0.5), num_chats=st.integers(1, 4))
+@given(model=exact_models, share=st.floats(0.02, 0.5), num_chats=st.integers(1, 4))
 def test_the_guaranteed_share_of_best_effort_work_is_kept(
     model: ExactModel, share: float, num_chats: int
 ) -> None:
@@ -197,7 +208,7 @@ def test_the_guaranteed_share_of_best_effort_work_is_kept(
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), model=models, mode=st.sampled_from(["auto", "always", "never"]))
 def test_every_request_finishes_whatever_targets_it_has(
-    data: st.DataObject, model: ExactModel, mode: str
+    data: st.DataObject, model: Prediction, mode: str
 ) -> None:
     """Targets that nobody can hold, too: no budget ever stops an engine that could go on."""
     host_pages = 0 if mode == "never" else 14
@@ -221,7 +232,7 @@ def test_every_request_finishes_whatever_targets_it_has(
 
 @settings(max_examples=20, deadline=None)
 @given(data=st.data(), model=models)
-def test_nobody_goes_to_and_fro(data: st.DataObject, model: ExactModel) -> None:
+def test_nobody_goes_to_and_fro(data: st.DataObject, model: Prediction) -> None:
     """Chat comes and goes; a batch request changes sides at most once in so many tokens."""
     world = World(
         make_limits(num_device_pages=24, num_host_pages=40, max_lanes=6),

@@ -83,7 +83,14 @@ class WatchedModel(LatencyModel):
         self.watched = watched
         self.busy = False
 
-    def observe(self, load: WalkLoad, host_is_busy: float, seconds: float) -> float:
+    def observe(
+        self,
+        load: WalkLoad,
+        host_is_busy: float,
+        seconds: float,
+        planned: tuple[WalkLoad, float] | None = None,
+    ) -> float:
+        """Its plans are made by constants: `planned` is None."""
         return self.watched.observe(load, 1.0 if self.busy else host_is_busy, seconds)
 
 

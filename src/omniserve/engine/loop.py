@@ -22,7 +22,7 @@ from omniserve.policy.budget import Policy
 from omniserve.policy.explanation import Refusal
 from omniserve.policy.latency import LearningPrediction
 from omniserve.policy.latency_model import load_of
-from omniserve.policy.plan import NewToken, Step, StepResult
+from omniserve.policy.plan import NewToken, Plan, Step, StepResult
 from omniserve.policy.request import Limits, Phase, Request
 from omniserve.policy.scheduler import schedule
 from omniserve.policy.state import State
@@ -244,15 +244,15 @@ class Engine:
         finished = self.state.apply(step, result, self._clock())
         output = self._output(result, finished)
         if step.kind == "walk":
-            self._learn(step, result, self._host_busy_s() - host_busy_s, self._clock() - began)
+            self._learn(plan, step, result, self._host_busy_s() - host_busy_s, self._clock() - began)
         return output
 
     def _host_busy_s(self) -> float:
         """Of all host workers so far; 0 when nobody wants to know."""
         return 0.0 if self.latency is None else self.executor.lane_stats().get("host_busy_s", 0.0)
 
-    def _learn(self, step: Step, result: StepResult, host_busy_s: float, seconds: float) -> None:
-        """What ran, not what was planned, is what the time is compared with.
+    def _learn(self, plan: Plan, step: Step, result: StepResult, host_busy_s: float, seconds: float) -> None:
+        """What ran is what the time is compared with, and what was planned, as far as the margin goes.
 
         host_busy_s: of all host workers during the walk. A walk that took no time teaches nothing.
         """
@@ -260,7 +260,8 @@ class Engine:
             return
         share = min(1.0, max(0.0, host_busy_s / (seconds * self._host_threads)))
         num_lane_tokens = sum(token.by_lane for token in result.tokens)
-        self.latency.observe(load_of(step, result.lane_rows, num_lane_tokens), share, seconds)
+        planned = None if plan.why is None else (plan.why.load, plan.why.host_is_busy)
+        self.latency.observe(load_of(step, result.lane_rows, num_lane_tokens), share, seconds, planned)
 
     def _output(self, result: StepResult, finished: list[Request]) -> StepOutput:
         ended = {request.id: request for request in finished}

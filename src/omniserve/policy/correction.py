@@ -126,7 +126,8 @@ class Correction:
 
 
 class ErrorWindow:
-    """The last predictions of one kind and what was measured. Nothing is left out as an outlier."""
+    """The last predictions of one kind and what was measured, and the errors of those that walks of this kind
+    were planned by. Nothing is left out as an outlier."""
 
     def __init__(self, size: int, expected: Iterable[float] = ()) -> None:
         """expected: relative errors that fill the window until walks do."""
@@ -135,13 +136,14 @@ class ErrorWindow:
         self._sorted: list[float] = []
         self._size = size
         for error in expected:
-            self._push(error)
+            self.add_error(error)
 
-    def add(self, predicted_s: float, measured_s: float) -> None:
+    def note(self, predicted_s: float, measured_s: float) -> None:
+        """For the accuracy, which is of predictions of what ran."""
         self._pairs.append((predicted_s, measured_s))
-        self._push(measured_s / predicted_s - 1)
 
-    def _push(self, error: float) -> None:
+    def add_error(self, error: float) -> None:
+        """A relative error that the margin has to cover."""
         if len(self._errors) == self._size:
             del self._sorted[bisect_left(self._sorted, self._errors.popleft())]
         self._errors.append(error)

@@ -53,7 +53,7 @@ def value_uses(
     for _ in range(PROBE_ROWS):
         decoding.add_decode(decode_context)
     prefilling.add_chunk(0, PROBE_ROWS)
-    piggyback.lane_rows += PROBE_ROWS * num_layers
+    piggyback.add_lane_rows(PROBE_ROWS * num_layers, num_layers)
     now_s = model.walk_s(load, host_is_busy)
 
     def row_s(more: WalkLoad) -> float:

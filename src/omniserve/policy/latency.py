@@ -48,6 +48,11 @@ class WalkLoad:
         self.decode_context += context
         self.num_samples += 1
 
+    def add_lane_rows(self, rows: int, num_layers: int) -> None:
+        """Lane rows over all layers: of those that enter, one in `num_layers` is at the end of a token."""
+        self.lane_rows += rows
+        self.num_samples += -(-rows // num_layers)
+
     def add_chunk(self, start: int, num_tokens: int) -> None:
         self.num_tokens += num_tokens
         self.prefill_load += num_tokens * start + num_tokens * (num_tokens + 1) // 2
@@ -60,6 +65,11 @@ class Prediction(Protocol):
 
     host_is_busy: share of the time in which host attention streams, 0 to 1.
     """
+
+    @property
+    def host_share(self) -> float:
+        """That share in the last walks, as measured: what the next one can expect while there are lanes."""
+        ...
 
     def walk_s(self, load: WalkLoad, host_is_busy: float) -> float:
         """A walk, expected."""
@@ -85,8 +95,17 @@ class Prediction(Protocol):
 class LearningPrediction(Prediction, Protocol):
     """A prediction that every walk corrects."""
 
-    def observe(self, load: WalkLoad, host_is_busy: float, seconds: float) -> float:
-        """Learn from a walk; returns what had been expected of it."""
+    def observe(
+        self,
+        load: WalkLoad,
+        host_is_busy: float,
+        seconds: float,
+        planned: tuple[WalkLoad, float] | None = None,
+    ) -> float:
+        """Learn from a walk; returns what had been expected of it.
+
+        planned: load and host_is_busy by which it was planned, where that was done by predictions.
+        """
         ...
 
     def accuracy(self) -> dict[str, dict[str, float]]:

@@ -21,13 +21,20 @@ WINDOW = 256
 BUSY_SHARE = 0.5
 # How fast `host_share` follows the walks.
 _SHARE_STEP = 0.2
-KINDS = tuple(f"{what}, host {host}" for what in ("decode", "chunk", "lanes") for host in ("idle", "busy"))
+WHAT = ("decode", "chunk", "lanes")
+
+
+def kind_name(what: str, host_is_busy: bool) -> str:
+    return f"{what}, host {'busy' if host_is_busy else 'idle'}"
+
+
+KINDS = tuple(kind_name(what, busy) for what in WHAT for busy in (False, True))
 
 
 def kind_of(load: WalkLoad, host_is_busy: float) -> str:
     """Kind of walk whose errors are kept together: one of KINDS."""
     what = "lanes" if load.lane_rows else "chunk" if load.num_chunks else "decode"
-    return f"{what}, host {'busy' if host_is_busy >= BUSY_SHARE else 'idle'}"
+    return kind_name(what, host_is_busy >= BUSY_SHARE)
 
 
 def load_of(step: Step, lane_rows: int = 0, lane_samples: int = 0) -> WalkLoad:
@@ -135,6 +142,7 @@ class LatencyModel:
         self.host_share = 0.0
         self._correction = Correction()
         self._windows = {kind: ErrorWindow(WINDOW, fit.residuals.get(kind, ())) for kind in KINDS}
+        self._margins = self._largest_margins()
         self._dense = (fit.idle.dense.table(), fit.busy.dense.table())
         self._head = (fit.idle.head.table(), fit.busy.head.table())
 
@@ -145,9 +153,26 @@ class LatencyModel:
         return self._correction.apply(self._parts(load, host_is_busy), host_is_busy)
 
     def bound_s(self, load: WalkLoad, host_is_busy: float) -> float:
-        """Seconds that a `quantile` of walks like this one stay below."""
-        margin = self._windows[kind_of(load, host_is_busy)].margin(self.quantile)
+        """Seconds that a `quantile` of walks like this one stay below.
+
+        The margin is the largest of all kinds that the walk contains, so that more work never has less.
+        """
+        margin = self._margins[kind_of(load, host_is_busy), load.num_chunks > 0]
         return self.walk_s(load, host_is_busy) * (1 + margin)
+
+    def _largest_margins(self) -> dict[tuple[str, bool], float]:
+        """By kind, and whether a walk with lanes has chunks too."""
+        own = {kind: window.margin(self.quantile) for kind, window in self._windows.items()}
+        return {
+            (kind_name(what, busy), chunks): max(
+                own[kind_name(part, host)]
+                for part in ("decode", *(("chunk",) if chunks else ()), what)
+                for host in {False, busy}
+            )
+            for what in WHAT
+            for busy in (False, True)
+            for chunks in (False, True)
+        }
 
     def pass_s(self, num_rows: int, host_is_busy: float) -> float:
         """Expected seconds of one lane pass: post_attention(l), then pre_attention(l + 1)."""
@@ -182,11 +207,26 @@ class LatencyModel:
 
     # ------------------------------------------------------------ learning
 
-    def observe(self, load: WalkLoad, host_is_busy: float, seconds: float) -> float:
-        """Learn from a walk; returns what had been expected of it."""
+    def observe(
+        self,
+        load: WalkLoad,
+        host_is_busy: float,
+        seconds: float,
+        planned: tuple[WalkLoad, float] | None = None,
+    ) -> float:
+        """Learn from a walk; returns what had been expected of it.
+
+        planned: load and host_is_busy by which its time was bounded beforehand. The margin of that kind of
+        walk has to cover what the plan got wrong too: more lane rows, a busier host.
+        """
         parts = self._parts(load, host_is_busy)
         expected_s = self._correction.apply(parts, host_is_busy)
-        self._windows[kind_of(load, host_is_busy)].add(expected_s, seconds)
+        kind, least_s = kind_of(load, host_is_busy), expected_s
+        self._windows[kind].note(expected_s, seconds)
+        if planned is not None:
+            kind, least_s = kind_of(*planned), min(expected_s, self.walk_s(*planned))
+        self._windows[kind].add_error(seconds / least_s - 1)
+        self._margins = self._largest_margins()
         self._correction.observe(parts, host_is_busy, seconds)
         self.host_share += _SHARE_STEP * (host_is_busy - self.host_share)
         return expected_s

@@ -20,6 +20,7 @@ class Ledger:
     """All requests and both page pools. `schedule` reads it.
 
     best_effort_debt_s: seconds of device time owed to best-effort work by its guaranteed share.
+    lane_rows_per_walk: running mean of lane rows that entered, over all layers.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -36,6 +37,7 @@ class Ledger:
         self.lanes_unserved = 0
         self.lanes_waiting: tuple[int, ...] = ()  # by layer, at the end of the last step
         self.best_effort_debt_s = 0.0
+        self.lane_rows_per_walk = 0.0
         self.lengths = Lengths()
         self.num_dropped = 0
         self.num_displaced = 0

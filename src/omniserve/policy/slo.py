@@ -24,6 +24,8 @@ from omniserve.policy.terms import Terms
 
 # Tokens of a chunk that runs where no budget would let it, so that everybody comes to an end.
 LEAST_CHUNK = 16
+# A budget of passes that one pass begins within, however long it takes: lanes always come on.
+ONE_PASS_S = 0.001
 # A lane stays one for so many tokens: a copy is to pay, and nobody goes to and fro.
 MIN_STAY_TOKENS = 8
 
@@ -44,10 +46,12 @@ class SloPolicy:
         return SloBudget(self, state, now)
 
     def admit(self, state: State, request: Request, now: float) -> Admission:
-        lanes = LaneFacts.of(state, self.model, self.terms)
-        riding = WalkLoad(num_tokens=state.num_in_phase(Phase.DEVICE))
-        busy = lanes.busy_share(self.model.walk_s(riding, 1.0))
-        return admit(state, request, now, self.model, self.terms, busy)
+        return admit(state, request, now, self.model, self.terms, expected_share(state, self.model))
+
+
+def expected_share(state: State, model: Prediction) -> float:
+    """Share of the next walk in which the host will stream: without lanes, none."""
+    return model.host_share if state.num_in_phase(Phase.LANE) else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +69,8 @@ class LaneFacts:
         mean_tokens = sum([r.kv_tokens for r in lanes]) // len(lanes)
         return cls(len(lanes), model.host_attention_s(mean_tokens * terms.kv_token_bytes))
 
-    def busy_share(self, walk_s: float) -> float:
-        """Share of the time in which the host streams when every lane has one row a walk."""
+    def wanted_share(self, walk_s: float) -> float:
+        """Share of the time in which the host would stream if every lane had one row a walk."""
         return min(1.0, self.count * self.row_s / walk_s) if walk_s > 0 and self.count else 0.0
 
 
@@ -75,14 +79,14 @@ class SloBudget:
 
     def __init__(self, policy: SloPolicy, state: State, now: float) -> None:
         self.model, self.terms, self.rules = policy.model, policy.terms, policy.rules
-        self.state, self.now = state, now
+        self.state, self.now, self.num_layers = state, now, state.limits.num_layers
         running = list(state.in_class(Phase.DEVICE, best_effort=False))
         self.slack_s, self.tightest = self._slack(running)
         self.lanes = LaneFacts.of(state, self.model, self.terms)
         riding = WalkLoad()
         for request in running:
             riding.add_decode(request.kv_tokens + 1)
-        self.busy = self.lanes.busy_share(self.model.walk_s(riding, 1.0))
+        self.busy = expected_share(state, self.model)
         self.spare_s = self._spare_of_prompts(riding, running)
         self.forced_s = 0.0  # what had to be done whatever it takes
         self.latency_sensitive_s = 0.0
@@ -161,9 +165,8 @@ class SloBudget:
         first = self.state.first_best_effort(Phase.PREFILL) or self.state.first_best_effort(Phase.WAITING)
         ratio = self.state.lengths.outputs_per_prompt_token(first) if first is not None else 0.0
         context = self._decode_context(first)
-        num_layers = self.state.limits.num_layers
         free = self._free_share()
-        self.values = value_uses(self.model, self.busy, load, num_layers, context, ratio, free)
+        self.values = value_uses(self.model, self.busy, load, self.num_layers, context, ratio, free)
         self.lane_reserve_s = self._lane_reserve_s(load)
         return self.values.stages
 
@@ -197,22 +200,25 @@ class SloBudget:
         return self.state.host_ready and not self.state.host_failed
 
     def _free_bandwidth(self) -> float:
-        """Of the host's time, what lanes leave when each has one row a walk."""
+        """Of the host's time, what lanes leave: those that ask for one row a walk, and as lately measured,
+        for a lane may have many."""
         walk_s = max(self.latency_sensitive_s, min(self.best_effort_s, self.terms.walk_bound_s))
-        return 1.0 - self.lanes.busy_share(walk_s)
+        return 1.0 - max(self.busy, self.lanes.wanted_share(walk_s))
 
     def _lane_reserve_s(self, load: WalkLoad) -> float:
         """What the rows that lanes can be expected to bring would add to the walk."""
         rows = self._expected_lane_rows()
-        more = load.copy()
-        more.lane_rows += rows
-        return self.bound_s(more) - self.bound_s(load) if rows else 0.0
+        if not rows:
+            return 0.0
+        return max(0.0, self.bound_s(_with_lane_rows(load, rows, self.num_layers)) - self.bound_s(load))
 
     def _expected_lane_rows(self) -> int:
-        """Rows waiting somewhere, and lanes that could start a token."""
-        limits = self.state.limits
-        most = self.terms.max_lane_rows * (limits.num_layers + 1)
-        return min(most, self.lanes.count) if self._host_usable else 0
+        """One of each lane, or as many as lately came: a lane whose results are fast has a row at many layers
+        of one walk."""
+        if not self._host_usable or not self.lanes.count:
+            return 0
+        expected = max(self.lanes.count, math.ceil(self.state.lane_rows_per_walk))
+        return min(self.terms.max_lane_rows * (self.num_layers + 1), expected)
 
     def _limit_s(self, use: str) -> float:
         """Budget of a use: one worth less than lane rows leaves them their part."""
@@ -230,9 +236,8 @@ class SloBudget:
         """
         if not self.host_gains():
             return False
-        limits = self.state.limits
-        copy_s = self.model.copy_s(request.kv_tokens * self.terms.kv_token_bytes * limits.num_layers)
-        lane_token_s = limits.num_layers * max(self.latency_sensitive_s, self.lanes.row_s)
+        copy_s = self.model.copy_s(request.kv_tokens * self.terms.kv_token_bytes * self.num_layers)
+        lane_token_s = self.num_layers * max(self.latency_sensitive_s, self.lanes.row_s)
         waited_s = self.now - (request.last_token_s if request.last_token_s is not None else self.now)
         return waited_s > copy_s + lane_token_s
 
@@ -264,11 +269,10 @@ class SloBudget:
         return most if not load.num_tokens or fits(most) else _most(most - 1, fits)
 
     def share_lanes(self, load: WalkLoad, num_startable: int) -> LaneShare:
-        num_layers = self.state.limits.num_layers
         if not self.lanes.count or not load.num_tokens:
-            return LaneShare(num_startable, (0,) * num_layers)
+            return LaneShare(num_startable, (0,) * self.num_layers)
         rows = self._lane_rows(load)
-        waiting = self.state.lanes_waiting or (0,) * num_layers
+        waiting = self.state.lanes_waiting or (0,) * self.num_layers
         shares = self._split(rows, num_startable, waiting)
         return LaneShare(shares[0], tuple(shares[1:]))
 
@@ -276,11 +280,9 @@ class SloBudget:
         """Most lane rows, over all layers, that the rest of the budget takes: one slack, shared."""
 
         def fits(count: int) -> bool:
-            more = load.copy()
-            more.lane_rows += count
-            return self.bound_s(more) <= self.best_effort_s
+            return self.bound_s(_with_lane_rows(load, count, self.num_layers)) <= self.best_effort_s
 
-        most = self.terms.max_lane_rows * (self.state.limits.num_layers + 1)
+        most = self.terms.max_lane_rows * (self.num_layers + 1)
         return most if fits(most) else _most(most - 1, fits)
 
     def _split(self, rows: int, num_startable: int, waiting: Sequence[int]) -> list[int]:
@@ -290,16 +292,17 @@ class SloBudget:
         return split_rows(rows, (num_startable, *waiting), limits)
 
     def pass_budget_s(self) -> float:
-        return max(0.0, min(self.terms.pass_budget_s, self.slack_s, self.terms.walk_bound_s))
+        """What lies between now and the next look, less the pass that may begin just before it."""
+        most_s = min(self.terms.pass_budget_s, self.slack_s, self.terms.walk_bound_s)
+        return max(ONE_PASS_S, most_s - self.model.pass_s(self.terms.max_lane_rows, self.busy))
 
     # ------------------------------------------------------------ the end of the plan
 
     def close(
         self, load: WalkLoad, lanes: LaneShare | None, best_effort_rows: bool, left_out: Sequence[LeftOut]
     ) -> tuple[Explanation, float]:
-        whole = load.copy()
         lane_rows = lanes.starts + sum(lanes.caps) if lanes is not None and self.lanes.count else 0
-        whole.lane_rows += lane_rows
+        whole = _with_lane_rows(load, lane_rows, self.num_layers)
         bound_s = self.bound_s(whole)
         allowed_s = self.best_effort_s if best_effort_rows or lane_rows else self.slack_s
         explanation = Explanation(
@@ -315,13 +318,16 @@ class SloBudget:
             values=self.values.best_first() if self.values is not None else (),
             left_out=tuple(left_out),
         )
-        return explanation, self._debt_s(bound_s) if lanes is not None else 0.0
+        return explanation, self._debt_s(bound_s if lanes is not None else None)
 
-    def _debt_s(self, bound_s: float) -> float:
-        """Owed after a walk: the guaranteed share of its time, less what best-effort work had of it."""
+    def _debt_s(self, bound_s: float | None) -> float:
+        """Owed after a walk: the guaranteed share of its time, less what best-effort work had of it. Passes
+        (None) change nothing, for nobody else had that time."""
         share = self.terms.best_effort_share
         if not share or not any(self.state.first_best_effort(phase) for phase in Phase):
             return 0.0
+        if bound_s is None:
+            return self.state.best_effort_debt_s
         had_s = bound_s - self.latency_sensitive_s
         owed_s = self.state.best_effort_debt_s + share * bound_s - had_s
         return min(max(0.0, owed_s), self.terms.walk_bound_s)
@@ -334,6 +340,12 @@ def _finite(seconds: float) -> float | None:
 def _with_decode(load: WalkLoad, context: int) -> WalkLoad:
     more = load.copy()
     more.add_decode(context)
+    return more
+
+
+def _with_lane_rows(load: WalkLoad, rows: int, num_layers: int) -> WalkLoad:
+    more = load.copy()
+    more.add_lane_rows(rows, num_layers)
     return more
 
 

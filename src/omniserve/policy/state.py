@@ -39,6 +39,9 @@ from omniserve.policy.plan import (
 from omniserve.policy.prefix import register_device_pages, register_host_pages
 from omniserve.policy.request import Phase, Request
 
+# Weight of the newest walk in the running mean of lane rows.
+NEWEST_WALK = 0.2
+
 
 class State(Ledger):
     """The Ledger and what happens to it: arrivals and departures, plans, results, news of the host."""
@@ -72,7 +75,7 @@ class State(Ledger):
         """The host is gone with all its KV: what depended on it recomputes, the rest goes on."""
         self.host_ready = False
         self.host_failed = self.host_failed or failed_for_good
-        self.lanes_unserved, self.lanes_waiting = 0, ()
+        self.lanes_unserved, self.lanes_waiting, self.lane_rows_per_walk = 0, (), 0.0
         self.retiring.clear()
         self._copies.clear()
         self._cancel_slots, self._cancel_fetches = [], []
@@ -179,6 +182,8 @@ class State(Ledger):
         self.apply_acknowledgements(result)
         self.lanes_unserved = result.lanes_unserved
         self.lanes_waiting = result.lanes_waiting
+        if step.kind == "walk":
+            self.lane_rows_per_walk += NEWEST_WALK * (result.lane_rows - self.lane_rows_per_walk)
         finished = []
         for token in result.tokens:
             request = self.active[token.request_id]

@@ -4,8 +4,10 @@ What differs from `omniserve`: the budget of a walk is the tightest TPOT target 
 it; the TTFT estimate of an arrival takes all pending prompts as one pass over the model, without time
 already waited, the chunking that TPOT forces, memory, or anybody else's target; best-effort prefill always
 comes before decode; while lanes exist both leave a constant share of the budget to them (omega, whose value
-the paper does not give); lanes enter at the lowest layers first. A walk without latency-sensitive rows is
-bounded as ours is, for the paper sets no bound. Leaves out: several hosts. Tunable: `OMEGA_SHARE`.
+the paper does not give); lanes enter at the lowest layers first. Budgets are kept by the expected time of a
+walk, without a margin. A best-effort request for which the device has no row becomes a lane at once, however
+busy the host is, and comes back as soon as a row fits. A walk without latency-sensitive rows is bounded as
+ours is, for the paper sets no bound. Leaves out: several hosts. Tunable: `OMEGA_SHARE`.
 """
 
 from __future__ import annotations
@@ -66,6 +68,18 @@ class PaperBudget(SloBudget):
         self._omega_share = policy.omega_share
         super().__init__(policy, state, now)
 
+    def bound_s(self, load: WalkLoad) -> float:
+        return self.model.walk_s(load, self.busy) if load.num_tokens or load.lane_rows else 0.0
+
+    def goes_to_host(self, request: Request) -> bool:
+        return True
+
+    def host_gains(self) -> bool:
+        return True
+
+    def may_return(self, load: WalkLoad, lane: Request) -> bool:
+        return self._fits_best_effort(load, lane.kv_tokens + 1)
+
     def _slack(self, running: Sequence[Request]) -> tuple[float, int | None]:
         targets = [(r.slo.tpot_s, r.id) for r in running if r.slo is not None]
         return min(targets, default=(float("inf"), None))
@@ -89,8 +103,10 @@ class PaperBudget(SloBudget):
         return max(0.0, self.best_effort_s - reserve_s)
 
     def _split(self, rows: int, num_startable: int, waiting: Sequence[int]) -> list[int]:
-        shares = []
-        for _ in range(len(waiting) + 1):
+        """Starts, then layer by layer; what a layer does not use goes to the next one in the walk itself."""
+        shares = [min(rows, num_startable, self.terms.max_lane_rows)]
+        rows -= shares[0]
+        for _ in waiting:
             shares.append(min(rows, self.terms.max_lane_rows))
             rows -= shares[-1]
         return shares
