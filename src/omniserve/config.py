@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from omniserve.errors import ConfigError
-from omniserve.policy.baselines import REFUSED, RULES
+from omniserve.policy.baselines import PREDICTING, REFUSED, RULES
+from omniserve.policy.terms import walk_bound_s
 from omniserve.types import DEFAULT_CLASSES, ServiceClass
 
 HostOffload = Literal["auto", "always", "never"]
@@ -126,7 +127,8 @@ class EngineConfig:
                       paper's rule) or "wait" (the device waits for it; for comparison).
     max_num_batched_tokens
                       device rows of one walk: LS and BE prefill chunks and decodes. Lane rows not counted.
-                      None: 64, which bounds a walk; with targets 256, for predictions bound it then.
+                      None: 64, which bounds a walk; 256 where predictions bound it, which takes targets, a
+                      policy that holds them and a latency model.
     max_num_seqs      requests with device rows in one walk.
     max_lanes, max_lane_rows
                       slots, and lane rows that may enter at one layer.
@@ -235,7 +237,13 @@ class EngineConfig:
         """`max_num_batched_tokens`, or what stands for None."""
         if self.max_num_batched_tokens is not None:
             return self.max_num_batched_tokens
-        return DEVICE_ROWS if all(kind.slo is None for kind in self.classes) else DEVICE_ROWS_WITH_TARGETS
+        return DEVICE_ROWS_WITH_TARGETS if self.has_predicted_budget else DEVICE_ROWS
+
+    @property
+    def has_predicted_budget(self) -> bool:
+        """Whether walks are bounded by predictions: there are targets, and the policy keeps to them."""
+        can_predict = self.policy in PREDICTING and self.calibrate != "never"
+        return can_predict and walk_bound_s(self.classes) is not None
 
     def _check_choice(self, name: str, choices: object) -> None:
         value = getattr(self, name)

@@ -177,6 +177,18 @@ def test_other_threads_or_larger_walks_need_another_profile(
     assert len(profiles) == 4
 
 
+def test_an_engine_with_targets_uses_the_profile_made_without_any(
+    subject: Subject, profiles: list[dict[str, object]]
+) -> None:
+    """Rows left at None are 64 without targets and 256 with them; a profile holds for both."""
+    config = replace(SMALL, max_num_batched_tokens=None)
+    with_targets = replace(config, classes=(replace(LATENCY_SENSITIVE, slo=SLO(5.0, 1.0)), BEST_EFFORT))
+    assert config.max_device_rows < with_targets.max_device_rows
+    assert ensured(subject, config) == ensured(subject, with_targets)
+    (key,) = profiles
+    assert key["max_device_rows"] == DEVICE_ROWS_WITH_TARGETS
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": "omniserve-latency/0"}'])
 def test_a_broken_profile_is_measured_again_with_a_warning(
     subject: Subject, profiles: list[dict[str, object]], content: str, caplog: pytest.LogCaptureFixture
@@ -254,9 +266,13 @@ def test_the_command_shows_the_profile(
     assert cli.main(["profile", "--json", *settings]) == 0
     assert LatencyFit.from_json(json.loads(capsys.readouterr().out)).key["device_threads"] == 1
     assert cli.main(["profile", *settings]) == 0
+    assert torch.get_num_threads() == 1, "as in an engine, all threads are the decoder's"
     shown = capsys.readouterr().out
     assert "dense modules, 8 rows" in shown
     assert "10.0 GB/s" in shown
     assert len(profiles) == 1
+    assert profiles[0]["quantization"] == "none"
+    assert cli.main(["profile", "--quantization", "int8", *settings]) == 0
+    assert profiles[1]["quantization"] == "int8"
     assert cli.main(["profile", "--plot", "profile.bmp", *settings]) == 1
     assert "--plot profile.bmp" in capsys.readouterr().err

@@ -105,6 +105,19 @@ def test_a_request_counts_from_its_arrival_at_the_api(engine: Engine) -> None:
         engine.add([1, 2, 3], GREEDY, LS, arrived_s=94.0)
 
 
+def test_targets_that_nothing_holds_are_worth_a_warning(
+    tiny_subject: TinySubject, caplog: pytest.LogCaptureFixture
+) -> None:
+    for latency, policy in ((None, "omniserve"), (ExactModel(), "sarathi")):
+        settings = EngineConfig(classes=CLASSES, host_offload="never", policy=policy)
+        build_engine(tiny_subject(), settings, latency=latency).close()
+        assert "not promised: that takes a latency model (calibrate: 'auto')" in caplog.text
+        assert f"(policy: {policy!r})" in caplog.text
+        caplog.clear()
+    build_engine(tiny_subject(), EngineConfig(host_offload="never")).close()
+    assert caplog.text == "", "without targets there is nothing to promise"
+
+
 def test_without_admission_it_waits(tiny_subject: TinySubject) -> None:
     for engine in engines(tiny_subject, admission="off"):
         request = engine.add(list(range(1, 40)), GREEDY, LS, slo=SLO(0.02, 1.0))

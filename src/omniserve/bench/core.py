@@ -9,8 +9,9 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +19,9 @@ from rich.table import Table
 from omniserve import LLM, SamplingParams
 from omniserve.bench.measure import Spread, machine, seconds_of
 from omniserve.config import EngineConfig, split_cpus
+
+if TYPE_CHECKING:
+    from omniserve.model.decoder import Decoder
 
 MODEL = "smollm2-135m"
 LANE_ROWS = (0, 1, 4, 8, 16)
@@ -60,22 +64,26 @@ def measure_lane_rate(repeats: int) -> dict[int, Spread]:
     return result
 
 
+@cache
+def _decoder() -> Decoder:
+    """Loaded once: this process is the device from then on, and has its CPUs only."""
+    from omniserve.engine.build import device_decoder
+    from omniserve.model.sources import ensure_model
+
+    config = EngineConfig(max_model_len=1024)
+    return device_decoder(config, split_cpus(config), ensure_model(MODEL))
+
+
 def measure_walk_cost(repeats: int, device_rows: int) -> dict[int, Spread]:
     """Seconds of one walk with `device_rows` decode rows and r lane rows at every layer.
 
     A scripted host answers between walks, off the clock: what is timed is the rows' own cost (GEMM rows,
     exits and entries), not the host's. With the paper's rule and r starts a walk, r rows sit at each layer.
     """
-    import torch
-
     from omniserve.engine.build import make_engine
     from omniserve.host.scripted import ScriptedHost
-    from omniserve.model.loading import load_decoder
-    from omniserve.model.sources import ensure_model
 
-    threads = split_cpus(EngineConfig()).device_threads
-    torch.set_num_threads(threads)
-    decoder = load_decoder(ensure_model(MODEL), torch.float32, max_model_len=1024)
+    decoder = _decoder()
     result = {}
     for lane_rows in LANE_ROWS:
         config = EngineConfig(

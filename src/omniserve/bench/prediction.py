@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import statistics
 import sys
@@ -20,20 +19,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from omniserve.bench.measure import Others, machine
-from omniserve.config import CpuSplit, EngineConfig, split_cpus
-from omniserve.engine.build import lane_geometry, make_engine, make_limits
+from omniserve.config import DEVICE_ROWS_WITH_TARGETS, CpuSplit, EngineConfig, split_cpus
+from omniserve.engine.build import device_decoder, lane_geometry, make_engine, make_limits
 from omniserve.engine.calibration import ensure_profile
 from omniserve.engine.loop import Engine
 from omniserve.engine.profiler import LOAD_BYTES
 from omniserve.engine.sandbox import Mix, Sandbox
 from omniserve.host.load import HostLoad, host_load
 from omniserve.model.decoder import Decoder
-from omniserve.model.loading import load_decoder
 from omniserve.model.sources import ensure_model
 from omniserve.policy.budget import FixedBudget
 from omniserve.policy.correction import accuracy
@@ -51,7 +48,7 @@ TURN_STEPS = 60  # requests come at its start only: their chunks are done before
 # beside lanes, of lanes; token budgets of walks.
 CHAT, BRIEF_CHAT = ((8, 1000), (20, 120)), ((8, 200), (20, 100))
 LANE, MOST_LANES = ((16, 1000), (50, 200)), 16
-BUDGETS = (16, 32, 64)
+BUDGETS = (16, 64, DEVICE_ROWS_WITH_TARGETS)
 Pairs = list[tuple[float, float]]
 Lengths = tuple[tuple[int, int], tuple[int, int]]
 
@@ -256,6 +253,8 @@ def main(arguments: list[str]) -> int:
     console = Console()
     config = EngineConfig(
         model=MODEL,
+        max_model_len=MODEL_LEN,
+        max_num_batched_tokens=DEVICE_ROWS_WITH_TARGETS,
         device_threads=1,
         host_threads=1,
         host_offload="always",
@@ -264,10 +263,7 @@ def main(arguments: list[str]) -> int:
         enable_prefix_caching=False,
     )
     split = split_cpus(config)
-    if split.device_cpus:
-        os.sched_setaffinity(0, split.device_cpus)
-    torch.set_num_threads(split.device_threads)
-    decoder = load_decoder(ensure_model(MODEL), torch.float32, max_model_len=MODEL_LEN)
+    decoder = device_decoder(config, split, ensure_model(MODEL))
     fit = ensure_profile(config, decoder, split, MODEL_LEN, refresh=options.refresh).fit
     others = Others()
     watched = run_workload(config, decoder, split, fit, options.walks, console)

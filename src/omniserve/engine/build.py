@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,8 @@ from omniserve.policy.budget import FixedBudget, Policy
 from omniserve.policy.latency import LearningPrediction, Prediction
 from omniserve.policy.request import Limits
 from omniserve.policy.terms import Terms, walk_bound_s
+
+logger = logging.getLogger("omniserve.engine")
 
 MAX_DEFAULT_MODEL_LEN = 8192
 # Staging frames between device and host: pages in flight at once.
@@ -182,10 +185,13 @@ def make_engine(
 
 
 def engine_policy(config: EngineConfig, decoder: Decoder, latency: Prediction | None) -> Policy:
-    """The policy of the settings; with targets and a calibrated model, one that holds them."""
+    """The policy of the settings; with targets and a calibrated model, one that holds them.
+
+    Targets that nothing holds are worth a warning.
+    """
     fixed = FixedBudget(config.max_device_rows, config.max_lane_rows, config.pass_budget_s)
     bound_s = walk_bound_s(config.classes)
-    if bound_s is None:
+    if bound_s is None:  # nobody has targets
         return make_policy(config.policy, fixed, None, None)
     kv_dtype = host_kv_dtype(config, decoder.dtype)
     kv_heads, head_dim, size = decoder.num_kv_heads, decoder.head_dim, config.host_page_size
@@ -198,7 +204,16 @@ def engine_policy(config: EngineConfig, decoder: Decoder, latency: Prediction | 
         kv_token_bytes=page_bytes // size,
         best_effort_share=config.best_effort_share,
     )
-    return make_policy(config.policy, fixed, latency, terms)
+    policy = make_policy(config.policy, fixed, latency, terms)
+    if not policy.promises_slo:
+        logger.warning(
+            "the targets of the service classes are not promised: that takes a latency model (calibrate: %r) "
+            "and one of the policies %s (policy: %r)",
+            config.calibrate,
+            ", ".join(PREDICTING),
+            config.policy,
+        )
+    return policy
 
 
 def _device_attention(config: EngineConfig, decoder: Decoder, limits: Limits) -> CpuAttention:
@@ -243,6 +258,27 @@ def lane_geometry(
     )
 
 
+def device_decoder(config: EngineConfig, split: CpuSplit, path: Path) -> Decoder:
+    """The checkpoint in `path` as an engine with these settings runs it, and this process as the device.
+
+    The process is pinned to the device's CPUs, and all its parallelism comes from the decoder's team. Whoever
+    measures walks loads weights by this too.
+    """
+    model = read_model_config(path)
+    if split.device_cpus:
+        os.sched_setaffinity(0, split.device_cpus)
+    torch.set_num_threads(1)
+    return load_decoder(
+        path,
+        choose_dtype(config, model),
+        max_model_len=model_len(config, model),
+        load_format=config.load_format,
+        show_progress=True,
+        quantization=config.quantization,
+        team=_native.ThreadTeam(split.device_threads, list(split.device_cpus)),
+    )
+
+
 def load_engine(config: EngineConfig, path: Path, arrivals: Callable[[], bool] = lambda: False) -> Engine:
     """Load the checkpoint in `path` and build an engine, this process pinned to the device's CPUs."""
     model = read_model_config(path)
@@ -250,21 +286,9 @@ def load_engine(config: EngineConfig, path: Path, arrivals: Callable[[], bool] =
     dtype = choose_dtype(config, model)
     make_limits(config, model, dtype, max_model_len)  # refuse impossible sizes before the weights are read
     split = split_cpus(config)
-    if split.device_cpus:
-        os.sched_setaffinity(0, split.device_cpus)
-    torch.set_num_threads(split.device_threads)
-    decoder = load_decoder(
-        path,
-        dtype,
-        max_model_len=max_model_len,
-        load_format=config.load_format,
-        show_progress=True,
-        quantization=config.quantization,
-        team=_native.ThreadTeam(split.device_threads, list(split.device_cpus)),
-    )
+    decoder = device_decoder(config, split, path)
     latency = None
-    has_targets = config.policy in PREDICTING and walk_bound_s(config.classes) is not None
-    if config.calibrate == "always" or (config.calibrate == "auto" and has_targets):
+    if config.calibrate == "always" or config.has_predicted_budget:
         from omniserve.engine.calibration import ensure_profile  # it builds an engine itself
 
         latency = ensure_profile(config, decoder, split, max_model_len)

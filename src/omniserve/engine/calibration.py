@@ -12,13 +12,14 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import omniserve
 import omniserve._native as _native
-from omniserve.config import CpuSplit, EngineConfig
+from omniserve.config import DEVICE_ROWS_WITH_TARGETS, CpuSplit, EngineConfig
 from omniserve.dtypes import dtype_name
 from omniserve.engine.profiler import BUDGET_S, Progress, profile
 from omniserve.model.cache import cache_root, locked, sha256_of
@@ -39,9 +40,12 @@ def ensure_profile(
 ) -> LatencyModel:
     """The model of `decoder` here, measured (up to a minute, with a progress bar) when no cached one fits.
 
-    A cached profile fits when its key is the same: model, device, dtype, threads, largest walk, CPU and
-    software. One that cannot be read is measured again, with a warning. `refresh` measures in any case.
+    Walks are measured of every size that an engine has by default, so that one with targets finds the profile
+    of one without. A cached profile fits when its key is the same: model, device, dtype, threads, largest
+    walk, CPU and software. One that cannot be read is measured again, with a warning. `refresh` measures in
+    any case.
     """
+    config = replace(config, max_num_batched_tokens=profiled_rows(config))
     key = profile_key(config, decoder, split, max_model_len)
     path = profile_path(key)
     cached = None if refresh else _read(path, key)
@@ -55,6 +59,11 @@ def ensure_profile(
                 cached = profile(config, decoder, split, max_model_len, key, budget_s, progress)
             _write(path, cached)
     return LatencyModel(cached)
+
+
+def profiled_rows(config: EngineConfig) -> int:
+    """Device rows of the largest walk measured."""
+    return config.max_num_batched_tokens or DEVICE_ROWS_WITH_TARGETS
 
 
 def profile_key(
@@ -71,11 +80,12 @@ def profile_key(
         "device": "cpu",
         "cpu": _cpu_name(),
         "dtype": dtype_name(decoder.dtype),
+        "quantization": decoder.quantization,
         "host_kv_dtype": config.host_kv_dtype,
         "device_threads": split.device_threads,
         "host_threads": split.host_threads,
         "is_pinned": int(bool(split.device_cpus)),
-        "max_device_rows": config.max_device_rows,
+        "max_device_rows": profiled_rows(config),
         "max_lane_rows": config.max_lane_rows,
         "max_num_seqs": config.max_num_seqs,
         "max_model_len": max_model_len,

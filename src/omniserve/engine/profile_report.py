@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from omniserve.config import EngineConfig, split_cpus
-from omniserve.engine.build import choose_dtype, model_len
+from omniserve.engine.build import device_decoder, model_len
 from omniserve.engine.calibration import ensure_profile, profile_path
 from omniserve.errors import ConfigError
-from omniserve.model.families import read_model_config
-from omniserve.model.loading import load_decoder
 from omniserve.model.sources import ensure_model
 from omniserve.policy.latency_model import LatencyFit, WalkCosts
 
@@ -41,18 +37,8 @@ def run_profile(config: EngineConfig, as_json: bool, plot: str | None, refresh: 
         _check_plot(plot)
     split = split_cpus(config)
     path = ensure_model(config.model, config.revision)
-    model = read_model_config(path)
-    max_model_len = model_len(config, model)
-    if split.device_cpus:
-        os.sched_setaffinity(0, split.device_cpus)
-    torch.set_num_threads(split.device_threads)
-    decoder = load_decoder(
-        path,
-        choose_dtype(config, model),
-        max_model_len=max_model_len,
-        load_format=config.load_format,
-        show_progress=True,
-    )
+    decoder = device_decoder(config, split, path)
+    max_model_len = model_len(config, decoder.config)
     fit = ensure_profile(config, decoder, split, max_model_len, refresh=refresh).fit
     if as_json:
         print(json.dumps(fit.to_json(), indent=2))

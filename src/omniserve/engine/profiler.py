@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from omniserve.bench.measure import Others
 from omniserve.config import CpuSplit, EngineConfig
@@ -275,8 +274,7 @@ def profile(
     budget_s: float = BUDGET_S,
     progress: Progress = lambda what, share: None,
 ) -> LatencyFit:
-    """Measure `decoder` under `config`; the caller has pinned this process to the device's CPUs."""
-    torch.set_num_threads(split.device_threads)
+    """Measure `decoder` under `config`; it comes from `device_decoder`, as this process's place does."""
     profiler = Profiler(config, decoder, split, max_model_len, budget_s, progress)
     try:
         return profiler.fit(key)

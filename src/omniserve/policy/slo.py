@@ -304,7 +304,8 @@ class SloBudget:
         lane_rows = lanes.starts + sum(lanes.caps) if lanes is not None and self.lanes.count else 0
         whole = _with_lane_rows(load, lane_rows, self.num_layers)
         bound_s = self.bound_s(whole)
-        allowed_s = self.best_effort_s if best_effort_rows or lane_rows else self.slack_s
+        is_shared = best_effort_rows or lane_rows or load.copied_tokens
+        allowed_s = self.best_effort_s if is_shared else self.slack_s
         explanation = Explanation(
             policy=self.rules.name,
             slack_s=_finite(self.slack_s),
