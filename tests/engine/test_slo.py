@@ -14,10 +14,11 @@ from engine.conftest import TinySubject
 from engine.driver import BE, LS, Arrival, assert_exact, build_engine, run
 from omniserve.config import EngineConfig
 from omniserve.engine.client import _refusal
-from omniserve.engine.loop import Engine
+from omniserve.engine.loop import Engine, refusal_text
 from omniserve.engine.messages import Add, AskExplanations, MessageBuffer, from_engine_decoder, pack
 from omniserve.engine.process import Channel, EngineLoop
 from omniserve.errors import RequestError, SloUnattainableError
+from omniserve.policy.admission import Admission, Obstacle
 from omniserve.types import BEST_EFFORT, LATENCY_SENSITIVE, SLO, SamplingParams
 from policy.exact import ExactModel
 
@@ -97,6 +98,32 @@ def test_a_request_that_cannot_have_its_targets_is_refused_with_both_times(engin
     (refusal,) = engine.explain()["refusals"]
     assert (refusal["reason"], refusal["target_ttft_s"], refusal["at_s"]) == ("ttft", 0.02, 100.0)
     assert engine.stats()["num_refused"] == 1
+    assert engine.add(list(range(1, 40)), GREEDY, LS) != refusal["request_id"]
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "words"),
+    [
+        ("ttft", ["predicted ttft_s 3, target 2", "looser ttft_s"]),
+        ("tpot", ["predicted tpot_s 0.3, target 0.2", "looser tpot_s"]),
+        ("others", ["already admitted would be late", "looser ttft_s"]),
+        ("memory", ["device_memory_bytes", "max_tokens"]),
+        ("rows", ["no row", "max_num_seqs"]),
+    ],
+)
+def test_a_refusal_says_what_decided_and_what_may_help(obstacle: Obstacle, words: list[str]) -> None:
+    text = refusal_text(Admission(obstacle, 3.0, 2.0, 0.3, 0.2))
+    assert all(word in text for word in (*words, "try again later"))
+    assert ("ttft_s 3" in text, "tpot_s 0.3" in text) == (obstacle == "ttft", obstacle == "tpot")
+
+
+def test_a_prompt_that_is_cached_is_admitted_where_a_new_one_is_not(engine: Engine) -> None:
+    prompt, slo = list(range(1, 40)), SLO(0.03, 1.0)
+    with pytest.raises(SloUnattainableError):
+        engine.add(prompt, GREEDY, LS, slo=slo)
+    engine.add(prompt, GREEDY, LS)
+    finish(engine)
+    assert engine.add(prompt, GREEDY, LS, slo=slo) > 0
 
 
 def test_a_request_counts_from_its_arrival_at_the_api(engine: Engine) -> None:

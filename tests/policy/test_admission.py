@@ -101,6 +101,40 @@ def test_memory_that_running_chats_will_need_is_counted() -> None:
     assert verdict(scene, scene.newcomer(100)).obstacle == "memory"
 
 
+def test_there_must_be_a_row_for_every_chat() -> None:
+    for limits, terms in ((roomy(max_num_seqs=3), {}), (roomy(), {"max_num_batched_tokens": 3})):
+        scene = Scene(limits)
+        scene.decoding(20)
+        scene.waiting(5)
+        scene.decoding(20, best_effort=True)  # it would give way
+        assert verdict(scene, scene.newcomer(5), **terms).is_accepted
+        scene.prefilling(5, 2)
+        assert verdict(scene, scene.newcomer(5), **terms).obstacle == "rows"
+
+
+def test_what_is_cached_of_a_prompt_needs_no_time() -> None:
+    scene = Scene()
+    before = scene.decoding(160)
+    for page, page_hash in zip(before.device_pages, range(10), strict=False):
+        scene.state.device.register(page, bytes([page_hash]))
+    request = scene.newcomer(200, slo=SLO(1.0, 1.0))
+    cold = verdict(scene, request).predicted_ttft_s
+    request.device_hashes = [bytes([page_hash]) for page_hash in range(12)]
+    cached = verdict(scene, request).predicted_ttft_s
+    assert cold is not None
+    assert cached == pytest.approx(0.011 + 0.040), "ten pages of 16 tokens are there"
+    assert cold > 0.2
+
+
+def test_the_verdict_has_the_tpot_of_everybody_and_the_tightest_target() -> None:
+    scene = Scene()
+    for _ in range(95):
+        scene.decoding(20)
+    found = verdict(scene, scene.newcomer(1, slo=SLO(5.0, 0.2)))
+    assert found.obstacle == "tpot"
+    assert (found.predicted_tpot_s, found.target_tpot_s) == (pytest.approx(0.106), 0.1)
+
+
 def test_batch_work_in_memory_keeps_no_chat_out() -> None:
     scene = Scene(roomy(num_device_pages=40))
     scene.decoding(500, best_effort=True)
@@ -117,10 +151,18 @@ def test_a_share_kept_for_best_effort_work_stretches_the_forecast() -> None:
 def test_a_forecast_tells_each_prompt_its_own_end() -> None:
     scene = Scene()
     pending = [scene.waiting(50), scene.waiting(50), scene.waiting(100)]
-    ahead = forecast(ExactModel(), 0.0, WalkLoad(), pending, tpot_s=0.11, max_tokens=1000)
+    ahead = forecast(ExactModel(), 0.0, WalkLoad(), pending, [0, 0, 0], tpot_s=0.11, max_tokens=1000)
     # Two walks of 100 tokens.
     assert ahead.is_possible
     assert ahead.finish_s == pytest.approx((0.11, 0.11, 0.22))
+
+
+def test_a_forecast_counts_chunks_logits_and_the_earlier_kv_of_prompts_that_go_on() -> None:
+    scene = Scene()
+    pending = [scene.prefilling(50, 20), scene.prefilling(60, 30), scene.waiting(100)]
+    model = ExactModel(walk=0.0, row=0.0, sample=0.001, chunk=0.01, gathered=0.0001)
+    ahead = forecast(model, 0.0, WalkLoad(), pending, [20, 30, 0], tpot_s=9.0, max_tokens=1000)
+    assert ahead.finish_s[-1] == pytest.approx(3 * 0.001 + 3 * 0.01 + (50 + 60) * 0.0001)
 
 
 def test_a_tighter_target_is_never_admitted_where_a_looser_one_is_not() -> None:

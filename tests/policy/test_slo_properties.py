@@ -49,6 +49,11 @@ def scenes(draw: st.DrawFn, **limits: Any) -> Scene:
     """Up to a dozen requests of either class in any phase, some of them late."""
     scene = Scene(roomy(**({"num_device_pages": 400, "num_host_pages": 100, "max_lanes": 16} | limits)))
     sizes = st.integers(2, 60)
+
+    def is_nearly_full() -> bool:
+        """No room for the longest prompt."""
+        return scene.state.device.num_free < scene.state.device.pages_for(301)
+
     for _ in range(draw(st.integers(0, 5), label="chats decoding")):
         last_s = draw(st.floats(-0.2, 0.0))
         first_s = last_s - draw(st.floats(0.0, 0.5))
@@ -57,13 +62,14 @@ def scenes(draw: st.DrawFn, **limits: Any) -> Scene:
         )
     for _ in range(draw(st.integers(0, 3), label="chats with a prompt")):
         arrival_s = draw(st.floats(-2.0, 0.0))
-        if draw(st.booleans()):
+        if draw(st.booleans()) or is_nearly_full():
             scene.waiting(draw(st.integers(2, 300)), slo=draw(slos), arrival_s=arrival_s)
         else:
             prompt = draw(st.integers(2, 300))
             scene.prefilling(prompt, draw(st.integers(0, prompt - 1)), slo=draw(slos), arrival_s=arrival_s)
     for _ in range(draw(st.integers(0, 4), label="batch")):
-        match draw(st.sampled_from(["waiting", "prefilling", "decoding"])):
+        where = draw(st.sampled_from(["waiting", "prefilling", "decoding"]))
+        match "waiting" if is_nearly_full() else where:
             case "waiting":
                 scene.waiting(draw(st.integers(2, 300)), best_effort=True)
             case "prefilling":

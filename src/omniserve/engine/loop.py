@@ -18,6 +18,7 @@ from omniserve.errors import SloUnattainableError
 from omniserve.host.supervisor import Host
 from omniserve.model.sampling import Chooser
 from omniserve.model.token_rules import TokenRules
+from omniserve.policy.admission import Admission
 from omniserve.policy.budget import Policy
 from omniserve.policy.explanation import Refusal
 from omniserve.policy.latency import LearningPrediction
@@ -32,13 +33,33 @@ from omniserve.types import SLO, SamplingParams
 # Longest sleep without any event: a net under lost wake-ups, not a polling interval.
 MAX_SLEEP_S = 1.0
 
-# What stands against a refused request, in words.
+# What stands against a refused request, and the ways out besides trying again later.
 OBSTACLES = {
-    "ttft": "its first token would be late",
-    "tpot": "with it, tokens would come too slowly",
-    "others": "requests already admitted would be late because of it",
-    "memory": "device_memory_bytes cannot hold it beside those already admitted",
+    "ttft": ("its first token would be late", "with a looser ttft_s"),
+    "tpot": ("with it, tokens would come too slowly", "with a looser tpot_s if its own is the tightest"),
+    "others": ("requests already admitted would be late because of it", "with a looser ttft_s, behind them"),
+    "memory": (
+        "device_memory_bytes cannot hold it beside those already admitted",
+        "with fewer max_tokens, or raise device_memory_bytes",
+    ),
+    "rows": (
+        "a walk has no row for it beside those already admitted",
+        "raise max_num_seqs (and max_num_batched_tokens, where that is less)",
+    ),
 }
+
+
+def refusal_text(verdict: Admission) -> str:
+    """Why, with the times that decided, and what may help."""
+    assert verdict.obstacle is not None
+    what, way_out = OBSTACLES[verdict.obstacle]
+    times = ""
+    if verdict.obstacle == "tpot" and verdict.predicted_tpot_s is not None:
+        times = f" (predicted tpot_s {verdict.predicted_tpot_s:.3g}, target {verdict.target_tpot_s:.3g})"
+    elif verdict.obstacle == "ttft":
+        times = f" (predicted ttft_s {verdict.predicted_ttft_s:.3g}, target {verdict.target_ttft_s:.3g})"
+    return f"{what}{times}; try again later, or {way_out}"
+
 
 LANE_STATS = (
     "lane_entries",
@@ -137,8 +158,14 @@ class Engine:
             arrival_s=arrived_s,
             deadline_s=None if completion_window_s is None else arrived_s + completion_window_s,
         )
+        self._next_id += 1  # a refused request keeps its number
+        # Prompt logprobs need the logits of every prompt token: such a prompt takes nothing from the cache.
+        if self.config.enable_prefix_caching and params.prompt_logprobs is None:
+            sizes = (self.state.limits.page_size, self.state.limits.host_page_size)
+            device, host = (PageHashes(size, cache_salt) for size in sizes)
+            self._hashes[request_id] = device, host
+            self._extend_hashes(request, prompt)
         self._refuse_unattainable(request)
-        self._next_id += 1
         self.executor.add(
             Record(
                 request_id,
@@ -150,12 +177,6 @@ class Engine:
                 params.prompt_logprobs,
             )
         )
-        # Prompt logprobs need the logits of every prompt token: such a prompt takes nothing from the cache.
-        if self.config.enable_prefix_caching and params.prompt_logprobs is None:
-            sizes = (self.state.limits.page_size, self.state.limits.host_page_size)
-            device, host = (PageHashes(size, cache_salt) for size in sizes)
-            self._hashes[request_id] = device, host
-            self._extend_hashes(request, prompt)
         self.state.add(request)
         return request_id
 
@@ -169,15 +190,20 @@ class Engine:
             return
         assert verdict.predicted_ttft_s is not None, "a refusal has its reasons"
         assert verdict.target_ttft_s is not None, "a request without targets is admitted"
-        predicted_s, target_s = verdict.predicted_ttft_s, verdict.target_ttft_s
-        kind = request.service_class
-        self.history.note_refusal(Refusal(now, request.id, kind, verdict.obstacle, predicted_s, target_s))
-        raise SloUnattainableError(
-            f"{OBSTACLES[verdict.obstacle]} (predicted ttft_s {predicted_s:.3g}, target {target_s:.3g}); "
-            "try again later or with looser targets",
-            predicted_s,
-            target_s,
+        self._hashes.pop(request.id, None)
+        self.history.note_refusal(
+            Refusal(
+                now,
+                request.id,
+                request.service_class,
+                verdict.obstacle,
+                verdict.predicted_ttft_s,
+                verdict.target_ttft_s,
+                verdict.predicted_tpot_s,
+                verdict.target_tpot_s,
+            )
         )
+        raise SloUnattainableError(refusal_text(verdict), verdict.predicted_ttft_s, verdict.target_ttft_s)
 
     def _extend_hashes(self, request: Request, tokens: Sequence[int]) -> None:
         if request.id in self._hashes:

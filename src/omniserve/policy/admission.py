@@ -15,7 +15,7 @@ from omniserve.policy.slack import tightest_tpot_s
 from omniserve.policy.state import State
 from omniserve.policy.terms import Terms
 
-Obstacle = Literal["ttft", "tpot", "others", "memory"]
+Obstacle = Literal["ttft", "tpot", "others", "memory", "rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +24,16 @@ class Admission:
 
     "ttft" its own first token would be late; "tpot" with it, decoding alone would be too slow, or leave no
     room for its prefill; "others" the first token of one already admitted would be late; "memory" the device
-    cannot hold all latency-sensitive texts to their expected ends. Seconds from arrival; None without
-    targets.
+    cannot hold all latency-sensitive texts to their expected ends; "rows" a walk cannot hold a row for each
+    of them. predicted_ttft_s, target_ttft_s: from arrival. predicted_tpot_s: of everybody, the newcomer among
+    them; target_tpot_s: the tightest of them. None without targets.
     """
 
     obstacle: Obstacle | None = None
     predicted_ttft_s: float | None = None
     target_ttft_s: float | None = None
+    predicted_tpot_s: float | None = None
+    target_tpot_s: float | None = None
 
     @property
     def is_accepted(self) -> bool:
@@ -40,7 +43,10 @@ class Admission:
 def admit(
     state: State, request: Request, now: float, model: Prediction, terms: Terms, host_is_busy: float = 0.0
 ) -> Admission:
-    """Decide on a request at its arrival, before it is part of the state. One without targets is admitted."""
+    """Decide on a request at its arrival, before it is part of the state. One without targets is admitted.
+
+    Its `device_hashes`, where there are some, tell what of its prompt is cached.
+    """
     slo = request.slo
     if slo is None:
         return Admission()
@@ -55,32 +61,26 @@ def admit(
     everyone.add_decode(own.decode_context)
     # Nobody's gap bounds the first walks while nobody decodes.
     prefill_tpot_s = tightest_tpot_s([*running, *pending[:-1]])
-    ahead = forecast(model, host_is_busy, riding, pending, prefill_tpot_s, terms.max_num_batched_tokens)
+    done = [state.tokens_done(r) for r in pending]
+    most_rows = terms.max_num_batched_tokens
+    ahead = forecast(model, host_is_busy, riding, pending, done, prefill_tpot_s, most_rows)
     tpot_s = min(prefill_tpot_s, tightest_tpot_s(pending[-1:]))
     stretch = 1.0 / (1.0 - terms.best_effort_share)
     finish = [s * stretch for s in ahead.finish_s]
     index = next(i for i, one in enumerate(pending) if one is request)
-    predicted = now - request.arrival_s + finish[index]
-    return Admission(
-        _obstacle(
-            predicted > slo.ttft_s,
-            not ahead.is_possible or model.bound_s(everyone, host_is_busy) * stretch > tpot_s,
-            _breaks_others(pending, finish, index, now),
-            bool(others) and pages + own_pages > state.limits.num_device_pages,
-        ),
-        predicted,
-        slo.ttft_s,
-    )
-
-
-def _obstacle(ttft: bool, tpot: bool, others: bool, memory: bool) -> Obstacle | None:
-    if memory:
-        return "memory"
-    if tpot:
-        return "tpot"
-    if ttft:
-        return "ttft"
-    return "others" if others else None
+    ttft = now - request.arrival_s + finish[index]
+    tpot = model.bound_s(everyone, host_is_busy) * stretch
+    if not ahead.is_possible:  # beside the decodes not even one token of a prompt fits
+        tpot = max(tpot, ahead.bound_s)
+    obstacles: dict[Obstacle, bool] = {
+        "memory": bool(others) and pages + own_pages > state.limits.num_device_pages,
+        "rows": len(others) + 1 > min(state.limits.max_num_seqs, most_rows),
+        "tpot": not ahead.is_possible or tpot > tpot_s,
+        "ttft": ttft > slo.ttft_s,
+        "others": _breaks_others(pending, finish, index, now),
+    }
+    obstacle = next((name for name, is_there in obstacles.items() if is_there), None)
+    return Admission(obstacle, ttft, slo.ttft_s, tpot, tpot_s)
 
 
 def _at_half_way(state: State, requests: Sequence[Request]) -> tuple[WalkLoad, int]:

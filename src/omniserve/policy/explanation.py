@@ -53,7 +53,8 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A latency-sensitive request that was refused at its arrival. `at_s`: on the engine's clock."""
+    """A latency-sensitive request that was refused at its arrival. `at_s`: on the engine's clock. TPOT: of
+    everybody with it, and the tightest target; None where nobody has foretold it."""
 
     at_s: float
     request_id: int
@@ -61,3 +62,5 @@ class Refusal:
     reason: str
     predicted_ttft_s: float
     target_ttft_s: float
+    predicted_tpot_s: float | None = None
+    target_tpot_s: float | None = None

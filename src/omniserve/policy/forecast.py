@@ -15,16 +15,17 @@ class Forecast:
     """Seconds from now until each pending prefill has its first token, in the order given.
 
     is_possible: false when the decodes' TPOT leaves no room for a token of prefill; `finish_s` then assumes
-    one token a walk.
+    one token a walk. bound_s: of each of the walks, with margin; 0 when nothing is pending.
     """
 
     finish_s: tuple[float, ...]
     is_possible: bool
+    bound_s: float
 
 
-def prefill_load(request: Request) -> int:
-    """Sum of context lengths over the tokens still to be prefilled."""
-    done, total = request.kv_tokens, request.num_tokens
+def prefill_load(request: Request, done: int) -> int:
+    """Sum of context lengths over the tokens to be prefilled after the first `done`."""
+    total = request.num_tokens
     return (total - done) * (total + done + 1) // 2
 
 
@@ -33,27 +34,30 @@ def forecast(
     host_is_busy: float,
     decodes: WalkLoad,
     pending: Sequence[Request],
+    done: Sequence[int],
     tpot_s: float,
     max_tokens: int,
 ) -> Forecast:
     """Spread the pending prefills evenly over the fewest walks that keep `tpot_s` and `max_tokens`.
 
-    decodes: rows that ride in every one of those walks.
+    decodes: rows that ride in every one of those walks. done: tokens of each prompt that need no computing.
     """
-    tokens = [r.num_tokens - r.kv_tokens for r in pending]
-    loads = [prefill_load(r) for r in pending]
+    tokens = [r.num_tokens - before for r, before in zip(pending, done, strict=True)]
+    loads = [prefill_load(r, before) for r, before in zip(pending, done, strict=True)]
     total, total_load = sum(tokens), sum(loads)
     if not total:
-        return Forecast((), True)
+        return Forecast((), True, 0.0)
     longest = max(r.num_tokens for r in pending)
+    begun = sum(r.num_tokens for r, before in zip(pending, done, strict=True) if before)
 
     def walk(count: int) -> WalkLoad:
         load = decodes.copy()
         load.num_tokens += -(-total // count)
         load.prefill_load += -(-total_load // count)
-        load.num_chunks += 1
-        load.num_samples += 1
-        load.chunk_context += longest if count > 1 else max(r.kv_tokens for r in pending)
+        load.num_chunks += 1 + -(-(len(pending) - 1) // count)
+        load.num_samples += -(-len(pending) // count)
+        # Earlier KV is gathered for prompts begun before; in several walks for one that goes on, too.
+        load.chunk_context += begun if count == 1 else max(longest, -(-begun // count))
         return load
 
     def fits(count: int) -> bool:
@@ -63,14 +67,14 @@ def forecast(
     count, is_possible = _fewest(total, fits)
     load = walk(count)
     walk_s = model.walk_s(load, host_is_busy)
-    margin_s = model.bound_s(load, host_is_busy) - walk_s
+    bound_s = model.bound_s(load, host_is_busy)
     finish = []
-    done = done_load = 0
+    upto = upto_load = 0
     for own, own_load in zip(tokens, loads, strict=True):
-        done, done_load = done + own, done_load + own_load
-        share = max(done / total, done_load / total_load)
-        finish.append(math.ceil(count * share - 1e-9) * walk_s + margin_s)
-    return Forecast(tuple(finish), is_possible)
+        upto, upto_load = upto + own, upto_load + own_load
+        share = max(upto / total, upto_load / total_load)
+        finish.append(math.ceil(count * share - 1e-9) * walk_s + (bound_s - walk_s))
+    return Forecast(tuple(finish), is_possible, bound_s)
 
 
 def _fewest(most: int, fits: Callable[[int], bool]) -> tuple[int, bool]:

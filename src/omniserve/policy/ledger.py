@@ -95,6 +95,13 @@ class Ledger:
     def _first_best_effort(self, line: list[Order]) -> int:
         return bisect_left(line, True, key=lambda order: self.requests[order[-1]].best_effort)
 
+    def tokens_done(self, request: Request) -> int:
+        """Tokens of its text that need no computing: they have KV, or the cache would give it now."""
+        if request.phase is not Phase.WAITING:
+            return request.kv_tokens
+        last = (request.num_tokens - 1) // self.limits.page_size  # the last token is always computed
+        return len(self.device.match(request.device_hashes, last=last)) * self.limits.page_size
+
     @property
     def num_host_evicted(self) -> int:
         """Cached pages evicted on this host and those before it."""

@@ -107,7 +107,8 @@ class SloBudget:
             return math.inf
         tpot_s = tightest_tpot_s([*running, *pending[:-1]])
         rows = self.terms.max_num_batched_tokens
-        ahead = forecast(self.model, self.busy, riding, pending, tpot_s, rows)
+        done = [self.state.tokens_done(r) for r in pending]
+        ahead = forecast(self.model, self.busy, riding, pending, done, tpot_s, rows)
         return min(
             tightest([r])[0] - self.now - finish_s
             for r, finish_s in zip(pending, ahead.finish_s, strict=True)

@@ -54,7 +54,7 @@ def _one_pass_s(state: State, request: Request, model: Prediction) -> float:
     pending = [r for p in (Phase.PREFILL, Phase.WAITING) for r in state.in_class(p, best_effort=False)]
     for one in (*pending, request):
         load.num_tokens += one.num_tokens - one.kv_tokens
-        load.prefill_load += prefill_load(one)
+        load.prefill_load += prefill_load(one, one.kv_tokens)
         load.num_chunks += 1
         load.chunk_context += one.num_tokens if one.kv_tokens else 0
         load.num_samples += 1
