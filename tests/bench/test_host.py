@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from omniserve.bench import host, host_lanes, host_memory, host_report, host_scaling, host_slots
 from omniserve.bench.host import Case, Sweep, page_tables
 from omniserve.bench.host_targets import Target, add_over_bf16, verdicts
-from omniserve.bench.measure import Rounds, busy_ticks, percentile
+from omniserve.bench.measure import Rounds, percentile
 from omniserve.cli import main
+from omniserve.host.others import busy_ticks
 
 MIB = 1 << 20
 

@@ -18,7 +18,8 @@ from omniserve.bench.host_scaling import measure_scaling, scaling_cases
 from omniserve.bench.host_slots import SLOT_SHAPES, measure_slots, measure_trip
 from omniserve.bench.host_tables import tables
 from omniserve.bench.host_targets import add_over_bf16, verdicts
-from omniserve.bench.measure import Others, machine
+from omniserve.bench.measure import machine
+from omniserve.host.others import Others
 
 MIN_WIDTH = 150  # of the tables where the terminal does not say
 

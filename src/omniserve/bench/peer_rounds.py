@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from omniserve.bench.measure import Others, Rounds
+from omniserve.bench.measure import Rounds
 from omniserve.bench.peer_process import PeerError, PeerProcess
+from omniserve.host.others import Others
 
 OURS = "omniserve"
 WARM_UP_TOKENS = 4

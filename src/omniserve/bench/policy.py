@@ -2,21 +2,23 @@
 
 `python -m omniserve.bench.policy [--json FILE]`. The state is the real one, filled by the real scheduler; a
 step's results are made up at once: every row gives a token, every copy arrives, a lane's token is there after
-two steps. The prediction is a formula of the latency model's form, so its own cost is in the figures,
-roughly. Seconds are CPU time of the deciding thread: what another process does meanwhile does not count.
+two steps. The latency model is the engine's own, for a model and a device that are not here, and learns from
+every walk. Seconds are CPU time of the deciding thread: what another process does meanwhile does not count.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from omniserve.bench.measure import machine, percentile
-from omniserve.policy.latency import WalkLoad
+from omniserve.policy.hardware_profiles import ModelShape, hardware_fit
+from omniserve.policy.latency_model import LatencyModel
 from omniserve.policy.plan import LaneStart, NewToken, Step, StepResult
 from omniserve.policy.request import Limits, Phase, Request
 from omniserve.policy.scheduler import schedule
@@ -26,7 +28,9 @@ from omniserve.policy.terms import Terms
 from omniserve.types import SLO
 
 NUM_CHATS, NUM_LANES, NUM_QUEUED = 64, 400, 1000
-NUM_LAYERS = 30
+MODEL = ModelShape("made up", 30, 7168, 20480, 56, 8, 128, 64000)
+HARDWARE = ("a100-sxm-80g", MODEL, "xeon-gold-6342", "pcie4_x16")
+NOISE = 0.03  # of a walk's time, relative
 CHAT_PROMPT, BATCH_PROMPT = 161, 400
 ENDLESS = 1_000_000
 TARGETS = SLO(ttft_s=1.0, tpot_s=0.1)
@@ -35,34 +39,14 @@ ROUNDS = 300
 SCHEDULE_LIMIT_S, ADMISSION_LIMIT_S = 1e-3, 0.2e-3
 
 
-@dataclass(frozen=True, slots=True)
-class Formula:
-    """A prediction with a term for everything a walk consists of."""
-
-    def walk_s(self, load: WalkLoad, host_is_busy: float) -> float:
-        dense = 0.004 + 2e-5 * (load.num_tokens + load.lane_rows / NUM_LAYERS)
-        attention = 2e-8 * load.decode_context + 1e-8 * load.prefill_load + 1e-8 * load.chunk_context
-        return (dense + attention + 1e-5 * load.num_samples) * (1 + 0.3 * host_is_busy)
-
-    def bound_s(self, load: WalkLoad, host_is_busy: float) -> float:
-        return 1.1 * self.walk_s(load, host_is_busy)
-
-    def pass_s(self, num_rows: int, host_is_busy: float) -> float:
-        return 0.0002 + 1e-6 * num_rows
-
-    def host_attention_s(self, kv_bytes: int) -> float:
-        return 1e-6 + kv_bytes / 50e9
-
-    def copy_s(self, num_bytes: int) -> float:
-        return num_bytes / 10e9
-
-
 @dataclass(slots=True)
 class Stand:
     """The state, and an outside that answers every step at once."""
 
+    model: LatencyModel
     policy: SloPolicy
     state: State
+    random: random.Random = field(default_factory=lambda: random.Random(0))
     now: float = 0.0
     next_id: int = 0
     in_flight: list[tuple[LaneStart, int]] = field(default_factory=list)
@@ -96,7 +80,10 @@ class Stand:
         decided_s = time.thread_time() - began
         step = self.state.commit(plan)
         result = self._result(step)
-        self.now += plan.why.predicted_s if plan.why is not None else 0.0
+        if plan.why is not None and plan.kind == "walk":
+            seconds = plan.why.predicted_s * self.random.gauss(1.0, NOISE)
+            self.model.observe(plan.why.load, plan.why.host_is_busy, seconds)
+            self.now += seconds
         self.state.apply(step, result, self.now)
         return decided_s
 
@@ -107,19 +94,20 @@ class Stand:
         self.in_flight = [(start, left) for start, left in self.in_flight if left > 0]
         self.in_flight += [(start, 2) for start in step.lane_starts]
         arrived, self.arriving = self.arriving, [c.copy_id for c in (*step.copies_out, *step.copies_in)]
-        share, rest = divmod(len(self.in_flight), NUM_LAYERS)
+        share, rest = divmod(len(self.in_flight), MODEL.num_layers)
         return StepResult(
             tokens=tuple(tokens),
             staged=tuple(c.copy_id for c in step.copies_out),
             arrived=tuple(arrived),
-            lanes_waiting=tuple(share + (layer < rest) for layer in range(NUM_LAYERS)),
+            lane_rows=len(self.in_flight),
+            lanes_waiting=tuple(share + (layer < rest) for layer in range(MODEL.num_layers)),
         )
 
 
 def make_stand() -> Stand:
     """All chats decode, all slots hold lanes, and the queue is full."""
     limits = Limits(
-        num_layers=NUM_LAYERS,
+        num_layers=MODEL.num_layers,
         num_device_pages=8000,
         num_host_pages=40_000,
         page_size=16,
@@ -137,9 +125,10 @@ def make_stand() -> Stand:
         max_lane_rows=64,
         pass_budget_s=0.05,
         walk_bound_s=TARGETS.ttft_s / 4,
-        kv_token_bytes=1024,
+        kv_token_bytes=MODEL.kv_bytes,
     )
-    stand = Stand(SloPolicy(Formula(), terms), State(limits))
+    model = LatencyModel(hardware_fit(*HARDWARE))
+    stand = Stand(model, SloPolicy(model, terms), State(limits))
     stand.state.host_started()
     for _ in range(NUM_CHATS):
         stand.add(best_effort=False)

@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from omniserve.bench.measure import Others, machine
+from omniserve.bench.measure import machine
 from omniserve.config import DEVICE_ROWS_WITH_TARGETS, CpuSplit, EngineConfig, split_cpus
 from omniserve.engine.build import device_decoder, lane_geometry, make_engine, make_limits
 from omniserve.engine.calibration import ensure_profile
@@ -30,6 +30,7 @@ from omniserve.engine.loop import Engine
 from omniserve.engine.profiler import LOAD_BYTES
 from omniserve.engine.sandbox import Mix, Sandbox
 from omniserve.host.load import HostLoad, host_load
+from omniserve.host.others import Others
 from omniserve.model.decoder import Decoder
 from omniserve.model.sources import ensure_model
 from omniserve.policy.budget import FixedBudget

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any
 
-from omniserve.policy.explanation import Refusal
+from omniserve.policy.explanation import Explanation, LeftOut, Refusal
+from omniserve.policy.latency import WalkLoad
 from omniserve.policy.plan import Plan
 
 MAX_PLANS = 256
@@ -32,7 +33,7 @@ class History:
         """{"plans": [...], "refusals": [...]}, oldest first. Times on the engine's clock."""
         return {
             "plans": [{"at_s": at_s, **_plain(plan)} for at_s, plan in self._plans],
-            "refusals": [asdict(refusal) for refusal in self._refusals],
+            "refusals": [_fields(refusal) for refusal in self._refusals],
         }
 
 
@@ -48,5 +49,14 @@ def _plain(plan: Plan) -> dict[str, Any]:
         "lane_cap": list(plan.lane_cap),
         "moves": moves,
         "pass_budget_s": plan.budget_s,
-        "why": None if plan.why is None else asdict(plan.why),
+        "why": None if plan.why is None else _why(plan.why),
     }
+
+
+def _why(why: Explanation) -> dict[str, Any]:
+    return _fields(why) | {"load": _fields(why.load), "left_out": [_fields(one) for one in why.left_out]}
+
+
+def _fields(value: Explanation | LeftOut | Refusal | WalkLoad) -> dict[str, Any]:
+    """Shallow: the engine stands still while it answers, and `asdict` copies everything."""
+    return {field.name: getattr(value, field.name) for field in fields(value)}

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from omniserve.bench.measure import Others
 from omniserve.config import CpuSplit, EngineConfig
 from omniserve.engine.host_probe import NO_HOST, HostRates, measure_host
 from omniserve.engine.latency_fit import WalkSample, fit_costs
 from omniserve.engine.sandbox import Mix, Sandbox
 from omniserve.host.load import HostLoad, host_load
+from omniserve.host.others import Others
 from omniserve.model.decoder import Decoder
 from omniserve.policy.correction import accuracy
 from omniserve.policy.latency_model import KINDS, LatencyFit, WalkCosts, kind_of

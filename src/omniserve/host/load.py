@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import numpy as np
 
 import omniserve._native as _native
-from omniserve.host.process import NICENESS
+from omniserve.host.process import NICENESS, live_with_the_engine
 
 # Sequences of one call and their length: calls cost nothing, and it looks up often enough.
 _LANES, _CONTEXT = 4, 1024
@@ -30,6 +30,7 @@ def main(arguments: list[str]) -> int:
     kv_heads, group, head_dim, page_size = (int(a) for a in arguments[:4])
     dtype, num_bytes, threads = arguments[4], int(arguments[5]), int(arguments[6])
     cpus = [int(c) for c in arguments[7].split(",") if c]
+    live_with_the_engine()
     os.nice(NICENESS)
     if cpus:
         os.sched_setaffinity(0, cpus)

@@ -38,9 +38,7 @@ def main(arguments: list[str]) -> int:
     cpus = [int(c) for c in arguments[4].split(",") if c]
     lock = bool(int(arguments[5]))
     setproctitle.setproctitle("omniserve: host")
-    # A stopped host cannot read its control socket; the kernel kills it with the engine even then.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    live_with_the_engine()
     if cpus:
         os.sched_setaffinity(0, cpus)
     memory = mmap.mmap(memory_fd, os.fstat(memory_fd).st_size)
@@ -53,6 +51,16 @@ def main(arguments: list[str]) -> int:
         _wait_for_the_end(control, workers)
     workers.stop()
     return 0
+
+
+def live_with_the_engine() -> None:
+    """For a child on the host's CPUs: it ends when the engine does, and not by an interrupt from a terminal.
+
+    A stopped process cannot see that its pipe or socket is closed; the kernel kills it with the engine even
+    then.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _make_workers(address: int, event_fd: int, cpus: list[int], lock: bool) -> _native.HostWorkers:

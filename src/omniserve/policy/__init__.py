@@ -23,5 +23,11 @@ forecast.py    when pending prompts will end
 admission.py   whether a newcomer can have its targets
 explanation.py why a plan is as it is
 latency.py     what work is, and what a prediction of its time must answer
+latency_model.py
+               the prediction: a fit, and what was learned since
+staircase.py   times of dense work by rows, and where to measure them
+correction.py  following the machine; margins from past errors
+hardware_profiles.py
+               fits of others' measurements (hardware_profiles.json)
 baselines/     the policies that omniserve is compared with
 """
