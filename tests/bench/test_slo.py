@@ -54,7 +54,7 @@ class Machine:
         result.device_pages = (trial.device_memory_bytes or 100 * PAGE_BYTES) // PAGE_BYTES
         if trial.saturated:
             result.records.append(spread(LS, timing, 100.0))
-        for arrival in traffic.arrivals(trial.rate, timing.total_s, trial.seed) if trial.rate else []:
+        for arrival in trial.sent(traffic, timing):
             result.records.append(self._chat(trial, arrival))
         if trial.jobs is not None:
             result.records.append(spread(BE, timing, self.be_rate(trial)))
@@ -62,7 +62,7 @@ class Machine:
 
     def _chat(self, trial: Trial, arrival: Arrival) -> Record:
         ttft_s = self.ttft_s.get(trial.variant.policy, 0.1) if trial.jobs else 0.1
-        if trial.variant.admits_all:
+        if trial.variant.admits_all and trial.arrivals is None:
             ttft_s = 5.0
         first_s = arrival.at_s + ttft_s
         return Record(LS, arrival.at_s, 8, 3, arrival.at_s, [first_s, first_s + 0.01], "finished")
@@ -357,7 +357,25 @@ def test_placement_shows_where_lanes_win_and_where_the_device_does(
     assert "context 4096 does not fit a device of 1120 tokens" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("scenario", ["slo", "overload", "placement"])
+@pytest.mark.parametrize(("ttft_s", "verdict"), [(0.16, "holds"), (0.19, "does NOT hold")])
+def test_an_arrival_waits_for_two_walks_at_most(
+    ttft_s: float, verdict: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Alone it takes 100 ms; a walk with batch rows may take 40 of the 160 ms that are the target."""
+    flags = ("--plot", str(tmp_path / "arrival.svg")) if find_spec("matplotlib") else ()
+    machine = Machine({"omniserve": ttft_s})
+    report = bench(machine, tmp_path, "--scenario", "arrival", "--slo-factors", "1.6", *flags)["arrival"]
+    assert report["walk_bound_s"] == pytest.approx(0.04)
+    assert report["wait"]["p99"] == pytest.approx(ttft_s - 0.1)
+    assert report["chats"] == 2 * 60, "one a second and seed"
+    assert f"2 walks of that bound: {verdict}" in capsys.readouterr().out
+    lone = [t for t in machine.trials if t.arrivals is not None]
+    assert {t.jobs is None for t in lone} == {True, False}
+    assert len({t.arrivals for t in lone}) == 2, "the same with batch work and without, others for each seed"
+    assert all(t.variant.admits_all for t in lone)
+
+
+@pytest.mark.parametrize("scenario", ["slo", "arrival", "overload", "placement"])
 def test_the_number_of_runs_announced_is_the_number_made(
     scenario: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from omniserve.bench import slo_tables
 from omniserve.bench.attainment import DEFINITIONS
 from omniserve.bench.measure import machine
+from omniserve.bench.slo_arrival import num_arrival_runs, run_arrival
 from omniserve.bench.slo_mixed import num_mixed_runs, run_mixed
 from omniserve.bench.slo_overload import num_overload_runs, run_overload
 from omniserve.bench.slo_placement import num_placement_runs, run_placement
@@ -49,6 +50,7 @@ class Scenario:
 
 SCENARIOS = {
     "slo": Scenario(num_mixed_runs, run_mixed, slo_tables.mixed_tables),
+    "arrival": Scenario(num_arrival_runs, run_arrival, slo_tables.arrival_tables),
     "overload": Scenario(num_overload_runs, run_overload, slo_tables.overload_tables),
     "placement": Scenario(num_placement_runs, run_placement, slo_tables.placement_tables),
 }

@@ -81,6 +81,23 @@ def plot_overload(report: Report, path: Path) -> None:
     _save(figure, path)
 
 
+def plot_arrival(report: Report, path: Path) -> None:
+    """Share of the lone chats that waited so long at most."""
+    from matplotlib.figure import Figure
+
+    waits = sorted(report["waits_s"])
+    figure = Figure(figsize=(6, 4), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    axes.step(waits, [(i + 1) / len(waits) for i in range(len(waits))], where="post")
+    axes.axvline(report["walk_bound_s"], color="k", lw=1, label="longest walk with batch rows")
+    axes.set_xlim(left=0)
+    axes.set_xlabel("wait, seconds")
+    axes.set_ylabel("share of the chats")
+    axes.grid(color="0.93")
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
 def plot_placement(report: Report, path: Path) -> None:
     """Batch tokens/s over context length, a panel for each memory cap."""
     from matplotlib.figure import Figure
@@ -108,6 +125,7 @@ def plot_placement(report: Report, path: Path) -> None:
 
 PLOTS: dict[str, Callable[[Report, Path], None]] = {
     "slo": plot_mixed,
+    "arrival": plot_arrival,
     "overload": plot_overload,
     "placement": plot_placement,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import cycle
 from typing import Any
@@ -87,6 +87,7 @@ class Trial:
     """One run to be made. rate: latency-sensitive requests/s, 0 for none; jobs: the batch backlog, if any.
 
     saturated: the latency-sensitive requests are kept in a backlog instead: what the engine can do at most.
+    arrivals: those to send, in place of the traffic's at `rate`.
     """
 
     variant: Variant
@@ -96,6 +97,13 @@ class Trial:
     device_memory_bytes: int | None = None
     slo: SLO | None = None
     saturated: bool = False
+    arrivals: tuple[Arrival, ...] | None = None
+
+    def sent(self, traffic: Traffic, timing: Timing) -> Sequence[Arrival]:
+        """The latency-sensitive stream."""
+        if self.arrivals is not None:
+            return self.arrivals
+        return traffic.arrivals(self.rate, timing.total_s, self.seed) if self.rate > 0 else ()
 
 
 @dataclass(slots=True)
@@ -157,15 +165,13 @@ def run_trial(
 
 
 def _load(trial: Trial, timing: Timing, traffic: Traffic, depth: int) -> Load:
-    arrivals, backlog = [], None
+    backlog = None
     if trial.saturated:
         backlog = Backlog(LATENCY_SENSITIVE.name, depth, traffic.sizes(trial.seed))
     elif trial.jobs is not None:
         backlog = Backlog(BEST_EFFORT.name, depth, trial.jobs.draw(trial.seed))
-    if trial.rate > 0:
-        arrivals = traffic.arrivals(trial.rate, timing.total_s, trial.seed)
     return Load(
-        arrivals,
+        trial.sent(traffic, timing),
         timing.total_s,
         LATENCY_SENSITIVE.name,
         backlog,

@@ -87,6 +87,23 @@ def verdict_line(table: Report) -> str:
     return "; ".join(parts)
 
 
+def arrival_tables(report: Report) -> Iterator[Table | str]:
+    result = Table(title="A lone chat that comes to an engine full of batch work")
+    for name in ("chats", "TTFT ms alone", "wait ms P50, P99", "walk bound ms", "BE tok/s"):
+        result.add_column(name, justify="right")
+    wait = report["wait"]
+    result.add_row(
+        str(report["chats"]),
+        _ms(report["ttft_alone_s"]),
+        f"{_ms(wait['p50'])}, {_ms(wait['p99'])}",
+        _ms(report["walk_bound_s"]),
+        f"{report['be_tokens_per_s']:.4g}",
+    )
+    yield result
+    verdict = "holds" if report["verdict"]["holds"] else "does NOT hold"
+    yield f"the P99 wait is at most {report['verdict']['walks']} walks of that bound: {verdict}"
+
+
 def overload_tables(report: Report) -> Iterator[Table | str]:
     slo = report["slo"]
     result = Table(
