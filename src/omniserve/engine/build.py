@@ -252,7 +252,7 @@ def load_engine(config: EngineConfig, path: Path, arrivals: Callable[[], bool] =
     split = split_cpus(config)
     if split.device_cpus:
         os.sched_setaffinity(0, split.device_cpus)
-    torch.set_num_threads(split.device_threads)
+    torch.set_num_threads(1)  # but for attention of prompts (attention/cpu.py)
     decoder = load_decoder(
         path,
         dtype,
