@@ -1,4 +1,4 @@
-"""Host attention, and the lanes between device and host.
+"""Host attention, the lanes between device and host, and the dense work of the CPU device.
 
 Conventions of the whole module:
 
@@ -185,7 +185,8 @@ def dense(
     With a gate (same shape and type), y = silu(x gate^T + gate bias) * (x W^T + bias).
 
     Sums are float32, in one order for any n and any number of threads: a row's result depends on that row
-    alone. With bfloat16 rows and weights, on a CPU with AVX-512 BF16, they are sums of pairs of inputs.
+    alone. With bfloat16 rows and weights, on a CPU with AVX-512 BF16, they are sums of pairs of inputs, given
+    rows at even strides in memory aligned to 4 bytes.
     """
 
 def rms_norm(

@@ -14,7 +14,6 @@ from model.reference import decoder_logits
 from omniserve import LLM, ConfigError, ModelError, RequestError, SamplingParams
 from omniserve.model import loading
 from omniserve.model.decoder import Shard
-from omniserve.model.linear import Linear, PlainLinear
 from omniserve.model.loading import load_decoder
 
 PROMPT = list(range(20))
@@ -27,9 +26,18 @@ MOE: dict[str, Any] = {
 }
 
 
-def weight_of(linear: Linear) -> torch.Tensor:
-    assert isinstance(linear, PlainLinear)
-    return linear._weight
+class Unpacked:
+    """A projection that keeps its weights as they came."""
+
+    num_bytes = 0
+
+    def __init__(self, *weights: torch.Tensor) -> None:
+        self.weights = weights
+
+
+def weights_of(linear: object) -> tuple[torch.Tensor, ...]:
+    assert isinstance(linear, Unpacked)
+    return linear.weights
 
 
 @pytest.fixture
@@ -51,15 +59,16 @@ def test_a_configuration_is_enough_and_the_weights_are_the_same_each_time(
 
 
 def test_shards_hold_slices_of_the_same_weights(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "make_linear", lambda weight, bias, team: PlainLinear(weight, bias))
-    monkeypatch.setattr(loading, "make_gated", lambda gate, up, biases, team: PlainLinear(gate, biases))
+    monkeypatch.setattr(loading, "make_linear", lambda weight, *_: Unpacked(weight))
+    monkeypatch.setattr(loading, "make_gated", lambda gate, up, *_: Unpacked(gate, up))
     whole = load_decoder(bare, load_format="dummy")
     parts = [load_decoder(bare, shard=Shard(rank, 2), load_format="dummy") for rank in range(2)]
     for layer in range(whole.num_layers):
-        o = torch.cat([weight_of(part._layers[layer].o) for part in parts], dim=1)
-        assert torch.equal(o, weight_of(whole._layers[layer].o))
-        gate = torch.cat([weight_of(part._layers[layer].mlp.gate_up) for part in parts])
-        assert torch.equal(gate, weight_of(whole._layers[layer].mlp.gate_up))
+        columns = torch.cat([weights_of(part._layers[layer].o)[0] for part in parts], dim=1)
+        assert torch.equal(columns, weights_of(whole._layers[layer].o)[0])
+        gated = [weights_of(decoder._layers[layer].mlp.gate_up) for decoder in (whole, *parts)]
+        for expected, *rows in zip(*gated, strict=True):  # the gate, then what it multiplies
+            assert torch.equal(torch.cat(rows), expected)
 
 
 def test_without_load_format_dummy_absent_weights_and_tokenizer_are_errors(bare: Path) -> None:

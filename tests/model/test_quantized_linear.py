@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
-from omniserve.errors import ConfigError, ModelError
-from omniserve.model.loading import load_decoder
+from omniserve.errors import ModelError
 from omniserve.model.quantized_linear import GROUP_COLUMNS, Int4Linear
 
 
@@ -100,8 +96,3 @@ def test_the_weight_shrinks_to_five_bits() -> None:
 def test_int4_refuses_other_shapes_and_says_what_to_use(rows: int, columns: int) -> None:
     with pytest.raises(ModelError, match=f"has one of {rows} and {columns}; use 'int8'"):
         Int4Linear(weight_of(rows, columns), None)
-
-
-def test_quantised_weights_off_the_cpu_are_refused(tiny_llama: Callable[..., Path]) -> None:
-    with pytest.raises(ConfigError, match="quantization: 'int8' runs on the cpu device alone, not on meta"):
-        load_decoder(tiny_llama(), device="meta", quantization="int8")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,20 @@ def kv_geometry(
         page_size=page_size,
         dtype=dtype,
     )
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """torch may use `count` threads meanwhile.
+
+    Otherwise it has one: the cores are the team's, and small operations end before another thread is awake.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class CpuKvStore:
@@ -189,15 +204,16 @@ class CpuAttention:
         else:
             keys, values = self._gather(layer, chunk, view.first_token)
         query = q.view(chunk.count, self.num_heads, self.head_dim).transpose(0, 1)
-        result = F.scaled_dot_product_attention(
-            query[None],
-            keys[None],
-            values[None],
-            attn_mask=view.mask,
-            is_causal=view.mask is None,
-            scale=self.scale,
-            enable_gqa=self.num_heads != self.num_kv_heads,
-        )
+        with torch_threads(self.team.num_threads):
+            result = F.scaled_dot_product_attention(
+                query[None],
+                keys[None],
+                values[None],
+                attn_mask=view.mask,
+                is_causal=view.mask is None,
+                scale=self.scale,
+                enable_gqa=self.num_heads != self.num_kv_heads,
+            )
         return result[0].transpose(0, 1).reshape(chunk.count, -1)
 
     def _gather(self, layer: int, chunk: _ChunkRows, first_token: int) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 import omniserve._native as _native
-from omniserve.bench.measure import Rounds, machine
+from omniserve.bench.host_memory import Arena
+from omniserve.bench.measure import Rounds, Spread, machine
 from omniserve.config import Quantization
 from omniserve.model.decoder import Decoder
 from omniserve.model.loading import load_decoder
@@ -63,9 +63,9 @@ def dense_walk_s(decoder: Decoder, num_rows: int) -> float:
     return time.process_time() - began
 
 
-def reading_s(memory: Tensor) -> float:
+def reading_s(memory: Arena) -> float:
     began = time.process_time()
-    _native.stream_read_gbps(memory.data_ptr(), memory.nbytes)
+    _native.stream_read_gbps(memory.address, memory.num_bytes)
     return time.process_time() - began
 
 
@@ -78,7 +78,8 @@ def measure(repeats: int) -> dict[int, Rounds]:
     embedding_bytes = (
         plain.config.vocab_size * plain.config.hidden_size * 4
     )  # its rows are looked up, not read
-    memory = torch.ones(plain.weight_bytes - embedding_bytes, dtype=torch.uint8)
+    memory = Arena(plain.weight_bytes - embedding_bytes)
+    memory.bytes.fill_(1)
     result = {num_rows: Rounds() for num_rows in ROWS}
     for repeat in range(repeats + 1):
         for num_rows, rounds in result.items():
@@ -93,21 +94,30 @@ def measure(repeats: int) -> dict[int, Rounds]:
 def report(console: Console, measured: dict[int, Rounds]) -> dict[str, Any]:
     """Prints milliseconds and how many times those of one row they are; returns seconds."""
     names = [side.name for side in SIDES]
-    first = measured[ROWS[0]].spreads()
-    table = Table("rows", READING, *names, title="one thread: ms, and times those of one row")
+    table = Table(
+        "rows", READING, *names, title="one thread: ms, and median of the rounds' times those of one row"
+    )
     found: dict[str, Any] = {}
     for num_rows, rounds in measured.items():
         spreads = rounds.spreads()
-        shown = [f"{spreads[READING].median * 1e3:.1f}"]
-        for name in names:
-            ratio = spreads[name].median / first[name].median
-            shown.append(f"{spreads[name].median * 1e3:.1f} ({ratio:.2f}x)")
-        table.add_row(str(num_rows), *shown)
-        found[str(num_rows)] = {name: spread.as_dict() for name, spread in spreads.items()} | {
-            f"{name} over float32": rounds.ratio(name, names[0]).as_dict() for name in names[1:]
+        over_one = {name: _over_one_row(measured, num_rows, name) for name in names}
+        shown = [f"{spreads[name].median * 1e3:.1f} ({over_one[name].median:.2f}x)" for name in names]
+        table.add_row(str(num_rows), f"{spreads[READING].median * 1e3:.1f}", *shown)
+        found[str(num_rows)] = {
+            "seconds": {name: spread.as_dict() for name, spread in spreads.items()},
+            "over_one_row": {name: spread.as_dict() for name, spread in over_one.items()},
+            "over_float32": {name: rounds.ratio(name, names[0]).as_dict() for name in names[1:]},
         }
+    reading = measured[ROWS[0]].ratio(names[0], READING)
+    found["one_float32_row_over_reading"] = reading.as_dict()
     console.print(table)
+    console.print(f"one row in float32 over {READING}: {reading}")
     return found
+
+
+def _over_one_row(measured: dict[int, Rounds], num_rows: int, name: str) -> Spread:
+    pairs = zip(measured[num_rows].samples[name], measured[ROWS[0]].samples[name], strict=True)
+    return Spread([rows / one for rows, one in pairs])
 
 
 def main(arguments: list[str]) -> int:
@@ -118,7 +128,7 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     console = Console()
     found = {"machine": machine(), "simd": _native.simd(), "repeats": options.repeats}
-    found["seconds"] = report(console, measure(options.repeats))
+    found["rows"] = report(console, measure(options.repeats))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=2) + "\n")
     console.print(f"written to {options.out}")

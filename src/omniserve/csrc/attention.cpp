@@ -7,6 +7,7 @@
 #include "attend_loop.h"
 
 namespace omniserve {
+
 size_t scratch_floats(int num_heads, int group, int head_dim) {
     return size_t(group) * (size_t(num_heads) * head_dim + kScoreStride + 1);
 }

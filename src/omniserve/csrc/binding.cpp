@@ -92,7 +92,7 @@ void bind_kernel(nb::module_& m) {
         .def("__init__",
              [](KvGeometry* self, int num_layers, int num_kv_heads, int head_dim, int page_size,
                 const std::string& dtype) {
-                 const KvGeometry g{num_layers, num_kv_heads, head_dim, page_size, parse_kv_dtype("dtype", dtype)};
+                 const KvGeometry g{num_layers, num_kv_heads, head_dim, page_size, parse_stored_dtype("dtype", dtype)};
                  g.check();
                  new (self) KvGeometry(g);
              },
@@ -161,7 +161,7 @@ void bind_kernel(nb::module_& m) {
         .def("__init__",
              [](DenseWeight* self, Address weights, const std::string& from, ptrdiff_t stride, int num_out, int num_in,
                 const std::string& dtype) {
-                 const DType kept = parse_kv_dtype("dtype", dtype), given = parse_dtype("from_dtype", from);
+                 const DType kept = parse_stored_dtype("dtype", dtype), given = parse_dtype("from_dtype", from);
                  nb::gil_scoped_release release;
                  new (self) DenseWeight(at<void>(weights), given, stride, num_out, num_in, kept);
              },
@@ -173,8 +173,8 @@ void bind_kernel(nb::module_& m) {
     m.def("dense",
           [](ThreadTeam& team, const DenseWeight& weight, int n, Address x, ptrdiff_t x_stride, Address y,
              ptrdiff_t y_stride, const std::string& dtype, Address bias, const DenseWeight* gate, Address gate_bias) {
-              const DenseArgs args{&weight,  n, at<void>(x), x_stride, at<void>(y), y_stride, parse_dtype("dtype", dtype),
-                                   at<float>(bias), gate, at<float>(gate_bias)};
+              const DenseArgs args{&weight, n, at<void>(x), x_stride, at<void>(y), y_stride,
+                                   parse_dtype("dtype", dtype), at<float>(bias), gate, at<float>(gate_bias)};
               without_gil([&] { dense(team, args); });
           },
           "team"_a, "weight"_a, "n"_a, "x_addr"_a, "x_stride"_a, "y_addr"_a, "y_stride"_a, "dtype"_a,
@@ -226,7 +226,7 @@ void bind_geometry(nb::module_& m) {
                 const std::vector<int>& window_layers) {
                  const DType device_kv = parse_dtype("kv_dtype", kv_dtype);
                  const DType host_kv =
-                     host_kv_dtype == "auto" ? device_kv : parse_kv_dtype("host_kv_dtype", host_kv_dtype);
+                     host_kv_dtype == "auto" ? device_kv : parse_stored_dtype("host_kv_dtype", host_kv_dtype);
                  LaneGeometry g{num_layers, num_heads, num_kv_heads, head_dim, hidden_size,
                                       parse_dtype("act_dtype", act_dtype), device_kv, host_kv, max_lanes,
                                       host_page_size, max_pages_per_lane, num_host_pages, device_page_size, num_frames,
@@ -413,7 +413,7 @@ void bind_host_workers(nb::module_& m) {
 }  // namespace
 
 NB_MODULE(_native, m) {
-    m.doc() = "Host attention, and the lanes between device and host (see _native.pyi).";
+    m.doc() = "Host attention, the lanes between device and host, and dense work (see _native.pyi).";
     bind_kernel(m);
     bind_geometry(m);
     bind_lane_port(m);

@@ -1,6 +1,7 @@
 #include "dense.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -20,34 +21,34 @@ constexpr size_t kTakenBytes = 64 << 10;
 
 /// Zeroed memory that begins at a huge page where it is as large as one. Huge pages are asked for, not insisted on.
 std::byte* map_memory(size_t bytes) {
-    const size_t spare = bytes >= kHugePage ? kHugePage : 0;
-    void* mapped = mmap(nullptr, bytes + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    const size_t page = size_t(sysconf(_SC_PAGESIZE)), spare = bytes >= kHugePage ? kHugePage : 0;
+    const size_t kept = (bytes + page - 1) / page * page;
+    void* mapped = mmap(nullptr, kept + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (mapped == MAP_FAILED) throw std::bad_alloc();
     auto* begin = static_cast<std::byte*>(mapped);
     if (spare == 0) return begin;
-    auto* aligned = reinterpret_cast<std::byte*>((reinterpret_cast<uintptr_t>(begin) + spare - 1) & ~(spare - 1));
-    if (aligned > begin) munmap(begin, aligned - begin);
-    const size_t page = 4096, end = (bytes + page - 1) / page * page;
-    if (begin + bytes + spare > aligned + end) munmap(aligned + end, begin + bytes + spare - (aligned + end));
-    madvise(aligned, bytes, MADV_HUGEPAGE);
-    return aligned;
+    const size_t before = -reinterpret_cast<uintptr_t>(begin) % spare;
+    if (before > 0) munmap(begin, before);
+    if (before < spare) munmap(begin + before + kept, spare - before);
+    madvise(begin + before, bytes, MADV_HUGEPAGE);
+    return begin + before;
 }
 
 size_t bytes_of_panel(int num_in, DType dtype) {
-    const int inputs = dtype == DType::bf16 ? (num_in + 1) / 2 * 2 : num_in;
-    return size_t(inputs) * kPanel * item_size(dtype);
+    const size_t inputs = dtype == DType::bf16 ? (size_t(num_in) + 1) / 2 * 2 : size_t(num_in);
+    return inputs * kPanel * item_size(dtype);
 }
 
 }  // namespace
 
 DenseWeight::DenseWeight(const void* weights, DType from, ptrdiff_t stride, int num_out, int num_in, DType dtype)
     : num_out_(num_out), num_in_(num_in), dtype_(dtype), panel_bytes_(bytes_of_panel(num_in, dtype)) {
-    require_range("num_out", num_out, 1, INT32_MAX);
+    require_range("num_out", num_out, 1, INT32_MAX / 2);
     require_range("num_in", num_in, 1, INT32_MAX / 2);
     if (from == DType::i8) refuse("weights to pack must be float32, bfloat16 or float16");
-    data_ = map_memory(num_panels() * panel_bytes_);
     if (dtype == DType::i8) scales_.resize(size_t(num_panels()) * kPanel);
     std::vector<float> rows(size_t(kPanel) * num_in);
+    data_ = map_memory(num_panels() * panel_bytes_);  // last: nothing after it throws
     for (int index = 0; index < num_panels(); ++index) {
         std::fill(rows.begin(), rows.end(), 0.0f);
         for (int out = index * kPanel; out < std::min(num_out, (index + 1) * kPanel); ++out)
@@ -89,12 +90,20 @@ struct Inputs {
     void (*panel)(const PanelArgs&);
     const void* x;
     ptrdiff_t stride;
-    std::vector<float> widened;
+    std::vector<float>& widened = buffer();
 
-    explicit Inputs(const DenseArgs& a) : panel(kernels().dense->of[int(a.weight->dtype())]), x(a.x), stride(a.x_stride) {
+    /// Kept from call to call.
+    static std::vector<float>& buffer() {
+        thread_local std::vector<float> own;
+        return own;
+    }
+
+    explicit Inputs(const DenseArgs& a)
+        : panel(kernels().dense->of[int(a.weight->dtype())]), x(a.x), stride(a.x_stride) {
         if (a.dtype == DType::f32) return;
         const int num_in = a.weight->num_in();
-        const bool are_pairs = num_in % 2 == 0 && stride % 2 == 0 && reinterpret_cast<uintptr_t>(x) % 4 == 0;
+        const bool are_pairs =
+            num_in % 2 == 0 && (a.num_rows == 1 || stride % 2 == 0) && reinterpret_cast<uintptr_t>(x) % 4 == 0;
         if (a.dtype == DType::bf16 && a.weight->dtype() == DType::bf16 && are_pairs && kernels().dense_bf16_rows) {
             panel = kernels().dense_bf16_rows;
             return;
@@ -162,9 +171,11 @@ void dense(ThreadTeam& team, const DenseArgs& args) {
     if (args.num_rows <= 0) return;
     const Inputs inputs(args);
     const int taken = int(std::max<size_t>(1, kTakenBytes / weight.panel_bytes()));
+    const size_t floats = size_t(args.num_rows) * kPanel * (args.gate ? 2 : 1);
+    for (int member = 0; member < team.num_threads(); ++member) team.scratch(member, floats);  // may throw: not below
     std::atomic<int> next{0};
     team.run([&](int member) {
-        float* scratch = team.scratch(member, size_t(args.num_rows) * kPanel * (args.gate ? 2 : 1));
+        float* scratch = team.scratch(member, floats);
         while (true) {
             const int first = next.fetch_add(taken, std::memory_order_relaxed);
             if (first >= weight.num_panels()) return;

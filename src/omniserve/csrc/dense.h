@@ -2,16 +2,16 @@
 // whatever rows are beside it.
 //
 // W [num_out][num_in] is cut into panels of kPanel outputs. A panel holds, for each input, the weights of its outputs
-// side by side, so that vector lanes are outputs, one weight is multiplied with all rows once it is in a register, and
-// a panel is read from beginning to end:
+// side by side, so that vector lanes are outputs, a weight is multiplied with all rows once it is in a register, and a
+// panel is read from beginning to end:
 //
-//     float32, int8   [num_in][kPanel]
-//     bfloat16        [num_in / 2, rounded up][kPanel][2]    pairs of inputs in one word, for the dot product instruction
+//     float32, float16, int8   [num_in][kPanel]
+//     bfloat16                 [num_in / 2, rounded up][kPanel][2]    pairs of inputs in one word, for the dot product
 //
 // Outputs that fill up the last panel have weights of zero. int8 has one float32 scale an output.
 //
-// Sums are float32, taken over blocks of kBlock inputs in the order of inputs, then over the blocks: one order for any
-// number of rows and threads.
+// Sums are float32, taken over blocks of kBlock inputs (pairs, by the dot product) in the order of inputs, then over
+// the blocks: one order for any number of rows and threads.
 #pragma once
 
 #include <cstddef>

@@ -12,7 +12,7 @@
 
 namespace omniserve {
 
-/// i8 stores KV of the host and nothing else: it is lossy, and keeps a scale beside its elements (kv.h).
+/// i8 stores KV of the host and weights: it is lossy, and has scales beside its elements (kv.h, dense.h).
 enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, i8 = 3 };
 inline constexpr int kNumDTypes = 4;
 
@@ -36,8 +36,8 @@ inline DType parse_dtype(const char* field, const std::string& text) {
     throw std::invalid_argument(std::string(field) + " must be float32, bfloat16 or float16, not " + text);
 }
 
-/// As parse_dtype, for storage of KV: int8 too.
-inline DType parse_kv_dtype(const char* field, const std::string& text) {
+/// As parse_dtype, for what may be stored as int8 too: KV and weights.
+inline DType parse_stored_dtype(const char* field, const std::string& text) {
     for (DType dtype : {DType::f32, DType::bf16, DType::f16, DType::i8})
         if (text == dtype_name(dtype)) return dtype;
     throw std::invalid_argument(std::string(field) + " must be float32, bfloat16, float16 or int8, not " + text);

@@ -1,5 +1,5 @@
-// What a decoder does to each row between the products: norms and rotary embedding. Arithmetic is float32; rows of 16
-// bits are rounded where transformers rounds them.
+// What a decoder does to each row between the products: norms and rotary embedding. Arithmetic is float32. Rows
+// of 16 bits are rounded at the end, and by the norm also before the weight, as transformers does.
 #pragma once
 
 #include <cstddef>
@@ -18,8 +18,8 @@ struct RowSpan {
     std::byte* row(int64_t i) const { return static_cast<std::byte*>(data) + i * stride * ptrdiff_t(item_size(dtype)); }
 };
 
-/// Of each row the `groups` parts of `size` elements, each normalised on its own: y = x / sqrt(mean(x^2) + eps), rounded
-/// to the rows' type, times weight[groups][size]. `y` may be `x`.
+/// Of each row the `groups` parts of `size` elements, each on its own: y = x / sqrt(mean(x^2) + eps), rounded to the type
+/// of the rows, times weight[groups][size]. `y` may be `x`.
 void rms_norm(int n, int groups, int size, const RowSpan& x, const void* weight, float eps, const RowSpan& y);
 
 /// Rotary embedding of the first `heads` heads of each row, in place. Row i takes row positions[i] of the two tables

@@ -261,13 +261,13 @@ def lane_geometry(
 def device_decoder(config: EngineConfig, split: CpuSplit, path: Path) -> Decoder:
     """The checkpoint in `path` as an engine with these settings runs it, and this process as the device.
 
-    The process is pinned to the device's CPUs, and all its parallelism comes from the decoder's team. Whoever
+    The process is pinned to the device's CPUs, and its threads are those of the decoder's team. Whoever
     measures walks loads weights by this too.
     """
     model = read_model_config(path)
     if split.device_cpus:
         os.sched_setaffinity(0, split.device_cpus)
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # but for attention of prompts (attention/cpu.py)
     return load_decoder(
         path,
         choose_dtype(config, model),

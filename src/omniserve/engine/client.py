@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import socket
 import subprocess
 import sys
@@ -68,6 +69,8 @@ class EngineClient:
             [sys.executable, "-m", "omniserve.engine.process", str(theirs.fileno())],
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
+            # torch's own threads must not spin on the device's cores while its team works there.
+            env={"OMP_WAIT_POLICY": "PASSIVE"} | os.environ,
         )
         theirs.close()
         self._lock = threading.Lock()

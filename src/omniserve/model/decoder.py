@@ -112,7 +112,7 @@ class Decoder:
         self._all_reduce = all_reduce
         self._eps = config.rms_norm_eps
         self._dtype_name = dtype_name(self.dtype)
-        self._num_rotated = (self.num_heads + self.num_kv_heads) * self.head_dim
+        self._rotated_size = (self.num_heads + self.num_kv_heads) * self.head_dim
         self._q_size = self.num_heads * self.head_dim
         rope = rope_table(config.head_dim, config.rope_theta, config.rope_scaling, max_model_len)
         self._cos, self._sin = rope.to(self.device, self.dtype).contiguous().unbind(0)
@@ -143,7 +143,7 @@ class Decoder:
             positions.data_ptr(),
             self._dtype_name,
         )
-        q_size, rotated = self._q_size, self._num_rotated
+        q_size, rotated = self._q_size, self._rotated_size
         return qkv[:, :q_size], qkv[:, q_size:rotated], qkv[:, rotated:]
 
     def post_attention(self, layer: int, attn: Tensor, residual: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""y = x W^T + b with weights laid out once for the device at hand.
+"""y = x W^T + b by the project's own kernel (csrc/dense.h), with weights laid out once.
 
-On CPU that is the project's own kernel (csrc/dense.h): a few rows cost little more than one, which is what
-makes riding along cheap, and a row's result is the same whatever rows are beside it.
+A few rows cost little more than one, which is what makes riding along cheap, and a row's result is the same
+whatever rows are beside it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import omniserve._native as _native
-from omniserve.dtypes import DTYPES, dtype_name
 
 
 class Linear(Protocol):
@@ -27,6 +26,11 @@ class Linear(Protocol):
 
 # How a weight may be kept: as it comes, or in another type, with rows and sums as they were.
 WeightDType = Literal["float32", "bfloat16", "float16", "int8"]
+_NAMES: dict[torch.dtype, WeightDType] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
 # Rows of a weight that are looked at together.
 _ROWS_LOOKED_AT = 64
 
@@ -36,15 +40,13 @@ def make_linear(
     bias: Tensor | None = None,
     team: _native.ThreadTeam | None = None,
     kept: WeightDType | None = None,
-) -> Linear:
+) -> DenseLinear:
     """The projection x [n, in] -> [n, out] of weight [out, in] and bias [out], all of one dtype.
 
-    team: threads for a weight on CPU, the caller among them; None: the caller alone. kept: see DenseLinear.
-    `weight` may be dropped by the caller afterwards: the packed form is a copy. Rows of x may be strided.
+    team: threads, the caller among them; None: the caller alone. kept: see DenseLinear. `weight` may be
+    dropped by the caller afterwards: the packed form is a copy. Rows of x may be strided.
     """
-    if weight.device.type == "cpu" and weight.dtype in DTYPES.values():
-        return DenseLinear(weight, bias, team or _native.ThreadTeam(1), kept)
-    return PlainLinear(weight, bias)
+    return DenseLinear(weight, bias, team or _native.ThreadTeam(1), kept)
 
 
 def make_gated(
@@ -53,13 +55,14 @@ def make_gated(
     biases: tuple[Tensor, Tensor] | None = None,
     team: _native.ThreadTeam | None = None,
     kept: WeightDType | None = None,
-) -> Linear:
+) -> DenseGated:
     """silu(x gate^T) * (x up^T), each product with its bias: [n, in] -> [n, out]. See make_linear."""
     gate_bias, up_bias = biases or (None, None)
-    first, second = make_linear(gate, gate_bias, team, kept), make_linear(up, up_bias, team, kept)
-    if isinstance(first, DenseLinear) and isinstance(second, DenseLinear):
-        return DenseGated(first, second)
-    return PlainGated(first, second)
+    if kept is None:  # one type for both
+        types = narrowest(gate), narrowest(up)
+        kept = types[0] if types[0] == types[1] else _NAMES[up.dtype]
+    team = team or _native.ThreadTeam(1)
+    return DenseGated(DenseLinear(gate, gate_bias, team, kept), DenseLinear(up, up_bias, team, kept))
 
 
 def narrowest(weight: Tensor) -> WeightDType:
@@ -69,12 +72,7 @@ def narrowest(weight: Tensor) -> WeightDType:
             return "bfloat16"
         if _holds(torch.float16, weight):
             return "float16"
-    names: dict[torch.dtype, WeightDType] = {
-        torch.float32: "float32",
-        torch.bfloat16: "bfloat16",
-        torch.float16: "float16",
-    }
-    return names[weight.dtype]
+    return _NAMES[weight.dtype]
 
 
 def _holds(dtype: torch.dtype, weight: Tensor) -> bool:
@@ -82,25 +80,8 @@ def _holds(dtype: torch.dtype, weight: Tensor) -> bool:
     return all(torch.equal(part, part.to(dtype).float()) for part in torch.split(weight, _ROWS_LOOKED_AT))
 
 
-class PlainLinear:
-    """torch's own kernel for the device."""
-
-    __slots__ = ("_bias", "_weight")
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight = weight
-        self._bias = bias
-
-    @property
-    def num_bytes(self) -> int:
-        return self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._weight, self._bias)
-
-
-class PlainGated:
-    """torch's own kernels for the device."""
+class Gated:
+    """silu(gate(x)) * up(x) of two projections of any kind."""
 
     __slots__ = ("_gate", "_up")
 
@@ -133,7 +114,7 @@ class DenseLinear:
         kept: WeightDType | None = None,
     ) -> None:
         num_out, num_in = weight.shape
-        self.dtype = dtype_name(weight.dtype)
+        self.dtype = _NAMES[weight.dtype]
         self.team = team
         self._bias = None if bias is None else bias.float().contiguous()
         self.bias_addr = 0 if self._bias is None else self._bias.data_ptr()
@@ -157,6 +138,9 @@ class DenseGated:
     __slots__ = ("_gate", "_up")
 
     def __init__(self, gate: DenseLinear, up: DenseLinear) -> None:
+        shapes = [(linear.weight.num_out, linear.weight.num_in) for linear in (gate, up)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"a gate of shape {shapes[0]} cannot gate one of shape {shapes[1]}")
         self._gate = gate
         self._up = up
 
@@ -170,6 +154,7 @@ class DenseGated:
 
 def _dense(x: Tensor, linear: DenseLinear, gate: DenseLinear | None = None) -> Tensor:
     n, num_out = x.shape[0], linear.weight.num_out
+    assert x.shape[1] == linear.weight.num_in and _NAMES[x.dtype] == linear.dtype  # noqa: PT018
     y = torch.empty(n, num_out, dtype=x.dtype)
     _native.dense(
         linear.team,

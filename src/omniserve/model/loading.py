@@ -15,11 +15,11 @@ from torch import Tensor
 
 import omniserve._native as _native
 from omniserve.config import LoadFormat, Quantization
-from omniserve.errors import ConfigError, ModelError
+from omniserve.errors import ModelError
 from omniserve.model.checkpoint import DummyTensors, LazyTensor, TensorSource, open_checkpoint
 from omniserve.model.decoder import AllReduce, Decoder, DecoderWeights, LayerWeights, Shard, identity
 from omniserve.model.families import ModelConfig, read_model_config
-from omniserve.model.linear import Linear, PlainGated, WeightDType, make_gated, make_linear
+from omniserve.model.linear import Gated, Linear, WeightDType, make_gated, make_linear
 from omniserve.model.mlp import ExpertsMlp, GatedMlp, Mlp
 from omniserve.model.quantized_linear import Int4Linear
 from omniserve.model.sources import ensure_model
@@ -44,7 +44,6 @@ class Advance(Protocol):
 def load_decoder(
     path: Path,
     dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
     shard: Shard = Shard(),  # noqa: B008 (frozen)
     all_reduce: AllReduce = identity,
     max_model_len: int | None = None,
@@ -53,17 +52,15 @@ def load_decoder(
     team: _native.ThreadTeam | None = None,
     quantization: Quantization = "none",
 ) -> Decoder:
-    """The decoder of checkpoint folder `path`, this shard's slice, converted to `dtype` on `device`.
+    """The decoder of checkpoint folder `path`, this shard's slice, converted to `dtype`, for the CPU device.
 
     `max_model_len` bounds positions (None: as many as the checkpoint is good for). `all_reduce` sums a
     tensor over the shards and returns one that the caller may write. `load_format` "dummy" needs config.json
     alone and makes random weights. `show_progress` draws a bar on standard error when it is a terminal and
-    there is much to load. `team` are the threads of a CPU device (None: as many as torch has).
+    there is much to load. `team` are the device's threads (None: as many as torch has).
     `quantization` rounds each matrix as soon as it is read. Raises ModelError naming missing, unexpected or
     misshapen tensors, ConfigError for quantised weights off the CPU.
     """
-    if quantization != "none" and torch.device(device).type != "cpu":
-        raise ConfigError(f"quantization: {quantization!r} runs on the cpu device alone, not on {device}")
     config = read_model_config(path)
     shapes = expected_tensors(config)
     source: TensorSource
@@ -74,7 +71,7 @@ def load_decoder(
     total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize // shard.size
     with source, _progress(total, show_progress, path.name) as advance:
         team = team or _native.ThreadTeam(torch.get_num_threads())
-        filler = _Filler(config, source, shard, dtype, torch.device(device), advance, team, quantization)
+        filler = _Filler(config, source, shard, dtype, advance, team, quantization)
         weights = filler.decoder_weights()
         filler.refuse_unexpected()
     limit = config.max_position_embeddings if max_model_len is None else max_model_len
@@ -83,7 +80,7 @@ def load_decoder(
 
 # How matrices are kept; None: as they come. The output matrix is int8 where the rest is int4: its rounding
 # errs in the logits themselves.
-_KEPT: dict[Quantization, WeightDType | None] = {
+_KEPT_AS: dict[Quantization, WeightDType | None] = {
     "none": None,
     "bfloat16": "bfloat16",
     "int8": "int8",
@@ -100,7 +97,6 @@ class _Filler:
         source: TensorSource,
         shard: Shard,
         dtype: torch.dtype,
-        device: torch.device,
         advance: Advance,
         team: _native.ThreadTeam,
         quantization: Quantization,
@@ -108,11 +104,10 @@ class _Filler:
         self.config = config
         self.team = team
         self.quantization = quantization
-        self.kept = _KEPT[quantization]
+        self.kept_as = _KEPT_AS[quantization]
         self.source = source
         self.shard = shard
         self.dtype = dtype
-        self.device = device
         self.advance = advance
         self.shapes = expected_tensors(config)
         self.used: set[str] = set()
@@ -126,15 +121,15 @@ class _Filler:
 
     def decoder_weights(self) -> DecoderWeights:
         c, family = self.config, self.config.family
-        embedding = self._kept(self._whole(family.embedding))
-        final_norm = self._kept(self._whole(family.final_norm))
+        embedding = self._counted_tensor(self._whole(family.embedding))
+        final_norm = self._counted_tensor(self._whole(family.final_norm))
         if c.tie_word_embeddings:
             # Some checkpoints write the tied tensor twice.
             self.used.add(family.lm_head)
             head_weight = embedding
         else:
             head_weight = self._whole(family.lm_head)
-        lm_head = self._counted(make_linear(head_weight, None, self.team, self.kept))
+        lm_head = self._counted(make_linear(head_weight, None, self.team, self.kept_as))
         del head_weight
         layers = [self._layer(layer) for layer in range(c.num_layers)]
         return DecoderWeights(embedding, final_norm, lm_head, layers, self.num_bytes, self.quantization)
@@ -158,12 +153,12 @@ class _Filler:
         prefix = f.layer_prefix.format(layer=layer)
         qkv = [(prefix + f.q, self.q_rows), (prefix + f.k, self.kv_rows), (prefix + f.v, self.kv_rows)]
         return LayerWeights(
-            input_norm=self._kept(self._whole(prefix + f.input_norm)),
+            input_norm=self._counted_tensor(self._whole(prefix + f.input_norm)),
             qkv=self._column_parallel(qkv, c.qkv_bias),
             o=self._row_parallel(prefix + f.o, self.q_rows, c.o_bias),
-            post_norm=self._kept(self._whole(prefix + f.post_norm)),
+            post_norm=self._counted_tensor(self._whole(prefix + f.post_norm)),
             mlp=self._mlp(layer, prefix),
-            qk_norm=self._kept(self._qk_norm(prefix)) if f.has_qk_norm else None,
+            qk_norm=self._counted_tensor(self._qk_norm(prefix)) if f.has_qk_norm else None,
         )
 
     def _qk_norm(self, prefix: str) -> Tensor:
@@ -183,7 +178,7 @@ class _Filler:
         names, size = f.experts, c.experts.intermediate_size
         projections = (names.gate, names.up, names.down)
         return ExpertsMlp(
-            router=self._kept(self._whole(prefix + names.router)),
+            router=self._counted(make_linear(self._whole(prefix + names.router), None, self.team)),
             experts=[
                 self._gated_mlp(prefix + names.expert.format(expert=expert), projections, size)
                 for expert in range(c.experts.count)
@@ -215,8 +210,8 @@ class _Filler:
             biases = self._merged(parts[:1], ".bias"), self._merged(parts[1:], ".bias")
         if self.quantization == "int4":
             gate_bias, up_bias = biases or (None, None)
-            return PlainGated(self._linear(gate, gate_bias), self._linear(up, up_bias))
-        return self._counted(make_gated(gate, up, biases, self.team, self.kept))
+            return Gated(self._linear(gate, gate_bias), self._linear(up, up_bias))
+        return self._counted(make_gated(gate, up, biases, self.team, self.kept_as))
 
     def _merged(self, parts: list[tuple[str, slice]], suffix: str) -> Tensor:
         row_shape = self.shapes[parts[0][0] + suffix][1:]
@@ -266,16 +261,16 @@ class _Filler:
         return lazy
 
     def _empty(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+        return torch.empty(shape, dtype=self.dtype)
 
-    def _kept(self, tensor: Tensor) -> Tensor:
+    def _counted_tensor(self, tensor: Tensor) -> Tensor:
         self.num_bytes += tensor.nbytes
         return tensor
 
     def _linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         if self.quantization == "int4":
             return self._counted(Int4Linear(weight, bias))
-        return self._counted(make_linear(weight, bias, self.team, self.kept))
+        return self._counted(make_linear(weight, bias, self.team, self.kept_as))
 
     def _counted(self, linear: Linear) -> Linear:
         self.num_bytes += linear.num_bytes

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from omniserve.model.linear import Linear
@@ -35,7 +34,7 @@ class ExpertsMlp:
     Rows are sorted by expert, so that an expert that anybody chose runs once, over all of its rows.
     """
 
-    router: Tensor  # [number of experts, H]
+    router: Linear  # H -> number of experts
     experts: list[GatedMlp]
     per_token: int
     is_normalised: bool
@@ -59,7 +58,7 @@ class ExpertsMlp:
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weights [n, per_token] float32 and numbers of the experts of each row."""
-        probabilities = F.linear(x, self.router).softmax(dim=-1, dtype=torch.float32)
+        probabilities = self.router(x).softmax(dim=-1, dtype=torch.float32)
         weights, chosen = probabilities.topk(self.per_token, dim=-1)
         if self.is_normalised:
             weights = weights / weights.sum(dim=-1, keepdim=True)

@@ -64,9 +64,9 @@ double kept(float weight, float largest, DType dtype) {
 }
 
 struct Product {
-    Product(int num_out, int num_in, DType kept_as, DType rows_as)
+    Product(int num_out, int num_in, DType kept_as, DType rows_as, unsigned seed = 1)
         : num_out(num_out), num_in(num_in), kept_as(kept_as), rows_as(rows_as),
-          weights(random_numbers(size_t(num_out) * num_in, 1, DType::f32)),
+          weights(random_numbers(size_t(num_out) * num_in, seed, DType::f32)),
           bias(random_numbers(num_out, 2, DType::f32)),
           packed(weights.data(), DType::f32, num_in, num_out, num_in, kept_as) {}
 
@@ -133,6 +133,39 @@ TEST(a_row_is_the_same_beside_others_and_on_more_threads) {
     set_simd("auto");
 }
 
+TEST(a_gated_product_of_strided_rows_is_silu_of_one_times_the_other) {
+    for (const char* path : paths()) {
+        set_simd(path);
+        for (DType rows_as : {DType::f32, DType::bf16, DType::f16}) {
+            const Product gate(37, 40, DType::f32, rows_as, 7), up(37, 40, DType::f32, rows_as, 8);
+            const int n = 3, stride = 43;
+            const std::vector<float> x = random_numbers(size_t(n) * stride, 6, DType::bf16);
+            const std::vector<std::byte> rows = stored(x, rows_as);
+            std::vector<std::byte> y(size_t(n) * gate.num_out * item_size(rows_as));
+            ThreadTeam team(2);
+            dense(team, {&up.packed, n, rows.data(), stride, y.data(), gate.num_out, rows_as, up.bias.data(),
+                         &gate.packed, gate.bias.data()});
+            const std::vector<float> found = loaded(y, rows_as);
+            for (int i = 0; i < n * gate.num_out; ++i) {
+                const float* row = &x[size_t(i / gate.num_out) * stride];
+                const double g = gate.expected(row, i % gate.num_out), u = up.expected(row, i % gate.num_out);
+                const double expected = g / (1 + std::exp(-g)) * u;
+                CHECK_NEAR(found[i], expected, 1e-4 + (rows_as == DType::f32 ? 1e-5 : 0x1p-7) * std::abs(expected));
+            }
+        }
+    }
+    set_simd("auto");
+}
+
+TEST(weights_of_zero_are_zero_in_int8) {
+    const std::vector<float> zeros(40, 0.0f), x(40, 1.0f);
+    const DenseWeight packed(zeros.data(), DType::f32, 40, 1, 40, DType::i8);
+    float y = 1.0f;
+    ThreadTeam team(1);
+    dense(team, {&packed, 1, x.data(), 40, &y, 1, DType::f32});
+    CHECK(y == 0.0f);
+}
+
 TEST(norms_and_rotation_stay_inside_their_rows) {
     const int heads = 3, head_dim = 6, stride = 25, n = 4;
     for (DType dtype : {DType::f32, DType::bf16, DType::f16}) {
@@ -148,7 +181,8 @@ TEST(norms_and_rotation_stay_inside_their_rows) {
             for (int i = 0; i < stride; ++i) {
                 const int d = i % head_dim, from = i - d + (d + head_dim / 2) % head_dim;
                 const float sign = d < head_dim / 2 ? -1.0f : 1.0f;
-                const float expected = i < heads * head_dim ? sign * before[row * stride + from] : before[row * stride + i];
+                const bool is_turned = i < heads * head_dim;
+                const float expected = is_turned ? sign * before[row * stride + from] : before[row * stride + i];
                 CHECK(after[row * stride + i] == expected);
             }
         rms_norm(n, heads, head_dim, {x.data(), stride, dtype}, ones.data(), 1e-6f, {x.data(), stride, dtype});
