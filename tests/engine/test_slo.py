@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import count
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from omniserve.engine.messages import Add, AskExplanations, MessageBuffer, from_
 from omniserve.engine.process import Channel, EngineLoop
 from omniserve.errors import RequestError, SloUnattainableError
 from omniserve.policy.admission import Admission, Obstacle
+from omniserve.policy.latency import WalkLoad
 from omniserve.types import BEST_EFFORT, LATENCY_SENSITIVE, SLO, SamplingParams
 from policy.exact import ExactModel
 
@@ -167,6 +169,25 @@ def test_the_last_plans_and_their_reasons_are_plain_data(engine: Engine) -> None
     assert plans[1]["why"]["tightest"] == 0
     assert plans[1]["why"]["slack_s"] == pytest.approx(1.0)
     assert plans[1]["why"]["load"]["num_decodes"] == 1
+
+
+def test_the_model_learns_what_a_walk_was_planned_by_and_what_ran(engine: Engine) -> None:
+    seen: list[tuple[WalkLoad, float, float, tuple[WalkLoad, float]]] = []
+
+    class Watching(ExactModel):
+        def observe(self, *arguments: Any) -> float:
+            seen.append(arguments)  # type: ignore[arg-type]
+            return 1.0
+
+    ticks = count(100)
+    engine.latency, engine._clock = Watching(), lambda: float(next(ticks))
+    engine.add(list(range(1, 40)), GREEDY, LS, slo=SLO(1e4, 1e4), arrived_s=100.0)
+    finish(engine)
+    assert len(seen) == 4
+    for (ran, host_share, seconds, planned), plan in zip(seen, engine.explain()["plans"], strict=True):
+        assert (asdict(planned[0]), planned[1]) == (plan["why"]["load"], plan["why"]["host_is_busy"])
+        assert ran == planned[0], "without lanes a walk is as planned"
+        assert (host_share, seconds > 0) == (0.0, True)
 
 
 def test_a_refusal_reaches_the_caller_as_the_same_error(engine: Engine) -> None:
