@@ -15,9 +15,10 @@ from engine.conftest import TinySubject
 from engine.driver import BE, LS, Arrival, assert_exact, build_engine, run
 from omniserve.config import EngineConfig
 from omniserve.engine.client import _refusal
-from omniserve.engine.loop import Engine, refusal_text
+from omniserve.engine.loop import Engine
 from omniserve.engine.messages import Add, AskExplanations, MessageBuffer, from_engine_decoder, pack
 from omniserve.engine.process import Channel, EngineLoop
+from omniserve.engine.refusal import refusal_text
 from omniserve.errors import RequestError, SloUnattainableError
 from omniserve.policy.admission import Admission, Obstacle
 from omniserve.policy.latency import WalkLoad

@@ -14,11 +14,11 @@ from omniserve.engine.executor import Executor
 from omniserve.engine.history import History
 from omniserve.engine.page_hashes import PageHashes
 from omniserve.engine.records import Record
+from omniserve.engine.refusal import refusal_text
 from omniserve.errors import SloUnattainableError
 from omniserve.host.supervisor import Host
 from omniserve.model.sampling import Chooser
 from omniserve.model.token_rules import TokenRules
-from omniserve.policy.admission import Admission
 from omniserve.policy.budget import Policy
 from omniserve.policy.explanation import Refusal
 from omniserve.policy.latency import LearningPrediction
@@ -32,34 +32,6 @@ from omniserve.types import SLO, SamplingParams
 
 # Longest sleep without any event: a net under lost wake-ups, not a polling interval.
 MAX_SLEEP_S = 1.0
-
-# What stands against a refused request, and the ways out besides trying again later.
-OBSTACLES = {
-    "ttft": ("its first token would be late", "with a looser ttft_s"),
-    "tpot": ("with it, tokens would come too slowly", "with a looser tpot_s if its own is the tightest"),
-    "others": ("requests already admitted would be late because of it", "with a looser ttft_s, behind them"),
-    "memory": (
-        "device_memory_bytes cannot hold it beside those already admitted",
-        "with fewer max_tokens, or raise device_memory_bytes",
-    ),
-    "rows": (
-        "a walk has no row for it beside those already admitted",
-        "raise max_num_seqs (and max_num_batched_tokens, where that is less)",
-    ),
-}
-
-
-def refusal_text(verdict: Admission) -> str:
-    """Why, with the times that decided, and what may help."""
-    assert verdict.obstacle is not None
-    what, way_out = OBSTACLES[verdict.obstacle]
-    times = ""
-    if verdict.obstacle == "tpot" and verdict.predicted_tpot_s is not None:
-        times = f" (predicted tpot_s {verdict.predicted_tpot_s:.3g}, target {verdict.target_tpot_s:.3g})"
-    elif verdict.obstacle == "ttft":
-        times = f" (predicted ttft_s {verdict.predicted_ttft_s:.3g}, target {verdict.target_ttft_s:.3g})"
-    return f"{what}{times}; try again later, or {way_out}"
-
 
 LANE_STATS = (
     "lane_entries",
