@@ -25,6 +25,8 @@ AXES = (tuple(SCENARIOS), REENTRIES, CHUNKS, PAGES)
 Case = tuple[str, Reentry, int, tuple[int, int]]
 # Without lanes nothing enters, whatever the rule.
 MATRIX: list[Case] = [case for case in itertools.product(*AXES) if case[:2] != ("ls_alone", "next_iteration")]
+# The extremes of each setting: half the cases that the pairs of all settings would need.
+EXTREMES = [case for case in MATRIX if case[2] != 64 and case[3] in ((16, 16), (8, 5))]
 
 
 def pairs_of(case: Case) -> set[tuple[int, object, int, object]]:
@@ -63,8 +65,8 @@ def serve_case(smollm2: Subject, pool: Pool, case: Case, lengths: list[int]) -> 
     serve(smollm2, SCENARIOS[case[0]](pool, settings, lengths, random.Random(name_of(case))), settings)
 
 
-@pytest.mark.parametrize("case", pairwise(MATRIX), ids=name_of)
-def test_tokens_equal_in_every_pair_of_settings(smollm2: Subject, pool: Pool, case: Case) -> None:
+@pytest.mark.parametrize("case", pairwise(EXTREMES), ids=name_of)
+def test_tokens_equal_in_every_pair_of_extreme_settings(smollm2: Subject, pool: Pool, case: Case) -> None:
     serve_case(smollm2, pool, case, few_lengths(random.Random(name_of(case))))
 
 

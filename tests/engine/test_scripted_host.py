@@ -173,7 +173,7 @@ def happen(run: ScriptedEngine, event: Arrive | Abort | LoseHost) -> None:
 
 
 SCRIPTED = settings(
-    max_examples=100,
+    max_examples=60,
     deadline=None,
     suppress_health_check=[
         HealthCheck.too_slow,
