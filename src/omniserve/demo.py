@@ -266,7 +266,7 @@ def run_demo(leg_s: float, json_path: str | None = None) -> int:
     for line in (
         f"lane texts equal to the model alone: {equal} of {total} (first 32 tokens)",
         f"host KV: {frozen.stats_after['host_kv_dtype']} (host_kv_dtype='int8' would hold more; it is lossy)",
-        f"the price: chat TPOT p50 is {slower:.2f}x that of chat alone (no latency model yet)",
+        f"the price: chat TPOT p50 is {slower:.2f}x that of chat alone (no targets set)",
         f"host frozen: {len(frozen.chat)} chat requests finished, lanes made {frozen.lane_tokens} tokens, "
         f"the device waited {waited_s:.1f} s",
     ):
