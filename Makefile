@@ -21,7 +21,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 .PHONY: help setup demo test test-fast test-parity test-native test-neon soak lint format types bench-core bench-dense bench-host bench-peers bench-policy bench-prediction bench-slo clean distclean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED)  ## virtual environment and native module (implied by everything below)
 
@@ -57,25 +57,25 @@ types: setup  ## mypy --strict
 	$(BIN)/mypy --strict src
 
 bench-core: setup  ## start-up, lane tokens/s, cost of lane rows (several minutes)
-	$(BIN)/python -m omniserve.bench.core
+	$(BIN)/python -m omniserve.bench.core $(FLAGS)
 
 bench-dense: setup  ## dense work of a walk by number of rows and type of weights (two minutes)
-	$(BIN)/python -m omniserve.bench.dense
+	$(BIN)/python -m omniserve.bench.dense $(FLAGS)
 
 bench-host: setup $(PLOTS)  ## host attention beside the memory's streaming rate and torch (several minutes)
 	$(BIN)/omniserve bench-host --json results/host.json --plot results/host.svg
 
-bench-peers: setup  ## our engine beside transformers, vLLM and llama.cpp, which it installs (half an hour; PEERS=--quick)
-	$(BIN)/python -m omniserve.bench.peers $(PEERS)
+bench-peers: setup  ## our engine beside transformers, vLLM and llama.cpp, which it installs (half an hour; FLAGS=--quick)
+	$(BIN)/python -m omniserve.bench.peers $(FLAGS)
 
 bench-policy: setup  ## cost of a plan and of an admission (seconds; no model, no device)
 	$(BIN)/python -m omniserve.bench.policy --json results/policy.json
 
 bench-prediction: setup  ## predicted against measured walks, on this machine left alone (several minutes)
-	$(BIN)/python -m omniserve.bench.prediction
+	$(BIN)/python -m omniserve.bench.prediction $(FLAGS)
 
-bench-slo: setup $(PLOTS)  ## targets kept and batch tokens made, beside the baselines (hours; SLO_FLAGS=--quick: minutes)
-	$(BIN)/python -m omniserve.bench.slo --json results/slo.json --plot results/slo.svg $(SLO_FLAGS)
+bench-slo: setup $(PLOTS)  ## targets kept and batch tokens made, beside the baselines (hours; FLAGS=--quick: minutes)
+	$(BIN)/python -m omniserve.bench.slo --plot results/slo.svg $(FLAGS)
 
 clean:  ## build outputs and caches, not the virtual environments
 	if [ -d build ]; then find build -mindepth 1 -maxdepth 1 ! -name peers -exec rm -rf {} +; fi

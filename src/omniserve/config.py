@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeGuard, get_args
 
 from omniserve.errors import ConfigError
 from omniserve.policy.baselines import PREDICTING, REFUSED, RULES
@@ -92,7 +92,8 @@ def _cgroup_cpu_quota() -> float | None:
     return min(quotas, default=None)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
+    """True and False are none."""
     return type(value) in (int, float)
 
 
@@ -219,9 +220,9 @@ class EngineConfig:
                 self._check_positive(name)
         for name in ("watermark", "prefix_cache_reserve", "best_effort_share"):
             share = getattr(self, name)
-            if not _is_number(share) or not 0.0 <= share < 1.0:
+            if not is_number(share) or not 0.0 <= share < 1.0:
                 raise ConfigError(f"{name}: must be a number in [0, 1), got {share!r}")
-        if not _is_number(self.pass_budget_s) or not self.pass_budget_s > 0:
+        if not is_number(self.pass_budget_s) or not self.pass_budget_s > 0:
             raise ConfigError(f"pass_budget_s: must be a number above 0, got {self.pass_budget_s!r}")
         if type(self.seed) is not int or not 0 <= self.seed < 2**62:
             raise ConfigError(f"seed: must be an integer in [0, 2**62), got {self.seed!r}")

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from omniserve.bench.measure import percentile
 from omniserve.engine.async_llm import AsyncLLM
 from omniserve.errors import OmniServeError
 from omniserve.types import RequestOutput, SamplingParams
@@ -75,9 +76,9 @@ class Leg:
         return float(self.stats_after[name]) - float(self.stats_before[name])
 
     def percentile(self, metric: str, share: float) -> float:
-        """Nearest-rank percentile over finished chat requests, seconds."""
-        values = sorted(v for o in self.chat if (v := getattr(o.metrics, metric)) is not None)
-        return values[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
+        """The value that `share` of the finished chat requests do not exceed, seconds."""
+        values = [v for o in self.chat if (v := getattr(o.metrics, metric)) is not None]
+        return percentile(values, share) if values else float("nan")
 
 
 class Demo:

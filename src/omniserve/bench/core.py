@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from omniserve import LLM, SamplingParams
-from omniserve.bench.measure import Spread, machine, seconds_of
+from omniserve.bench.measure import Spread, machine, seconds_of, write_json
 from omniserve.config import EngineConfig, split_cpus
 
 if TYPE_CHECKING:
@@ -185,8 +185,7 @@ def main(arguments: list[str]) -> int:
     for part in options.parts:
         with console.status(f"measuring {part} ..."):
             report[part] = PARTS[part](console, options.repeats) | {"repeats": options.repeats}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(options.out, report)
     console.print(f"written to {options.out}")
     return 0
 

@@ -8,7 +8,6 @@ at one row is reading the weights once: as many bytes are read by plain loads in
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from rich.table import Table
 
 import omniserve._native as _native
 from omniserve.bench.host_memory import Arena
-from omniserve.bench.measure import Rounds, Spread, machine
+from omniserve.bench.measure import Rounds, Spread, machine, seconds_of, write_json
 from omniserve.config import Quantization
 from omniserve.model.decoder import Decoder
 from omniserve.model.loading import load_decoder
@@ -64,9 +63,7 @@ def dense_walk_s(decoder: Decoder, num_rows: int) -> float:
 
 
 def reading_s(memory: Arena) -> float:
-    began = time.process_time()
-    _native.stream_read_gbps(memory.address, memory.num_bytes)
-    return time.process_time() - began
+    return seconds_of(lambda: _native.stream_read_gbps(memory.address, memory.num_bytes), time.process_time)
 
 
 @torch.inference_mode()
@@ -104,7 +101,7 @@ def report(console: Console, measured: dict[int, Rounds]) -> dict[str, Any]:
         shown = [f"{spreads[name].median * 1e3:.1f} ({over_one[name].median:.2f}x)" for name in names]
         table.add_row(str(num_rows), f"{spreads[READING].median * 1e3:.1f}", *shown)
         found[str(num_rows)] = {
-            "seconds": {name: spread.as_dict() for name, spread in spreads.items()},
+            "seconds": rounds.as_dicts(),
             "over_one_row": {name: spread.as_dict() for name, spread in over_one.items()},
             "over_float32": {name: rounds.ratio(name, names[0]).as_dict() for name in names[1:]},
         }
@@ -129,8 +126,7 @@ def main(arguments: list[str]) -> int:
     console = Console()
     found = {"machine": machine(), "simd": _native.simd(), "repeats": options.repeats}
     found["rows"] = report(console, measure(options.repeats))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(found, indent=2) + "\n")
+    write_json(options.out, found)
     console.print(f"written to {options.out}")
     return 0
 

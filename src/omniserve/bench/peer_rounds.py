@@ -87,9 +87,9 @@ class Measured:
                 name: {"version": self.versions.get(name), "failure": self.failures.get(name)}
                 for name in peers
             },
-            "startup_s": _as_dicts(self.startup_s),
+            "startup_s": self.startup_s.as_dicts(),
             "cases": [self._case_as_dict(case) for case in self.rates],
-            "others_busy_cores": _as_dicts(self.others_busy_cores),
+            "others_busy_cores": self.others_busy_cores.as_dicts(),
         }
 
     def _case_as_dict(self, case: Case) -> dict[str, Any]:
@@ -102,20 +102,16 @@ class Measured:
             "prompt_tokens": case.prompt_tokens,
             "output_tokens": case.output_tokens,
             "counts": "prompt tokens" if case.is_prefill else "output tokens",
-            "tokens_per_s": _as_dicts(rates),
+            "tokens_per_s": rates.as_dicts(),
             "ours_over": {name: rates.ratio(OURS, name).as_dict() for name in others},
             "same_first_tokens": {name: statistics.mean(values) for name, values in shares.items()},
         }
 
 
-def _as_dicts(rounds: Rounds) -> dict[str, Any]:
-    return {name: spread.as_dict() for name, spread in rounds.spreads().items()}
-
-
 class Comparison:
     """Takes rounds of `cases` by `contenders`; `vocabulary`: token ids to draw prompts from are below it.
 
-    `step(text)` is called as each part begins: `parts_per_round` times a round when nobody fails.
+    `step(text)` is called as each part begins.
     """
 
     def __init__(
@@ -132,10 +128,6 @@ class Comparison:
         self._vocabulary = vocabulary
         self._logs = logs
         self._step = step
-
-    @property
-    def parts_per_round(self) -> int:
-        return len(self._contenders) * (1 + len(self._cases))
 
     def take_round(self, number: int) -> None:
         """Starts all that have not failed before, measures every case, ends them. `number` counts from 0."""

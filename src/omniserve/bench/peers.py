@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from omniserve.bench import peer_setup
-from omniserve.bench.measure import cpus_to_pin, machine
+from omniserve.bench.measure import cpus_to_pin, machine, write_json
 from omniserve.bench.peer_process import PeerError
 from omniserve.bench.peer_rounds import OURS, Case, Comparison, Contender
 from omniserve.bench.peer_tables import checks, failures, table
@@ -162,8 +162,7 @@ def main(arguments: Sequence[str]) -> int:
     console.print(table(report))
     for line in (*checks(report), *failures(report)):
         console.print(line, markup=False, highlight=False)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(options.out, report)
     console.print(f"written to {options.out}")
     return 1 if failures(report) else 0
 

@@ -9,14 +9,14 @@ every walk. Seconds are CPU time of the deciding thread: what another process do
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from omniserve.bench.measure import machine, percentile
+from omniserve.bench.measure import machine, percentile, seconds_of, write_json
 from omniserve.policy.hardware_profiles import ModelShape, hardware_fit
 from omniserve.policy.latency_model import LatencyModel
 from omniserve.policy.plan import LaneStart, NewToken, Step, StepResult
@@ -24,7 +24,7 @@ from omniserve.policy.request import Limits, Phase, Request
 from omniserve.policy.scheduler import schedule
 from omniserve.policy.slo import SloPolicy
 from omniserve.policy.state import State
-from omniserve.policy.terms import Terms
+from omniserve.policy.terms import WALK_BOUND_SHARE, Terms
 from omniserve.types import SLO
 
 NUM_CHATS, NUM_LANES, NUM_QUEUED = 64, 400, 1000
@@ -32,7 +32,7 @@ MODEL = ModelShape("made up", 30, 7168, 20480, 56, 8, 128, 64000)
 HARDWARE = ("a100-sxm-80g", MODEL, "xeon-gold-6342", "pcie4_x16")
 NOISE = 0.03  # of a walk's time, relative
 CHAT_PROMPT, BATCH_PROMPT = 161, 400
-ENDLESS = 1_000_000
+BATCH_OUTPUT, ENDLESS = 2000, 1_000_000
 TARGETS = SLO(ttft_s=1.0, tpot_s=0.1)
 ROUNDS = 300
 # What the figures must stay under, in seconds.
@@ -64,7 +64,7 @@ class Stand:
             10 if best_effort else 0,
             best_effort,
             prompt,
-            ENDLESS if not best_effort else 2000,
+            BATCH_OUTPUT if best_effort else ENDLESS,
             prompt,
             service_class="best_effort" if best_effort else "latency_sensitive",
             slo=None if best_effort else TARGETS,
@@ -124,7 +124,7 @@ def make_stand() -> Stand:
         max_num_batched_tokens=512,
         max_lane_rows=64,
         pass_budget_s=0.05,
-        walk_bound_s=TARGETS.ttft_s / 4,
+        walk_bound_s=WALK_BOUND_SHARE * TARGETS.ttft_s,
         kv_token_bytes=MODEL.kv_bytes,
     )
     model = LatencyModel(hardware_fit(*HARDWARE))
@@ -147,11 +147,11 @@ def measure(rounds: int = ROUNDS) -> dict[str, Any]:
     counts = {phase.value: stand.state.num_in_phase(phase) for phase in Phase}
     decisions = [stand.step() for _ in range(rounds)]
     newcomer = stand.request(best_effort=False)
-    admissions = _times(rounds, lambda: stand.policy.admit(stand.state, newcomer, stand.now))
+    admissions = _cpu_times(rounds, lambda: stand.policy.admit(stand.state, newcomer, stand.now))
     for _ in range(4):
         stand.add(best_effort=False)
-    arrivals = _times(rounds, lambda: schedule(stand.state, stand.now, stand.policy))
-    crowded = _times(rounds, lambda: stand.policy.admit(stand.state, newcomer, stand.now))
+    arrivals = _cpu_times(rounds, lambda: schedule(stand.state, stand.now, stand.policy))
+    crowded = _cpu_times(rounds, lambda: stand.policy.admit(stand.state, newcomer, stand.now))
     return {
         "requests": {name: count for name, count in counts.items() if count},
         "schedule": _summary(decisions, SCHEDULE_LIMIT_S),
@@ -161,13 +161,8 @@ def measure(rounds: int = ROUNDS) -> dict[str, Any]:
     }
 
 
-def _times(rounds: int, work: Callable[[], object]) -> list[float]:
-    times = []
-    for _ in range(rounds):
-        began = time.thread_time()
-        work()
-        times.append(time.thread_time() - began)
-    return times
+def _cpu_times(rounds: int, work: Callable[[], object]) -> list[float]:
+    return [seconds_of(work, time.thread_time) for _ in range(rounds)]
 
 
 def _summary(times: Sequence[float], limit_s: float) -> dict[str, float]:
@@ -180,7 +175,7 @@ def _summary(times: Sequence[float], limit_s: float) -> dict[str, float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="omniserve.bench.policy", description=__doc__)
-    parser.add_argument("--json", metavar="FILE", help="write everything measured to FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to FILE")
     options = parser.parse_args(arguments)
     found = measure()
     print("requests:", ", ".join(f"{count} {name}" for name, count in found["requests"].items()))
@@ -189,8 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             median_ms, p99_ms, limit_ms = (1e3 * times[key] for key in ("median_s", "p99_s", "limit_s"))
             print(f"{name:28s} median {median_ms:.3f} ms, p99 {p99_ms:.3f} ms (limit {limit_ms:g} ms)")
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump({"machine": machine(), **found}, file, indent=2)
+        write_json(options.json, {"machine": machine(), **found})
     return 0
 
 

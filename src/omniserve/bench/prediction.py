@@ -9,7 +9,6 @@ is left out. Beside it stands the noise floor: one plan, repeated, against its o
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -22,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from omniserve.bench.measure import machine
+from omniserve.bench.measure import machine, write_json
 from omniserve.config import DEVICE_ROWS_WITH_TARGETS, CpuSplit, EngineConfig, split_cpus
 from omniserve.engine.build import device_decoder, lane_geometry, make_engine, make_limits
 from omniserve.engine.calibration import ensure_profile
@@ -264,19 +263,19 @@ def main(arguments: list[str]) -> int:
         enable_prefix_caching=False,
     )
     split = split_cpus(config)
+    where = machine()  # before this process is pinned
     decoder = device_decoder(config, split, ensure_model(MODEL))
     fit = ensure_profile(config, decoder, split, MODEL_LEN, refresh=options.refresh).fit
     others = Others()
     watched = run_workload(config, decoder, split, fit, options.walks, console)
     floor = noise_floor(config, decoder, split, options.repeats)
     report = as_report(watched, floor) | {
-        "machine": machine(),
+        "machine": where,
         "profile": {"source": fit.source, "accuracy": fit.accuracy, "key": fit.key},
         "cores_of_others": round(others.cores(), 2),
     }
     show(report, console)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(options.out, report)
     console.print(f"written to {options.out}")
     return 0
 

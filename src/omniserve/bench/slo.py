@@ -8,7 +8,6 @@ policy gets the same arrivals and the same backlog in turn.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,14 +21,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from omniserve.bench import slo_tables
 from omniserve.bench.attainment import DEFINITIONS
-from omniserve.bench.measure import machine
+from omniserve.bench.measure import machine, write_json
 from omniserve.bench.slo_arrival import num_arrival_runs, run_arrival
 from omniserve.bench.slo_mixed import num_mixed_runs, run_mixed
 from omniserve.bench.slo_overload import num_overload_runs, run_overload
 from omniserve.bench.slo_placement import num_placement_runs, run_placement
-from omniserve.bench.slo_plan import Plan, Report, RunOne
+from omniserve.bench.slo_plan import Plan, Report
 from omniserve.bench.slo_plot import PLOTS
-from omniserve.bench.slo_run import Result, Timing, Traffic, Trial, run_trial
+from omniserve.bench.slo_run import Result, RunOne, Timing, Traffic, Trial, run_trial
 from omniserve.bench.slo_setup import measure_setup, reference_of
 from omniserve.bench.slo_variants import POLICIES, check_policies, variants
 from omniserve.bench.traces import SHIPPED, read_trace
@@ -149,9 +148,7 @@ class Bench:
 
     def _save(self, found: Report) -> None:
         self.report[self.options.scenario] = found
-        path: Path = self.options.json
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.report, indent=1) + "\n")
+        write_json(self.options.json, self.report)
 
     @contextmanager
     def _bars(self) -> Iterator[RunOne]:

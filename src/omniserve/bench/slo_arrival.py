@@ -12,8 +12,8 @@ import statistics
 from dataclasses import asdict, replace
 
 from omniserve.bench.attainment import latency
-from omniserve.bench.slo_plan import Plan, Report, RunOne, Save, rotated
-from omniserve.bench.slo_run import Result, Trial
+from omniserve.bench.slo_plan import Plan, Report, Save, rotated
+from omniserve.bench.slo_run import Result, RunOne, Trial
 from omniserve.bench.slo_verdict import mean
 from omniserve.bench.workloads import Arrival
 from omniserve.errors import OmniServeError

@@ -6,18 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
 from omniserve.bench.attainment import harvest_share
-from omniserve.bench.slo_plan import (
-    Plan,
-    Report,
-    RunOne,
-    Save,
-    cell_of,
-    mean_known,
-    middle,
-    over_seeds,
-    rotated,
-)
-from omniserve.bench.slo_run import Result, Trial
+from omniserve.bench.slo_plan import Plan, Report, Save, cell_of, mean_known, middle, over_seeds, rotated
+from omniserve.bench.slo_run import Result, RunOne, Trial
 from omniserve.bench.slo_setup import Memory
 from omniserve.bench.slo_variants import REFERENCE, SLO_AWARE, Variant, tunings
 from omniserve.bench.slo_verdict import better, counts, judge, mean

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 
-from omniserve.bench.slo_plan import Plan, Report, RunOne, Save, both, over_seeds
-from omniserve.bench.slo_run import Result, Trial
+from omniserve.bench.slo_plan import Plan, Report, Save, both, over_seeds
+from omniserve.bench.slo_run import Result, RunOne, Trial
 from omniserve.bench.slo_verdict import KEPT, mean
 from omniserve.types import LATENCY_SENSITIVE, SLO
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 
-from omniserve.bench.slo_plan import Plan, Report, RunOne, Save, both, mean_known, rotated
-from omniserve.bench.slo_run import Result, Trial
+from omniserve.bench.slo_plan import Plan, Report, Save, both, mean_known, rotated
+from omniserve.bench.slo_run import Result, RunOne, Trial
 from omniserve.bench.slo_setup import Memory
 from omniserve.bench.slo_variants import Variant
 from omniserve.bench.slo_verdict import Placement, mean

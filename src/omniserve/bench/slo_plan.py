@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from omniserve.bench.attainment import Attained
-from omniserve.bench.slo_run import Result, Timing, Trial
+from omniserve.bench.slo_run import Result, Timing
 from omniserve.bench.slo_setup import Setup
 from omniserve.bench.slo_variants import OURS, Variant
 from omniserve.bench.slo_verdict import Cell, mean
 from omniserve.bench.workloads import BatchJobs
 from omniserve.types import SLO
 
-RunOne = Callable[[Trial, Timing, str], Result]
 Report = dict[str, Any]
 T = TypeVar("T")
 Save = Callable[[Report], None]

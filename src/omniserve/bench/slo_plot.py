@@ -8,7 +8,7 @@ from typing import Any
 
 from omniserve.bench.slo_placement import CHOICES, CONTEXTS, WHOLE_BOX
 from omniserve.bench.slo_variants import OURS, POLICIES, REFERENCE
-from omniserve.bench.slo_verdict import HARD, POINT
+from omniserve.bench.slo_verdict import HARD, POINT, mean
 
 Report = dict[str, Any]
 MARKERS = "oXsD^v"
@@ -40,14 +40,14 @@ def plot_mixed(report: Report, path: Path) -> None:
 
 def _mixed_panel(axes: Any, table: Report) -> None:
     reference = next(r for r in table["rows"] if r["policy"] == REFERENCE)
-    level = 100 * _mean(reference["offered"])
+    level = 100 * mean(reference["offered"])
     axes.axhspan(level - 100 * POINT, 101, color="0.9", lw=0)
     axes.axhline(100 * HARD, color="0.6", lw=0.8, ls=":")
     for row in table["rows"]:
         index = POLICIES.index(row["policy"])
         axes.plot(
-            _mean(row["be_tokens_per_s"]),
-            100 * _mean(row["offered"]),
+            mean(row["be_tokens_per_s"]),
+            100 * mean(row["offered"]),
             MARKERS[index],
             color=f"C{index}",
             fillstyle="full" if row["counts"] else "none",
@@ -108,7 +108,7 @@ def plot_placement(report: Report, path: Path) -> None:
     for axes, memory in zip(panels, memories, strict=False):
         spots = [s for s in report["spots"] if s["memory_factor"] == memory]
         for name, marker in zip((*CHOICES, WHOLE_BOX), MARKERS, strict=False):
-            rates = [_mean(s["rates"][name]) for s in spots]
+            rates = [mean(s["rates"][name]) for s in spots]
             style = "--" if name == WHOLE_BOX else "-"
             axes.plot([s["context"] for s in spots], rates, marker + style, label=name)
         axes.set_xscale("log", base=2)
@@ -129,10 +129,6 @@ PLOTS: dict[str, Callable[[Report, Path], None]] = {
     "overload": plot_overload,
     "placement": plot_placement,
 }
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _save(figure: Any, path: Path) -> None:

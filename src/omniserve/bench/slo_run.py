@@ -149,6 +149,10 @@ class Result:
         }
 
 
+# One trial, for so long, under a name that a person can follow.
+RunOne = Callable[[Trial, Timing, str], Result]
+
+
 def run_trial(
     trial: Trial,
     timing: Timing,

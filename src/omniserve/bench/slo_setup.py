@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from omniserve.bench.attainment import latency
 from omniserve.bench.measure import percentile
-from omniserve.bench.slo_run import Result, Timing, Traffic, Trial, bytes_per_page
+from omniserve.bench.slo_run import Result, RunOne, Timing, Traffic, Trial, bytes_per_page
 from omniserve.bench.slo_variants import REFERENCE, Variant
 from omniserve.bench.workloads import BatchJobs
 from omniserve.errors import OmniServeError
 from omniserve.types import LATENCY_SENSITIVE, SLO
 
-RunOne = Callable[[Trial, Timing, str], Result]
 # The reference's memory: far more than it uses, so that its page use shows what it wants.
 ROOMY_BYTES = 1 << 30
 CAPACITY_S = 30.0

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from omniserve.bench.slo_placement import CHOICES, WHOLE_BOX
-from omniserve.bench.slo_verdict import HARD, KEPT, NEAR, POINT
+from omniserve.bench.slo_verdict import HARD, KEPT, NEAR, POINT, mean
 
 Report = dict[str, Any]
 
@@ -58,7 +58,7 @@ def _mixed_row(row: Report) -> Sequence[str]:
         _shares(row["admitted"]),
         f"{_ms(row['ttft']['p50'])}, {_ms(row['ttft']['p99'])}",
         f"{_ms(row['tpot']['p50'])}, {_ms(row['tpot']['p99'])}",
-        f"{_mean(row['goodput']):.3g}",
+        f"{mean(row['goodput']):.3g}",
         _range(row["be_tokens_per_s"]),
         _tokens(row["be_context"]),
         _percent(row["harvest_share"]),
@@ -161,7 +161,7 @@ def placement_tables(report: Report) -> Iterator[Table | str]:
 
 
 def _choice(spot: Report, name: str) -> str:
-    context, offered = spot["contexts"][name], _mean(spot["offered"][name])
+    context, offered = spot["contexts"][name], mean(spot["offered"][name])
     return f"{_range(spot['rates'][name])} [{_tokens(context)}, {_percent(offered)}]"
 
 
@@ -177,14 +177,10 @@ def _tokens(count: float | None) -> str:
     return "-" if count is None else f"{count:.0f}"
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _shares(values: Sequence[float]) -> str:
     low, high = (100 * f(values) for f in (min, max))
-    return f"{100 * _mean(values):.1f} % ({low:.0f}-{high:.0f})"
+    return f"{100 * mean(values):.1f} % ({low:.0f}-{high:.0f})"
 
 
 def _range(values: Sequence[float]) -> str:
-    return f"{_mean(values):.4g} ({min(values):.4g}-{max(values):.4g})"
+    return f"{mean(values):.4g} ({min(values):.4g}-{max(values):.4g})"

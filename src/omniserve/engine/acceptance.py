@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from omniserve.config import EngineConfig
+from omniserve.config import EngineConfig, is_number
 from omniserve.errors import RequestError
 from omniserve.policy.baselines import RULES
 from omniserve.types import SLO, SamplingParams, ServiceClass, service_class_named
@@ -45,7 +45,7 @@ def check_service(
     if completion_window_s is not None:
         if not kind.best_effort:
             raise RequestError("completion_window_s", f"class {kind.name!r} has none; use slo")
-        if type(completion_window_s) not in (int, float) or not completion_window_s > 0:  # type: ignore[operator]
+        if not is_number(completion_window_s) or not completion_window_s > 0:
             raise RequestError(
                 "completion_window_s", f"must be a number of seconds above 0, got {completion_window_s!r}"
             )

@@ -104,7 +104,6 @@ class Decoder:
         self.max_model_len = max_model_len
         self.team = team
         self.dtype = weights.embedding.dtype
-        self.device = weights.embedding.device
         self.weight_bytes = weights.num_bytes
         self.quantization = weights.quantization
         self._weights = weights
@@ -115,7 +114,7 @@ class Decoder:
         self._rotated_size = (self.num_heads + self.num_kv_heads) * self.head_dim
         self._q_size = self.num_heads * self.head_dim
         rope = rope_table(config.head_dim, config.rope_theta, config.rope_scaling, max_model_len)
-        self._cos, self._sin = rope.to(self.device, self.dtype).contiguous().unbind(0)
+        self._cos, self._sin = rope.to(self.dtype).unbind(0)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Rows x [n, H] of token ids [n] (int64 or int32)."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import omniserve._native as _native
+from omniserve.dtypes import FloatName, dtype_name
 
 
 class Linear(Protocol):
@@ -25,12 +26,7 @@ class Linear(Protocol):
 
 
 # How a weight may be kept: as it comes, or in another type, with rows and sums as they were.
-WeightDType = Literal["float32", "bfloat16", "float16", "int8"]
-_NAMES: dict[torch.dtype, WeightDType] = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
+WeightDType = FloatName | Literal["int8"]
 # Rows of a weight that are looked at together.
 _ROWS_LOOKED_AT = 64
 
@@ -60,7 +56,7 @@ def make_gated(
     gate_bias, up_bias = biases or (None, None)
     if kept is None:  # one type for both
         types = narrowest(gate), narrowest(up)
-        kept = types[0] if types[0] == types[1] else _NAMES[up.dtype]
+        kept = types[0] if types[0] == types[1] else dtype_name(up.dtype)
     team = team or _native.ThreadTeam(1)
     return DenseGated(DenseLinear(gate, gate_bias, team, kept), DenseLinear(up, up_bias, team, kept))
 
@@ -72,7 +68,7 @@ def narrowest(weight: Tensor) -> WeightDType:
             return "bfloat16"
         if _holds(torch.float16, weight):
             return "float16"
-    return _NAMES[weight.dtype]
+    return dtype_name(weight.dtype)
 
 
 def _holds(dtype: torch.dtype, weight: Tensor) -> bool:
@@ -114,7 +110,7 @@ class DenseLinear:
         kept: WeightDType | None = None,
     ) -> None:
         num_out, num_in = weight.shape
-        self.dtype = _NAMES[weight.dtype]
+        self.dtype = dtype_name(weight.dtype)
         self.team = team
         self._bias = None if bias is None else bias.float().contiguous()
         self.bias_addr = 0 if self._bias is None else self._bias.data_ptr()
@@ -154,7 +150,8 @@ class DenseGated:
 
 def _dense(x: Tensor, linear: DenseLinear, gate: DenseLinear | None = None) -> Tensor:
     n, num_out = x.shape[0], linear.weight.num_out
-    assert x.shape[1] == linear.weight.num_in and _NAMES[x.dtype] == linear.dtype  # noqa: PT018
+    assert x.shape[1] == linear.weight.num_in
+    assert dtype_name(x.dtype) == linear.dtype
     y = torch.empty(n, num_out, dtype=x.dtype)
     _native.dense(
         linear.team,
