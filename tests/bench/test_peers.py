@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,17 @@ def settings_of(engine: str, model: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def living_in(session: int) -> list[int]:
+    """Processes of a session, the ended ones that nobody has asked after left out."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # ended meanwhile
+            state, _, _, sid = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(sid) == session and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
 def test_ours_and_transformers_answer_the_same_over_the_protocol(
     tiny_llama: TinyLlama, tmp_path: Path
 ) -> None:
@@ -166,7 +178,9 @@ def test_ours_and_transformers_answer_the_same_over_the_protocol(
             assert seconds > 0
             assert peer.busy_s() > 0
             answers.append(outputs)
-        assert peer.busy_s() == 0  # nothing of it is left
+            session = peer._process.pid
+            assert living_in(session)
+        assert living_in(session) == []
     assert answers[0] == answers[1]
 
 
