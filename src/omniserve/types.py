@@ -97,11 +97,10 @@ DEFAULT_CLASSES = (LATENCY_SENSITIVE, BEST_EFFORT)
 def service_class_named(name: object, classes: Iterable[ServiceClass] = DEFAULT_CLASSES) -> ServiceClass:
     """The class called `name`; RequestError naming the known ones otherwise."""
     known = {kind.name: kind for kind in classes}
-    try:
-        return known[name]  # type: ignore[index]
-    except (KeyError, TypeError):
+    if not isinstance(name, str) or name not in known:
         names = ", ".join(known)
-        raise RequestError("service_class", f"unknown class {name!r}; known classes: {names}") from None
+        raise RequestError("service_class", f"unknown class {name!r}; known classes: {names}")
+    return known[name]
 
 
 @dataclass(frozen=True, slots=True)

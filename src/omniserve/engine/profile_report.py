@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -53,10 +55,8 @@ def _check_plot(plot: str) -> None:
     """Before a minute of measuring, not after."""
     if Path(plot).suffix not in (".svg", ".png"):
         raise ConfigError(f"--plot {plot}: the name must end in .svg or .png")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ConfigError("--plot needs matplotlib: pip install 'omniserve[plots]'") from error
+    if find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib: pip install 'omniserve[plots]'")
 
 
 def _print(fit: LatencyFit) -> None:
@@ -72,7 +72,7 @@ def _print(fit: LatencyFit) -> None:
         table.add_column(column, justify="left" if column == "part of a walk" else "right")
     for name, stairs in (("dense modules", "dense"), ("logits and choice", "head")):
         last = getattr(fit.idle, stairs).rows[-1]
-        for rows in (n for n in (*_ROWS_SHOWN, last) if n < last or n is last):
+        for rows in (*(n for n in _ROWS_SHOWN if n < last), last):
             times = [getattr(costs, stairs).at(rows) for costs in (fit.idle, fit.busy)]
             table.add_row(f"{name}, {rows} row{'s' * (rows > 1)}", *_ms(*times))
     for attribute, what, count in _LINES:
@@ -117,6 +117,6 @@ def draw(fit: LatencyFit, path: str) -> None:
     pyplot.close(figure)
 
 
-def _draw_stairs(axis, costs: WalkCosts, name: str, label: str) -> None:  # type: ignore[no-untyped-def]
+def _draw_stairs(axis: Any, costs: WalkCosts, name: str, label: str) -> None:
     stairs = getattr(costs, name)
     axis.plot(stairs.rows, [1e3 * s for s in stairs.seconds], marker=".", label=label)

@@ -24,7 +24,7 @@ from omniserve.model.decoder import Decoder
 from omniserve.model.sampling import Chooser, sample
 from omniserve.policy.latency import WalkLoad
 from omniserve.policy.latency_model import load_of
-from omniserve.policy.plan import DeviceRows, LaneStart, PageCopy, Step
+from omniserve.policy.plan import DeviceRows, LaneStart, PageCopy, Step, StepResult
 from omniserve.types import DEFAULT_CLASSES, SamplingParams
 
 # KV memory of the device side, whatever the engine has: larger than caches, small beside the machine. A
@@ -204,7 +204,7 @@ class Sandbox:
         ids = [self.engine.add([1 + i], lasting, "latency_sensitive") for i in range(num_requests)]
         launch, inside = self.executor.launch, 0.0
 
-        def timed(step: Step):  # type: ignore[no-untyped-def]
+        def timed(step: Step) -> StepResult:
             nonlocal inside
             began = time.perf_counter()
             result = launch(step)

@@ -74,8 +74,9 @@ class Draft:
     # ------------------------------------------------------------ decode rows
 
     def fits_decode(self, request: Request) -> bool:
-        fits = self.budget.fits_decode(self.load, request.kv_tokens + 1, request.best_effort)
-        return self.rows_left > 0 and fits
+        return self.rows_left > 0 and self.budget.fits_decode(
+            self.load, request.kv_tokens + 1, request.best_effort
+        )
 
     def decode(self, request: Request, only_best_effort: bool) -> bool:
         """Add a decode row; its next page may cost those behind it in line their place."""
@@ -98,10 +99,14 @@ class Draft:
 
     def prefill(self, request: Request) -> bool:
         """A chunk for a request, which starts if it has not; False when it cannot start."""
-        if request.phase is Phase.WAITING and not self._start(request):
-            return False
-        start = self.room.started.get(request.id, request.kv_tokens)
-        count = self._next_chunk(request, start) if self.rows_left > 0 else 0
+        if request.phase is Phase.WAITING:
+            first_chunk = self._start(request)
+            if first_chunk is None:
+                return False
+            start, count = first_chunk
+        else:
+            start = request.kv_tokens
+            count = self._next_chunk(request, start) if self.rows_left > 0 else 0
         if count:
             self.chunks.append(Chunk(request.id, start, count))
             self._note_row(request)
@@ -115,27 +120,30 @@ class Draft:
         remaining = request.num_tokens - start
         return self.budget.chunk_tokens(self.load, start, remaining, request.best_effort)
 
-    def _start(self, request: Request) -> bool:
+    def _start(self, request: Request) -> tuple[int, int] | None:
         """Give a waiting request what the device has of its tokens, and pages for the rest and the next one.
 
-        The last token is always computed: the next one follows from it.
+        The last token is always computed: the next one follows from it. Returns where its first chunk begins
+        and how long it is; None when it cannot start.
         """
         if self.rows_left <= 0:
             self.leave_out(request, "rows")
-            return False
+            return None
         cached = self.room.find_cached(request, request.num_tokens - 1)
-        if self._next_chunk(request, len(cached) * self.limits.page_size) == 0:
+        start = len(cached) * self.limits.page_size
+        count = self._next_chunk(request, start)
+        if count == 0:
             self.leave_out(request, "slack")
-            return False
+            return None
         self.room.device.hold(cached)  # before others make room: they may hold the same pages
         need = self.room.pages_missing(request, request.num_tokens + 1) - len(cached)
         reason = self._reason_not_to_start(request, need)
         if reason is not None:
             self.leave_out(request, reason)
             self.room.device.hold(cached, sign=-1)
-            return False
+            return None
         self.room.start(request, need, cached)
-        return True
+        return start, count
 
     def _reason_not_to_start(self, request: Request, need: int) -> Reason | None:
         """Whether `need` device pages can be had, and for a best-effort request a place after its prefill."""

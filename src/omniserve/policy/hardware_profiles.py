@@ -1,4 +1,4 @@
-"""LatencyFit of hardware that is not here: fits of others' measurements, for the simulator.
+"""LatencyFit of hardware that is not here: fits of others' measurements.
 
 The figures are in hardware_profiles.json with their sources; docs/latency-model.md has the formulas. Kernel
 times only: gaps between kernels are not in them, nor what a busy host costs the device.

@@ -109,8 +109,6 @@ def _copies(draft: Draft) -> None:
     for request in state.in_phase(Phase.MOVING_IN):
         if room.incoming_of(request) and request.id not in room.leaving:
             room.copy_in(request, only_full_pages=False)
-    if draft.limits.host_offload == "never":
-        return
     reserve = state.num_in_phase(Phase.LANE) + state.num_in_phase(Phase.MOVING_OUT) + len(displaced)
     for request in state.in_phase(Phase.PREFILL, Phase.DEVICE):
         if room.copies_left == 0:

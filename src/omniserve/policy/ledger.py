@@ -64,12 +64,7 @@ class Ledger:
 
     def first_waiting(self) -> Iterator[Request]:
         """Requests without KV, in the order in which they may start."""
-        return (self.requests[order[-1]] for order in self.waiting)
-
-    @property
-    def waiting(self) -> list[Order]:
-        """The line of those without KV."""
-        return self._lines[Phase.WAITING]
+        return (self.requests[order[-1]] for order in self._lines[Phase.WAITING])
 
     def num_in_phase(self, phase: Phase) -> int:
         return len(self._lines[phase])

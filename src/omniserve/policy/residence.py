@@ -30,8 +30,7 @@ from omniserve.policy.state import State
 class Room:
     """Pages, slots and frames left to the plan, and the moves decided so far.
 
-    leaving: requests displaced or dropped by this plan; scheduled: those that have rows in it; started: of
-    those that start in it, the tokens found cached.
+    leaving: requests displaced or dropped by this plan; scheduled: those that have rows in it.
     """
 
     def __init__(self, state: State) -> None:
@@ -44,7 +43,6 @@ class Room:
         self.copies_left = min(state.num_free_frames, state.limits.max_copies_per_step)
         self.leaving: set[int] = set()
         self.scheduled: set[int] = set()
-        self.started: dict[int, int] = {}
         self._copied: dict[int, int] = {}
         self._fetched: dict[int, int] = {}
         self._host_pages: dict[int, int] = {}
@@ -163,7 +161,6 @@ class Room:
         """A prefill starts with `cached` pages, already held, and `count` others."""
         keep = self.keep_for(request)
         self.device.take(count, keep)
-        self.started[request.id] = len(cached) * self.limits.page_size
         self.moves.append(Reserve(request.id, count, tuple(cached), keep))
 
     def displace(self, request: Request) -> None:

@@ -79,7 +79,8 @@ def _prefills(draft: Draft, best_effort: bool) -> None:
         _go_on(draft, parked)
         _start_in_line(draft, waiting)
     else:
-        _start_in_line(draft, merge(parked, waiting, key=lambda r: r.order))
+        has_parked = draft.state.num_in_phase(Phase.PREFILL) > 0
+        _start_in_line(draft, merge(parked, waiting, key=lambda r: r.order), has_parked)
 
 
 def _go_on(draft: Draft, parked: Iterator[Request]) -> None:
@@ -88,7 +89,8 @@ def _go_on(draft: Draft, parked: Iterator[Request]) -> None:
             draft.prefill(request)
 
 
-def _start_in_line(draft: Draft, requests: Iterator[Request]) -> None:
+def _start_in_line(draft: Draft, requests: Iterator[Request], has_parked: bool = False) -> None:
+    """has_parked: started ones may stand behind the first that cannot start; else nobody behind it is asked."""
     may_start = True
     for request in requests:
         if request.id in draft.room.leaving:
@@ -97,7 +99,7 @@ def _start_in_line(draft: Draft, requests: Iterator[Request]) -> None:
             draft.prefill(request)
         elif may_start:
             may_start = draft.prefill(request)
-        if draft.rows_left <= 0 or (not may_start and not draft.state.num_in_phase(Phase.PREFILL)):
+        if draft.rows_left <= 0 or not (may_start or has_parked):
             return
 
 

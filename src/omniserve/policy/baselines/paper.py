@@ -33,7 +33,6 @@ class PaperPolicy(SloPolicy):
     """Targets held as the paper describes it."""
 
     rules: Rules = RULES
-    omega_share: float = OMEGA_SHARE
 
     def begin(self, state: State, now: float) -> Budget:
         return PaperBudget(self, state, now)
@@ -63,10 +62,6 @@ def _one_pass_s(state: State, request: Request, model: Prediction) -> float:
 
 class PaperBudget(SloBudget):
     """Constant budgets, a constant reserve for lanes, lowest layers first."""
-
-    def __init__(self, policy: PaperPolicy, state: State, now: float) -> None:
-        self._omega_share = policy.omega_share
-        super().__init__(policy, state, now)
 
     def bound_s(self, load: WalkLoad) -> float:
         return self.model.walk_s(load, self.busy) if load.num_tokens or load.lane_rows else 0.0
@@ -99,7 +94,7 @@ class PaperBudget(SloBudget):
 
     def _limit_s(self, use: str) -> float:
         has_results = self.lanes.count > 0
-        reserve_s = self._omega_share * self.best_effort_s if has_results else 0.0
+        reserve_s = OMEGA_SHARE * self.best_effort_s if has_results else 0.0
         return max(0.0, self.best_effort_s - reserve_s)
 
     def _split(self, rows: int, num_startable: int, waiting: Sequence[int]) -> list[int]:
