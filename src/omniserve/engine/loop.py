@@ -158,7 +158,7 @@ class Engine:
             return
         now = self._clock()
         verdict = self.policy.admit(self.state, request, now)
-        if verdict.is_accepted:
+        if verdict.obstacle is None:
             return
         assert verdict.predicted_ttft_s is not None, "a refusal has its reasons"
         assert verdict.target_ttft_s is not None, "a request without targets is admitted"

@@ -90,7 +90,7 @@ def _go_on(draft: Draft, parked: Iterator[Request]) -> None:
 
 
 def _start_in_line(draft: Draft, requests: Iterator[Request], has_parked: bool = False) -> None:
-    """has_parked: started ones may stand behind the first that cannot start; else nobody behind it is asked."""
+    """has_parked: started ones may stand behind the first that cannot start; else nobody behind is asked."""
     may_start = True
     for request in requests:
         if request.id in draft.room.leaving:
