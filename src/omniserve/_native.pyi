@@ -149,6 +149,29 @@ def paged_attention(
     h // (num_heads // num_kv_heads).
     """
 
+def prompt_attention(
+    team: ThreadTeam,
+    kv: PagedKv,
+    layer: int,
+    chunks: npt.NDArray[np.int64],
+    tables_addr: int,
+    table_stride: int,
+    dtype: str,
+    q_addr: int,
+    q_stride: int,
+    out_addr: int,
+    out_stride: int,
+    num_heads: int,
+    scale: float,
+    window: int = 0,
+) -> None:
+    """Causal attention of prefill chunks over their pages, which hold their own tokens already.
+
+    chunks[i] = (first_row, num_rows, start): rows of q and out, each [num_heads * head_dim] in `dtype`, that are
+    tokens start, start + 1, ... of one prompt, whose page table is row i of `tables`, int32 [len(chunks)]
+    [table_stride]. With a window a token attends to the last `window` ones alone, itself included.
+    """
+
 class DenseWeight:
     """A weight [num_out][num_in] of type from_dtype, rows ``stride`` elements apart, packed into own memory.
 

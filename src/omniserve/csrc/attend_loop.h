@@ -159,6 +159,42 @@ void each_subgroup(int group, Body&& body) {
     }
 }
 
+/// Scores [first, last) of a tile that a query may look at.
+struct Visible {
+    int first, last;
+
+    static Visible of(const AttendArgs& args, int query, int64_t tile_first, int num_tokens) {
+        const int64_t behind = args.first_position + query / args.queries_per_token + 1 - tile_first;
+        const int last = behind < 0 ? 0 : behind < num_tokens ? int(behind) : num_tokens;
+        const int64_t first = args.window > 0 ? behind - args.window : 0;
+        return {first < 0 ? 0 : first < last ? int(first) : last, last};
+    }
+};
+
+/// Softmax of a row of which only a part is visible; the rest weighs nothing.
+template <class Ops>
+float visible_softmax(float* row, int num_tokens, Visible seen, float& m, float& l) {
+    float rescale = 1.0f;
+    if (seen.first < seen.last) rescale = Ops::softmax(row + seen.first, seen.last - seen.first, m, l);
+    for (int t = 0; t < seen.first; ++t) row[t] = 0.0f;
+    for (int t = seen.last; t < num_tokens; ++t) row[t] = 0.0f;
+    return rescale;
+}
+
+/// The scores of a tile become weights; rescale[g] is the factor for the older sums of query g.
+template <class Ops>
+void softmax_rows(const AttendArgs& args, int64_t tile_first, int num_tokens, float* scores, float* m,
+                  float* rescale) {
+    float* l = m + args.group;
+    for (int g = 0; g < args.group; ++g) {
+        float* row = scores + g * kScoreStride;
+        rescale[g] = args.queries_per_token == 0
+                         ? Ops::softmax(row, num_tokens, m[g], l[g])
+                         : visible_softmax<Ops>(row, num_tokens, Visible::of(args, g, tile_first, num_tokens), m[g],
+                                                l[g]);
+    }
+}
+
 /// Queries as they come: what Ops needs that multiply float32.
 struct PlainQueries {
     static const float* queries(const AttendArgs& args, float*) { return args.q; }
@@ -191,8 +227,7 @@ void attend_loop(const AttendArgs& args) {
             float* m = acc + q_floats;
             Ops::scores(*now, kv.page_size, head_dim, q + head * query, group, args.scale, scores);
             if constexpr (kHasScales<T>) multiply_by_scales(*now, &RunScales<T>::k, scores, group);
-            for (int g = 0; g < group; ++g)
-                rescale[g] = Ops::softmax(scores + g * kScoreStride, now->num_tokens, m[g], m[group + g]);
+            softmax_rows<Ops>(args, t - now->num_tokens, now->num_tokens, scores, m, rescale);
             if constexpr (kHasScales<T>) multiply_by_scales(*now, &RunScales<T>::v, scores, group);
             Ops::accumulate(*now, head_dim, scores, group, rescale, acc);
             Tile<T>* done = now;

@@ -46,6 +46,11 @@ struct AttendArgs {
     float scale = 1.0f;        // multiplies q, usually 1 / sqrt(head_dim)
     float* state = nullptr;    // out, [num_heads] states of state_floats(group, head_dim)
     float* scratch = nullptr;  // scratch_floats(num_heads, group, head_dim), one per thread
+    // Prompts: the group is that of several tokens one after the other, so many queries of each, the first one at
+    // `first_position`; each sees the last `window` tokens up to its own (0: all of them). 0: all see all.
+    int32_t queries_per_token = 0;
+    int64_t first_position = 0;
+    int32_t window = 0;
 };
 
 /// Floats that one call of `attend` needs to work in.

@@ -18,6 +18,7 @@
 #include "lane_port.h"
 #include "paged_attention.h"
 #include "park.h"
+#include "prompt_attention.h"
 #include "row_ops.h"
 #include "stream_read.h"
 
@@ -42,6 +43,7 @@ auto without_gil(Function&& function) {
 
 using FloatArray = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
 using FloatInput = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using ChunkInput = nb::ndarray<const int64_t, nb::shape<-1, 3>, nb::c_contig, nb::device::cpu>;
 using TableInput = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 nb::object to_numpy(std::vector<float> values, std::vector<size_t> shape) {
@@ -157,6 +159,23 @@ void bind_kernel(nb::module_& m) {
           },
           "team"_a, "kv"_a, "layer"_a, "n"_a, "q_addr"_a, "tables_addr"_a, "table_stride"_a, "context_lens_addr"_a,
           "out_addr"_a, "num_heads"_a, "scale"_a, "window"_a = 0);
+    m.def("prompt_attention",
+          [](ThreadTeam& team, const PagedKv& kv, int layer, ChunkInput chunks, Address tables,
+             ptrdiff_t table_stride, const std::string& dtype, Address q, ptrdiff_t q_stride, Address out,
+             ptrdiff_t out_stride, int num_heads, float scale, int window) {
+              std::vector<PromptChunk> list(chunks.shape(0));
+              for (size_t i = 0; i < list.size(); ++i)
+                  list[i] = {int32_t(chunks(i, 0)), int32_t(chunks(i, 1)), chunks(i, 2)};
+              const PromptAttentionArgs args{&kv, layer, int32_t(list.size()), num_heads, list.data(),
+                                             at<int32_t>(tables), table_stride, parse_dtype("dtype", dtype),
+                                             at<void>(q), q_stride, at<void>(out), out_stride, scale, window};
+              without_gil([&] {
+                  check(args);
+                  prompt_attention(team, args);
+              });
+          },
+          "team"_a, "kv"_a, "layer"_a, "chunks"_a, "tables_addr"_a, "table_stride"_a, "dtype"_a, "q_addr"_a,
+          "q_stride"_a, "out_addr"_a, "out_stride"_a, "num_heads"_a, "scale"_a, "window"_a = 0);
     nb::class_<DenseWeight>(m, "DenseWeight")
         .def("__init__",
              [](DenseWeight* self, Address weights, const std::string& from, ptrdiff_t stride, int num_out, int num_in,

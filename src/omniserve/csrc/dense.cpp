@@ -129,19 +129,6 @@ void finish_sums(const DenseWeight& weight, const float* bias, int index, int nu
     }
 }
 
-/// up := silu(gate) * up, for `count` numbers. silu(x) = x * sigmoid(x), by the exponential of -|x|.
-void apply_gate(const float* gate, float* up, int count) {
-    float exps[kPanel];
-    for (int i = 0; i < count; i += kPanel) {
-        for (int j = 0; j < kPanel; ++j) exps[j] = -std::abs(gate[i + j]);
-        kernels().exp_nonpositive(exps, exps, kPanel);
-        for (int j = 0; j < kPanel; ++j) {
-            const float x = gate[i + j], other = exps[j] / (1.0f + exps[j]);  // sigmoid(-|x|)
-            up[i + j] *= x * (x < 0.0f ? other : 1.0f - other);
-        }
-    }
-}
-
 /// One panel of the product, from its sums in `scratch` to y.
 void run_panel(const DenseArgs& a, const Inputs& inputs, int index, float* scratch) {
     const auto sums_of = [&](const DenseWeight& weight, const float* bias, float* sums) {
@@ -152,7 +139,7 @@ void run_panel(const DenseArgs& a, const Inputs& inputs, int index, float* scrat
     if (a.gate) {
         float* gate = scratch + size_t(a.num_rows) * kPanel;
         sums_of(*a.gate, a.gate_bias, gate);
-        apply_gate(gate, scratch, a.num_rows * kPanel);
+        kernels().dense->gate(gate, scratch, size_t(a.num_rows) * kPanel);
     }
     const int first = index * kPanel, count = std::min(kPanel, a.weight->num_out() - first);
     for (int row = 0; row < a.num_rows; ++row) {

@@ -57,6 +57,7 @@ struct Avx2Vectors::Weights<DType::i8> {
 }  // namespace
 
 const DensePanels kAvx2Dense = {{panel<Avx2Vectors, DType::f32>, panel<Avx2Vectors, DType::bf16>,
-                                 panel<Avx2Vectors, DType::f16>, panel<Avx2Vectors, DType::i8>}};
+                                 panel<Avx2Vectors, DType::f16>, panel<Avx2Vectors, DType::i8>},
+                                 gate};
 
 }  // namespace omniserve

@@ -55,6 +55,7 @@ struct Avx512Vectors::Weights<DType::i8> {
 }  // namespace
 
 const DensePanels kAvx512Dense = {{panel<Avx512Vectors, DType::f32>, panel<Avx512Vectors, DType::bf16>,
-                                 panel<Avx512Vectors, DType::f16>, panel<Avx512Vectors, DType::i8>}};
+                                 panel<Avx512Vectors, DType::f16>, panel<Avx512Vectors, DType::i8>},
+                                 gate};
 
 }  // namespace omniserve

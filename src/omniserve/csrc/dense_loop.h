@@ -4,6 +4,7 @@
 #pragma once
 
 #include "dense.h"
+#include "simd.h"
 #include "unrolled.h"
 
 namespace omniserve {
@@ -96,6 +97,19 @@ void panel(const PanelArgs& a) {
     for (int first = 0; first < a.num_in; first += kBlock) {
         const int last = first + kBlock < a.num_in ? first + kBlock : a.num_in;
         for (int row = 0; row < a.num_rows;) row += some_rows<Ops, kType>(a, row, first, last);
+    }
+}
+
+/// silu(x) = x * sigmoid(x), by the exponential of -|x|. Plain loops: the compiler has this file's vectors for them.
+inline void gate(const float* gate, float* up, size_t count) {
+    float exps[kPanel];
+    for (size_t i = 0; i < count; i += kPanel) {
+        for (int j = 0; j < kPanel; ++j) exps[j] = -__builtin_fabsf(gate[i + j]);
+        kernels().exp_nonpositive(exps, exps, kPanel);
+        for (int j = 0; j < kPanel; ++j) {
+            const float x = gate[i + j], other = exps[j] / (1.0f + exps[j]);  // sigmoid(-|x|)
+            up[i + j] *= x * (x < 0.0f ? other : 1.0f - other);
+        }
     }
 }
 

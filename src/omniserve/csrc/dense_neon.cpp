@@ -58,6 +58,7 @@ struct NeonVectors::Weights<DType::i8> {
 }  // namespace
 
 const DensePanels kNeonDense = {{panel<NeonVectors, DType::f32>, panel<NeonVectors, DType::bf16>,
-                                 panel<NeonVectors, DType::f16>, panel<NeonVectors, DType::i8>}};
+                                 panel<NeonVectors, DType::f16>, panel<NeonVectors, DType::i8>},
+                                 gate};
 
 }  // namespace omniserve

@@ -37,6 +37,7 @@ struct ScalarVectors {
 }  // namespace
 
 const DensePanels kScalarDense = {{panel<ScalarVectors, DType::f32>, panel<ScalarVectors, DType::bf16>,
-                                   panel<ScalarVectors, DType::f16>, panel<ScalarVectors, DType::i8>}};
+                                   panel<ScalarVectors, DType::f16>, panel<ScalarVectors, DType::i8>},
+                                 gate};
 
 }  // namespace omniserve

@@ -87,6 +87,22 @@ void KvGeometry::check() const {
     require_range("page_size", page_size, 1, kMaxPageSize);
 }
 
+void require_groups(const KvGeometry& geometry, int num_heads) {
+    if (num_heads < 1 || num_heads % geometry.num_kv_heads != 0)
+        refuse("num_heads must be a positive multiple of num_kv_heads " + std::to_string(geometry.num_kv_heads) +
+               ", not " + std::to_string(num_heads));
+}
+
+void require_pages(const PagedKv& kv, const char* field, int index, int64_t num_tokens, const int32_t* page_table,
+                   ptrdiff_t table_size) {
+    const int64_t pages = (num_tokens + kv.geometry.page_size - 1) / kv.geometry.page_size;
+    if (num_tokens < 0) refuse(std::string(field) + "[" + std::to_string(index) + "] must not be negative");
+    if (pages > table_size)
+        refuse(std::string(field) + "[" + std::to_string(index) + "] needs " + std::to_string(pages) +
+               " pages, more than the page table's " + std::to_string(table_size));
+    for (int64_t page = 0; page < pages; ++page) require_index("tables: page", page_table[page], kv.num_pages);
+}
+
 void prefetch_token(const PagedKv& kv, int layer, int64_t page, int offset) {
     const KvGeometry& g = kv.geometry;
     const size_t item = item_size(g.dtype), v_row = g.head_dim * item;

@@ -82,6 +82,14 @@ struct PagedKv {
     }
 };
 
+/// Throws std::invalid_argument unless `num_heads` query heads divide into groups of one size, one for each KV head.
+void require_groups(const KvGeometry& geometry, int num_heads);
+
+/// Throws std::invalid_argument, naming `field`[index], unless `num_tokens` tokens lie in pages of the store that the
+/// table of `table_size` entries names.
+void require_pages(const PagedKv& kv, const char* field, int index, int64_t num_tokens, const int32_t* page_table,
+                   ptrdiff_t table_size);
+
 /// Rows of keys and values as the model computes them: row i is [num_kv_heads * head_dim] at k + i * k_stride
 /// (strides in elements of `dtype`).
 struct KvRows {

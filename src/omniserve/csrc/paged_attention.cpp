@@ -116,19 +116,10 @@ void check(const PagedAttentionArgs& args) {
     require_index("layer", args.layer, g.num_layers);
     if (args.num_sequences < 0) refuse("n must not be negative");
     require_range("window", args.window, 0, INT32_MAX);
-    if (args.num_heads < 1 || args.num_heads % g.num_kv_heads != 0)
-        refuse("num_heads must be a positive multiple of num_kv_heads " + std::to_string(g.num_kv_heads) + ", not " +
-               std::to_string(args.num_heads));
-    for (int i = 0; i < args.num_sequences; ++i) {
-        const int64_t length = args.context_lens[i];
-        const int64_t pages = (length + g.page_size - 1) / g.page_size;
-        if (length < 0) refuse("context_lens[" + std::to_string(i) + "] must not be negative");
-        if (pages > args.table_stride)
-            refuse("context_lens[" + std::to_string(i) + "] needs " + std::to_string(pages) +
-                   " pages, more than the page table's " + std::to_string(args.table_stride));
-        const int32_t* table = args.page_tables + i * args.table_stride;
-        for (int64_t page = 0; page < pages; ++page) require_index("tables: page", table[page], args.kv->num_pages);
-    }
+    require_groups(g, args.num_heads);
+    for (int i = 0; i < args.num_sequences; ++i)
+        require_pages(*args.kv, "context_lens", i, args.context_lens[i], args.page_tables + i * args.table_stride,
+                      args.table_stride);
 }
 
 void paged_attention(ThreadTeam& team, const PagedAttentionArgs& args) {

@@ -12,9 +12,11 @@ namespace omniserve {
 struct AttendArgs;
 struct PanelArgs;
 
-/// One panel of dense.h for float32 rows, by the type of its weights.
 struct DensePanels {
+    /// One panel of dense.h for float32 rows, by the type of its weights.
     void (*of[kNumDTypes])(const PanelArgs& args);
+    /// up[i] *= silu(gate[i]); `count` is a multiple of kPanel.
+    void (*gate)(const float* gate, float* up, size_t count);
 };
 
 /// Inner loops of attention.h and dense.h. Every member is callable from any thread.

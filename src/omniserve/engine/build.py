@@ -267,7 +267,7 @@ def device_decoder(config: EngineConfig, split: CpuSplit, path: Path) -> Decoder
     model = read_model_config(path)
     if split.device_cpus:
         os.sched_setaffinity(0, split.device_cpus)
-    torch.set_num_threads(1)  # but for attention of prompts (attention/cpu.py)
+    torch.set_num_threads(1)  # the cores are the team's; small operations end before another thread is awake
     return load_decoder(
         path,
         choose_dtype(config, model),

@@ -174,7 +174,7 @@ class CpuExecutor:
     def _walk(self, step: Step) -> tuple[list[NewToken], int, int]:
         """One iteration over all layers: its tokens, lanes left out though ready, lane rows that entered."""
         began = time.perf_counter()
-        batch = DeviceBatch(step.rows, self.attention.store.page_size, self.attention.window)
+        batch = DeviceBatch(step.rows, self.attention.store.page_size)
         n = batch.num_rows
         self._fill_device_rows(batch)
         num_lanes = self._fill_lane_rows(step.lane_starts, first=n)
