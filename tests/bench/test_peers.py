@@ -165,6 +165,21 @@ def living_in(session: int) -> list[int]:
     return found
 
 
+def states_in(session: int) -> set[str]:
+    """What the processes of a session do: T is stopped."""
+    states = set()
+    for pid in living_in(session):
+        states.add(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0])
+    return states
+
+
+def test_a_peer_that_is_not_asked_takes_no_time_from_others(tiny_llama: TinyLlama, tmp_path: Path) -> None:
+    with PeerProcess(Path(sys.executable), settings_of("omniserve", tiny_llama()), tmp_path / "log") as peer:
+        assert states_in(peer._process.pid) == {"T"}
+        peer.generate(BATCH.token_ids("0", 500), 8)
+        assert states_in(peer._process.pid) == {"T"}
+
+
 def test_ours_and_transformers_answer_the_same_over_the_protocol(
     tiny_llama: TinyLlama, tmp_path: Path
 ) -> None:

@@ -27,7 +27,8 @@ class PeerError(Exception):
 
 
 class PeerProcess:
-    """One engine, up and idle after construction.
+    """One engine, up after construction, and stopped but while it answers: the threads of some spin on for
+    seconds after an answer, on the cores of whoever is measured next.
 
     `startup_s`: seconds from the start of the process until a first token had come back. `version`: that of
     the engine. Everything may raise PeerError; what the process prints goes to `log`. A context manager.
@@ -64,14 +65,19 @@ class PeerProcess:
             self.close()
             raise
         self.startup_s = time.perf_counter() - began_s
+        self._signal(signal.SIGSTOP)
 
     def generate(self, prompts: list[list[int]], max_tokens: int) -> tuple[float, list[list[int]]]:
         """Seconds it took, and `max_tokens` tokens for each prompt; PeerError if there are more or fewer."""
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # `_receive` says what the process died of
-            self._process.stdin.write(json.dumps({"prompts": prompts, "max_tokens": max_tokens}) + "\n")
-            self._process.stdin.flush()
-        answer = self._receive(ANSWER_LIMIT_S)
+        self._signal(signal.SIGCONT)
+        try:
+            with contextlib.suppress(BrokenPipeError):  # `_receive` says what the process died of
+                self._process.stdin.write(json.dumps({"prompts": prompts, "max_tokens": max_tokens}) + "\n")
+                self._process.stdin.flush()
+            answer = self._receive(ANSWER_LIMIT_S)
+        finally:
+            self._signal(signal.SIGSTOP)
         outputs: list[list[int]] = answer["outputs"]
         lengths = [len(output) for output in outputs]
         if lengths != [max_tokens] * len(prompts):
@@ -89,14 +95,19 @@ class PeerProcess:
         """End the process and all it started."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        self._signal(signal.SIGCONT)
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(END_LIMIT_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self._signal(signal.SIGKILL)
         self._process.wait()
         self._process.stdout.close()
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To the process and all it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
 
     def __enter__(self) -> Self:
         return self

@@ -56,7 +56,7 @@ def forecast(
         load.prefill_load += -(-total_load // count)
         load.num_chunks += 1 + -(-(len(pending) - 1) // count)
         load.num_samples += -(-len(pending) // count)
-        # Earlier KV is gathered for prompts begun before; in several walks for one that goes on, too.
+        # Earlier KV is read for prompts begun before; in several walks for one that goes on, too.
         load.chunk_context += begun if count == 1 else max(longest, -(-begun // count))
         return load
 

@@ -15,7 +15,8 @@ class WalkLoad:
 
     Beyond the paper: num_samples, rows whose logits are computed; lane_rows, lane rows that enter, summed
     over all layers; num_chunks; chunk_context, sum of l + q over chunks that do not begin their prompt: the
-    device gathers so much KV for them; copied_tokens, KV that leaves the device before the walk.
+    device reads so much KV for them, however few their rows; copied_tokens, KV that leaves the device before
+    the walk.
     """
 
     num_tokens: int = 0

@@ -63,7 +63,7 @@ class WalkCosts:
     decode_token_s, decode_request_s, decode_s
                        a_DA, h_DA, b_DA of decode attention: a c + h g + b.
     prefill_load_s, prefill_context_s, prefill_chunk_s
-                       a_PA and b_PA of prefill attention, and the gathering of earlier KV.
+                       a_PA and b_PA of prefill attention, and the reading of earlier KV.
     lane_row_s, lane_walk_s
                        one lane row's way in and out at one layer; a walk that looks for lanes.
     overhead_s, row_overhead_s
