@@ -167,9 +167,10 @@ def prompt_attention(
 ) -> None:
     """Causal attention of prefill chunks over their pages, which hold their own tokens already.
 
-    chunks[i] = (first_row, num_rows, start): rows of q and out, each [num_heads * head_dim] in `dtype`, that are
-    tokens start, start + 1, ... of one prompt, whose page table is row i of `tables`, int32 [len(chunks)]
-    [table_stride]. With a window a token attends to the last `window` ones alone, itself included.
+    chunks[i] = (first_row, num_rows, start): rows of q and out, each [num_heads * head_dim] in `dtype`, that
+    are tokens start, start + 1, ... of one prompt, whose page table is row i of `tables`, int32
+    [len(chunks)][table_stride]. With a window a token attends to the last `window` ones alone, itself
+    included.
     """
 
 class DenseWeight:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -165,19 +166,23 @@ def living_in(session: int) -> list[int]:
     return found
 
 
-def states_in(session: int) -> set[str]:
-    """What the processes of a session do: T is stopped."""
-    states = set()
-    for pid in living_in(session):
-        states.add(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0])
-    return states
+def are_stopped(session: int) -> bool:
+    """All processes of a session; a signal takes a moment to arrive."""
+    for _ in range(500):
+        states = [
+            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in living_in(session)
+        ]
+        if states and set(states) == {"T"}:
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def test_a_peer_that_is_not_asked_takes_no_time_from_others(tiny_llama: TinyLlama, tmp_path: Path) -> None:
     with PeerProcess(Path(sys.executable), settings_of("omniserve", tiny_llama()), tmp_path / "log") as peer:
-        assert states_in(peer._process.pid) == {"T"}
+        assert are_stopped(peer._process.pid)
         peer.generate(BATCH.token_ids("0", 500), 8)
-        assert states_in(peer._process.pid) == {"T"}
+        assert are_stopped(peer._process.pid)
 
 
 def test_ours_and_transformers_answer_the_same_over_the_protocol(

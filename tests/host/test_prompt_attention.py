@@ -3,10 +3,10 @@
 import numpy as np
 import numpy.typing as npt
 import pytest
-from host.test_kernel import DTYPES, SIMD, TOLERANCE, Case, Floats, Store, reference
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from host.test_kernel import DTYPES, SIMD, TOLERANCE, Case, Floats, Store, reference
 from omniserve import _native as native
 
 NUM_TOKENS = 400
@@ -25,7 +25,7 @@ def queries(store: Store, num_rows: int) -> Floats:
 def prompt_attention(
     store: Store, team: native.ThreadTeam, chunks: Chunks, q: Floats, window: int = 0, first_row: int = 0
 ) -> Floats:
-    """Rows `first_row`.. of q are those of the chunks, one after the other; other rows of the result are NaN."""
+    """Rows `first_row`.. of q are those of the chunks, one after the other; the rest stays NaN."""
     counts = np.array([count for _, count in chunks], np.int64)
     firsts = first_row + np.cumsum(counts) - counts
     starts = np.array([start for start, _ in chunks], np.int64)
