@@ -12,6 +12,8 @@ struct Avx2Vectors {
     static constexpr int kLanes = 8;
     static constexpr int kSums = 12;  // of 16 registers
     static constexpr int kRows = 6;
+    template <DType kType>
+    static constexpr int kFilledRows = 0;
 
     OMNI_INLINE static Floats load(const float* p) { return _mm256_loadu_ps(p); }
     OMNI_INLINE static void store(float* p, Floats x) { _mm256_storeu_ps(p, x); }

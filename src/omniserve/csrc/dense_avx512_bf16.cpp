@@ -16,6 +16,8 @@ struct PairVectors {
     static constexpr int kLanes = 16;
     static constexpr int kSums = 24;
     static constexpr int kRows = 12;
+    template <DType kType>
+    static constexpr int kFilledRows = 0;
 
     OMNI_INLINE static Floats load(const float* p) { return _mm512_loadu_ps(p); }
     OMNI_INLINE static void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }

@@ -1,5 +1,5 @@
 // The inner loops of dense.h, given an instruction set's vectors: kLanes, Floats, load(const float*),
-// store(float*, Floats), broadcast(float), fused(a, b, c) = a * b + c and Weights<DType>. Everything is in an unnamed
+// store(float*, Floats), broadcast(float), fused(a, b, c) = a * b + c, kFilledRows and Weights<DType>. Everything is in an unnamed
 // namespace, see attend_loop.h.
 #pragma once
 
@@ -18,7 +18,7 @@ constexpr int kInputsOf = kType == DType::bf16 ? 2 : 1;
 
 /// Adds kInputs inputs, from `k` on, to the sums. w: their weights.
 template <class Ops, DType kType, int kInputs, int kRows, int kVecs>
-OMNI_INLINE inline void add_inputs(const std::byte* w, const float* x, ptrdiff_t x_stride, int k,
+OMNI_INLINE inline void add_inputs(const std::byte* w, const float* const (&x)[kRows], int k,
                                    typename Ops::Floats (&sum)[kRows][kVecs]) {
     constexpr int kStep = kInputsOf<kType>, kVecBytes = Ops::kLanes * kStep * int(item_size(kType));
     typename Ops::Floats weights[kVecs][kStep];
@@ -28,7 +28,7 @@ OMNI_INLINE inline void add_inputs(const std::byte* w, const float* x, ptrdiff_t
     for (int step = 0; step < kInputs; ++step) {
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
-            const auto factor = Ops::broadcast(x[r * x_stride + k + step]);
+            const auto factor = Ops::broadcast(x[r][k + step]);
 #pragma GCC unroll 8
             for (int v = 0; v < kVecs; ++v) sum[r][v] = Ops::fused(weights[v][step], factor, sum[r][v]);
         }
@@ -42,7 +42,10 @@ void block(const PanelArgs& a, int row, int vec, int first, int last) {
     constexpr int kRowBytes = kPanel * kStep * kItem;
     const std::byte* w = static_cast<const std::byte*>(a.weights) + size_t(first) / kStep * kRowBytes +
                          vec * Ops::kLanes * kStep * kItem;
-    const float* x = static_cast<const float*>(a.x) + row * a.x_stride;
+    const float* x[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+        x[r] = static_cast<const float*>(a.x) + (row + r < a.num_rows ? row + r : a.num_rows - 1) * a.x_stride;
     typename Ops::Floats sum[kRows][kVecs];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r)
@@ -53,12 +56,12 @@ void block(const PanelArgs& a, int row, int vec, int first, int last) {
         if (vec == 0)
 #pragma GCC unroll 4
             for (int line = 0; line < kRowBytes; line += 64) __builtin_prefetch(w + kAhead + line, 0, 2);
-        add_inputs<Ops, kType, kStep>(w, x, a.x_stride, k, sum);
+        add_inputs<Ops, kType, kStep>(w, x, k, sum);
     }
-    if (k < last) add_inputs<Ops, kType, 1>(w, x, a.x_stride, k, sum);
+    if (k < last) add_inputs<Ops, kType, 1>(w, x, k, sum);
     float* to = a.sums + row * kPanel + vec * Ops::kLanes;
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r, to += kPanel)
+    for (int r = 0; r < kRows && row + r < a.num_rows; ++r, to += kPanel)
 #pragma GCC unroll 8
         for (int v = 0; v < kVecs; ++v) {
             float* total = to + v * Ops::kLanes;
@@ -75,15 +78,18 @@ void rows_of(const PanelArgs& a, int row, int first, int last) {
     for (int vec = 0; vec < kAll; vec += kVecs) block<Ops, kType, kRows, kVecs>(a, row, vec, first, last);
 }
 
-/// Rows from `row` on, the most that one of the loops takes; returns how many.
+/// Rows from `row` on, the most that one of the loops takes; returns how many. Where a few rows take longer than a few
+/// more (they wait for memory, in a worse rhythm), 2 or more are filled up to Ops::kFilledRows: the last row is
+/// computed again, and not stored.
 template <class Ops, DType kType>
 int some_rows(const PanelArgs& a, int row, int first, int last) {
     const int left = a.num_rows - row;
     int taken = 0;
     const auto take = [&](auto count) {
-        if (taken == 0 && count() <= Ops::kRows && count() <= left) {
+        constexpr bool fills_up = count() == Ops::template kFilledRows<kType>;
+        if (taken == 0 && count() <= Ops::kRows && (count() <= left || (fills_up && left > 1))) {
             if constexpr (count() <= Ops::kRows) rows_of<Ops, kType, count()>(a, row, first, last);
-            taken = count();
+            taken = count() < left ? count() : left;
         }
     };
     take(Index<12>{}), take(Index<8>{}), take(Index<6>{}), take(Index<4>{}), take(Index<2>{}), take(Index<1>{});

@@ -12,6 +12,8 @@ struct NeonVectors {
     static constexpr int kLanes = 4;
     static constexpr int kSums = 24;  // of 32 registers
     static constexpr int kRows = 6;
+    template <DType kType>
+    static constexpr int kFilledRows = 0;
 
     OMNI_INLINE static Floats load(const float* p) { return vld1q_f32(p); }
     OMNI_INLINE static void store(float* p, Floats x) { vst1q_f32(p, x); }

@@ -10,6 +10,8 @@ struct ScalarVectors {
     static constexpr int kLanes = 1;
     static constexpr int kSums = 32;
     static constexpr int kRows = 1;
+    template <DType kType>
+    static constexpr int kFilledRows = 0;
 
     static float load(const float* p) { return *p; }
     static void store(float* p, float x) { *p = x; }
