@@ -118,7 +118,8 @@ class PagedKv:
         """
 
 class ThreadTeam:
-    """``num_threads`` threads, the caller included, that share each `paged_attention` and `dense`.
+    """``num_threads`` threads, the caller included, that share each `paged_attention`,
+    `prompt_attention` and `dense`.
 
     Member i > 0 is pinned to cpus[i % len(cpus)], or inherits the creator's affinity.
     """

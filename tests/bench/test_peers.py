@@ -155,23 +155,21 @@ def settings_of(engine: str, model: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def living_in(session: int) -> list[int]:
-    """Processes of a session, the ended ones that nobody has asked after left out."""
-    found = []
+def living_in(session: int) -> dict[int, str]:
+    """Processes of a session and what they do (T: stopped), the ended ones that nobody has asked after left out."""
+    found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # ended meanwhile
             state, _, _, sid = stat.read_text().rpartition(")")[2].split()[:4]
             if int(sid) == session and state != "Z":
-                found.append(int(stat.parent.name))
+                found[int(stat.parent.name)] = state
     return found
 
 
 def are_stopped(session: int) -> bool:
     """All processes of a session; a signal takes a moment to arrive."""
     for _ in range(500):
-        states = [
-            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in living_in(session)
-        ]
+        states = living_in(session).values()
         if states and set(states) == {"T"}:
             return True
         time.sleep(0.01)
@@ -200,7 +198,7 @@ def test_ours_and_transformers_answer_the_same_over_the_protocol(
             answers.append(outputs)
             session = peer._process.pid
             assert living_in(session)
-        assert living_in(session) == []
+        assert not living_in(session)
     assert answers[0] == answers[1]
 
 

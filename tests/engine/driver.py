@@ -120,7 +120,7 @@ def build_engine(
     latency: LearningPrediction | None = None,
 ) -> Engine:
     split = split_cpus(config)
-    torch.set_num_threads(split.device_threads)
+    torch.set_num_threads(1)  # as device_decoder does
     return make_engine(
         config,
         subject.decoder,

@@ -28,7 +28,7 @@ class InterruptedAttention:
     def __init__(self, attention: CpuAttention, during: Callable[[int], None]) -> None:
         self._attention = attention
         self._during = during
-        self.store, self.window = attention.store, attention.window
+        self.store = attention.store
 
     def run(self, layer: int, batch: DeviceBatch, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         self._attention.run(layer, batch, q, k, v, out)

@@ -32,9 +32,8 @@ class CpuKvStore:
     Untouched pages cost no memory: the mapping is filled on first write.
     """
 
-    def __init__(self, geometry: _native.KvGeometry, num_pages: int, dtype: torch.dtype) -> None:
+    def __init__(self, geometry: _native.KvGeometry, num_pages: int) -> None:
         self.page_size = geometry.page_size
-        self.dtype = dtype
         self.memory = torch.empty(num_pages * geometry.page_bytes, dtype=torch.uint8)
         self.kv = _native.PagedKv(geometry, self.memory.data_ptr(), num_pages)
 
@@ -68,7 +67,7 @@ class DeviceBatch:
         self.context_lens = (starts[: self.num_singles] + 1).astype(np.int32)
         self.tables = _padded(tables[: self.num_singles])
         # Of each chunk its first row, its number of rows and the position of its first token.
-        self.chunks = np.stack([ends - counts, counts, starts], axis=1)[self.num_singles :].copy()
+        self.chunks = np.stack([ends - counts, counts, starts], axis=1)[self.num_singles :]
         self.chunk_tables = _padded(tables[self.num_singles :])
 
 
@@ -79,7 +78,6 @@ class CpuAttention:
         self,
         store: CpuKvStore,
         num_heads: int,
-        num_kv_heads: int,
         head_dim: int,
         team: _native.ThreadTeam,
         window: int = 0,
@@ -91,8 +89,6 @@ class CpuAttention:
         """
         self.store = store
         self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
         self.scale = head_dim**-0.5
         self.window = window if window_layers else 0
         self.window_layers = frozenset(window_layers)

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -147,6 +148,8 @@ def vocabulary_size() -> int:
 def main(arguments: Sequence[str]) -> int:
     """Returns the exit status: 1 when a peer could not be measured to the end."""
     options = _parser().parse_args(arguments)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # peers are stopped: they must be ended, not left
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(console.width, MIN_WIDTH))

@@ -171,7 +171,8 @@ struct Visible {
     }
 };
 
-/// Softmax of a row of which only a part is visible; the rest weighs nothing.
+/// Softmax of a row of which only a part is visible; the rest weighs nothing (its values must be finite: they are
+/// multiplied by 0). Ops::softmax may write up to kChunk - 1 scores behind its part: the zeros come after it.
 template <class Ops>
 float visible_softmax(float* row, int num_tokens, Visible seen, float& m, float& l) {
     float rescale = 1.0f;

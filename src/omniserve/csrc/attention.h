@@ -1,4 +1,4 @@
-// Decode attention over paged KV as an algebra of partial states.
+// Attention over paged KV as an algebra of partial states.
 //
 // A state is the attention of a group of queries (all query heads of one KV head) over some tokens:
 //
@@ -46,11 +46,10 @@ struct AttendArgs {
     float scale = 1.0f;        // multiplies q, usually 1 / sqrt(head_dim)
     float* state = nullptr;    // out, [num_heads] states of state_floats(group, head_dim)
     float* scratch = nullptr;  // scratch_floats(num_heads, group, head_dim), one per thread
-    // Prompts: the group is that of several tokens one after the other, so many queries of each, the first one at
-    // `first_position`; each sees the last `window` tokens up to its own (0: all of them). 0: all see all.
-    int32_t queries_per_token = 0;
-    int64_t first_position = 0;
-    int32_t window = 0;
+    // Prompts: the group is that of several tokens, one after the other, of which each sees those up to its own.
+    int32_t queries_per_token = 0;  // 0: no prompt, all queries see all tokens
+    int64_t first_position = 0;     // of the first of these tokens
+    int32_t window = 0;             // a token sees the last so many; 0: all
 };
 
 /// Floats that one call of `attend` needs to work in.

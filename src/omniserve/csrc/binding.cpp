@@ -164,8 +164,10 @@ void bind_kernel(nb::module_& m) {
              ptrdiff_t table_stride, const std::string& dtype, Address q, ptrdiff_t q_stride, Address out,
              ptrdiff_t out_stride, int num_heads, float scale, int window) {
               std::vector<PromptChunk> list(chunks.shape(0));
-              for (size_t i = 0; i < list.size(); ++i)
+              for (size_t i = 0; i < list.size(); ++i) {
+                  for (int field : {0, 1}) require_range("chunks: row", chunks(i, field), INT32_MIN, INT32_MAX);
                   list[i] = {int32_t(chunks(i, 0)), int32_t(chunks(i, 1)), chunks(i, 2)};
+              }
               const PromptAttentionArgs args{&kv, layer, int32_t(list.size()), num_heads, list.data(),
                                              at<int32_t>(tables), table_stride, parse_dtype("dtype", dtype),
                                              at<void>(q), q_stride, at<void>(out), out_stride, scale, window};

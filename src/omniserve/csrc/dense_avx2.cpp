@@ -60,6 +60,6 @@ struct Avx2Vectors::Weights<DType::i8> {
 
 const DensePanels kAvx2Dense = {{panel<Avx2Vectors, DType::f32>, panel<Avx2Vectors, DType::bf16>,
                                  panel<Avx2Vectors, DType::f16>, panel<Avx2Vectors, DType::i8>},
-                                 gate};
+                                 apply_gate};
 
 }  // namespace omniserve

@@ -58,6 +58,6 @@ struct Avx512Vectors::Weights<DType::i8> {
 
 const DensePanels kAvx512Dense = {{panel<Avx512Vectors, DType::f32>, panel<Avx512Vectors, DType::bf16>,
                                  panel<Avx512Vectors, DType::f16>, panel<Avx512Vectors, DType::i8>},
-                                 gate};
+                                 apply_gate};
 
 }  // namespace omniserve

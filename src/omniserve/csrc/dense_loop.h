@@ -1,6 +1,6 @@
 // The inner loops of dense.h, given an instruction set's vectors: kLanes, Floats, load(const float*),
-// store(float*, Floats), broadcast(float), fused(a, b, c) = a * b + c, kFilledRows and Weights<DType>. Everything is in an unnamed
-// namespace, see attend_loop.h.
+// store(float*, Floats), broadcast(float), fused(a, b, c) = a * b + c, kFilledRows and Weights<DType>. Everything is in
+// an unnamed namespace, see attend_loop.h.
 #pragma once
 
 #include "dense.h"
@@ -107,7 +107,7 @@ void panel(const PanelArgs& a) {
 }
 
 /// silu(x) = x * sigmoid(x), by the exponential of -|x|. Plain loops: the compiler has this file's vectors for them.
-inline void gate(const float* gate, float* up, size_t count) {
+inline void apply_gate(const float* gate, float* up, size_t count) {
     float exps[kPanel];
     for (size_t i = 0; i < count; i += kPanel) {
         for (int j = 0; j < kPanel; ++j) exps[j] = -__builtin_fabsf(gate[i + j]);

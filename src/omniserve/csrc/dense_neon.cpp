@@ -61,6 +61,6 @@ struct NeonVectors::Weights<DType::i8> {
 
 const DensePanels kNeonDense = {{panel<NeonVectors, DType::f32>, panel<NeonVectors, DType::bf16>,
                                  panel<NeonVectors, DType::f16>, panel<NeonVectors, DType::i8>},
-                                 gate};
+                                 apply_gate};
 
 }  // namespace omniserve

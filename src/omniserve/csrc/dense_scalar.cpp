@@ -40,6 +40,6 @@ struct ScalarVectors {
 
 const DensePanels kScalarDense = {{panel<ScalarVectors, DType::f32>, panel<ScalarVectors, DType::bf16>,
                                    panel<ScalarVectors, DType::f16>, panel<ScalarVectors, DType::i8>},
-                                 gate};
+                                 apply_gate};
 
 }  // namespace omniserve

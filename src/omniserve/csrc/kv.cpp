@@ -95,7 +95,7 @@ void require_groups(const KvGeometry& geometry, int num_heads) {
 
 void require_pages(const PagedKv& kv, const char* field, int index, int64_t num_tokens, const int32_t* page_table,
                    ptrdiff_t table_size) {
-    const int64_t pages = (num_tokens + kv.geometry.page_size - 1) / kv.geometry.page_size;
+    const int64_t pages = num_tokens / kv.geometry.page_size + (num_tokens % kv.geometry.page_size != 0);
     if (num_tokens < 0) refuse(std::string(field) + "[" + std::to_string(index) + "] must not be negative");
     if (pages > table_size)
         refuse(std::string(field) + "[" + std::to_string(index) + "] needs " + std::to_string(pages) +

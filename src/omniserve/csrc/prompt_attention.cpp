@@ -11,6 +11,7 @@ namespace omniserve {
 namespace {
 
 constexpr int kBlockQueries = 96;    // of one KV head: their sums and scores stay in the second-level cache
+constexpr int kMinBlockQueries = 8;  // below that a block reads keys and values for too little work
 constexpr int kPiecesPerThread = 4;  // enough to even out pieces of different length
 
 /// Rows [first, first + count) of a chunk.
@@ -52,19 +53,20 @@ private:
         for (int i = 0; i < args_.num_chunks; ++i) rows += args_.chunks[i].num_rows;
         const int64_t enough = int64_t(team_.num_threads()) * kPiecesPerThread;
         const int64_t even = team_.num_threads() == 1 ? rows : rows * kv_heads_ / enough;
-        block_rows_ = int(std::clamp<int64_t>(even, 1, std::max(1, kBlockQueries / group_)));
+        const int fewest = std::max(1, kMinBlockQueries / group_), most = std::max(fewest, kBlockQueries / group_);
+        block_rows_ = int(std::clamp<int64_t>(even, fewest, most));
         for (int32_t i = 0; i < args_.num_chunks; ++i)
             for (int32_t first = 0; first < args_.chunks[i].num_rows; first += block_rows_) {
                 const int32_t count = std::min(block_rows_, args_.chunks[i].num_rows - first);
                 blocks_.push_back({i, first, count, args_.chunks[i].start + first + count});
             }
-        std::sort(blocks_.begin(), blocks_.end(),  // the longest first: the short ones even out
+        std::sort(blocks_.begin(), blocks_.end(),  // those with most to read first: the others even out
                   [](const Block& a, const Block& b) { return a.last_token > b.last_token; });
     }
 
-    std::byte* row_of(void* rows, ptrdiff_t stride, int row, int kv_head) const {
-        const ptrdiff_t element = row * stride + ptrdiff_t(kv_head) * group_ * head_dim_;
-        return static_cast<std::byte*>(rows) + element * ptrdiff_t(item_size(args_.dtype));
+    /// Bytes from the beginning of rows to the queries (or results) of one of them and a KV head.
+    ptrdiff_t offset_of(ptrdiff_t stride, int row, int kv_head) const {
+        return (row * stride + ptrdiff_t(kv_head) * group_ * head_dim_) * ptrdiff_t(item_size(args_.dtype));
     }
 
     void do_piece(const Block& block, int head, float* q, float* states) {
@@ -72,8 +74,8 @@ private:
         const int row = chunk.first_row + block.first, queries = block.count * group_;
         const size_t row_floats = query_floats(1);
         for (int i = 0; i < block.count; ++i)
-            kernels().to_f32(row_of(const_cast<void*>(args_.q), args_.q_stride, row + i, head), args_.dtype,
-                             q + i * row_floats, row_floats);
+            kernels().to_f32(static_cast<const std::byte*>(args_.q) + offset_of(args_.q_stride, row + i, head),
+                             args_.dtype, q + i * row_floats, row_floats);
         const int64_t first_position = chunk.start + block.first;
         attend({.kv = args_.kv,
                 .page_table = args_.page_tables + ptrdiff_t(block.chunk) * args_.table_stride,
@@ -92,8 +94,9 @@ private:
                 .window = args_.window});
         finish_states(states, {1, queries, head_dim_}, q);
         for (int i = 0; i < block.count; ++i)
-            kernels().from_f32(q + i * row_floats, row_of(args_.out, args_.out_stride, row + i, head), args_.dtype,
-                               row_floats);
+            kernels().from_f32(q + i * row_floats,
+                               static_cast<std::byte*>(args_.out) + offset_of(args_.out_stride, row + i, head),
+                               args_.dtype, row_floats);
     }
 
     ThreadTeam& team_;
@@ -113,6 +116,7 @@ void check(const PromptAttentionArgs& args) {
     require_groups(g, args.num_heads);
     for (int i = 0; i < args.num_chunks; ++i) {
         const PromptChunk& chunk = args.chunks[i];
+        require_range("chunks: start", chunk.start, INT32_MIN, INT32_MAX);
         if (chunk.first_row < 0 || chunk.num_rows < 1 || chunk.start < 0)
             refuse("chunks[" + std::to_string(i) + "] needs at least one row, and must not start before 0");
         require_pages(*args.kv, "chunks", i, chunk.start + chunk.num_rows, args.page_tables + i * args.table_stride,

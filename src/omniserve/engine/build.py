@@ -220,11 +220,10 @@ def _device_attention(config: EngineConfig, decoder: Decoder, limits: Limits) ->
     layers, heads, kv_heads = decoder.num_layers, decoder.num_heads, decoder.num_kv_heads
     kv_dtype = dtype_name(decoder.dtype)
     geometry = kv_geometry(layers, kv_heads, decoder.head_dim, config.page_size, kv_dtype)
-    store = CpuKvStore(geometry, limits.num_device_pages, decoder.dtype)
+    store = CpuKvStore(geometry, limits.num_device_pages)
     return CpuAttention(
         store,
         heads,
-        kv_heads,
         decoder.head_dim,
         decoder.team,
         decoder.config.window,

@@ -75,7 +75,7 @@ class _Probe:
         self.attn = torch.empty_like(self.q)
         shape = (decoder.num_layers, decoder.num_kv_heads, decoder.head_dim, config.page_size)
         geometry = kv_geometry(*shape, dtype_name(dtype))
-        self.store = CpuKvStore(geometry, max(2, config.max_copies_per_step), dtype)
+        self.store = CpuKvStore(geometry, max(2, config.max_copies_per_step))
         self.store.memory.fill_(FILLING)
         self.page_bytes = geometry.page_bytes
         host_kv = host.segment.geometry

@@ -16,7 +16,7 @@ constexpr int kGroup = 3, kTokens = 150;
 struct Prompt {
     Prompt(DType dtype, int head_dim, int page_size)
         : geometry{1, 2, head_dim, page_size, dtype}, num_pages((kTokens + page_size - 1) / page_size),
-          memory(num_pages * geometry.page_bytes()), kv{geometry, memory.data(), num_pages} {
+          memory(num_pages * geometry.page_bytes(), std::byte{0xff}), kv{geometry, memory.data(), num_pages} {
         std::mt19937 random(head_dim + page_size);
         std::normal_distribution<float> normal;
         std::vector<float> k(size_t(kTokens) * 2 * head_dim), v(k.size());
