@@ -1,0 +1,88 @@
+"""The FastAPI app, put together from its parts. Starts and stops nothing but what is its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from omniserve import __version__
+from omniserve.config import EngineConfig
+from omniserve.errors import RequestError
+from omniserve.server.answers import error_answer
+from omniserve.server.auth import Keyring
+from omniserve.server.doors import Doors
+from omniserve.server.endpoints import Endpoints
+from omniserve.server.engine_keeper import EngineKeeper
+from omniserve.server.errors import as_api_error
+from omniserve.server.fields import FieldLog
+from omniserve.server.gate import Gate
+from omniserve.server.generation import Generation
+from omniserve.server.metrics import ServerMetrics
+from omniserve.server.request_models import ChatRequest, CompletionRequest, as_invalid
+from omniserve.server.routes_status import status_router
+from omniserve.server.routes_text import text_router
+from omniserve.server.settings import ServerConfig
+from omniserve.server.work import Reader
+
+SCHEMA_REF = "#/components/schemas/{model}"
+
+
+def make_endpoints(
+    config: ServerConfig, engine_config: EngineConfig, keeper: EngineKeeper, names: Sequence[str]
+) -> Endpoints:
+    """The parts that a request passes. names: those of the model."""
+    metrics = ServerMetrics()
+    return Endpoints(
+        keeper=keeper,
+        doors=Doors(config),
+        reader=Reader(names, engine_config, is_shared=bool(config.api_keys)),
+        generation=Generation(config, metrics),
+        metrics=metrics,
+        field_log=FieldLog(),
+    )
+
+
+def make_app(config: ServerConfig, endpoints: Endpoints, names: Sequence[str]) -> FastAPI:
+    app = FastAPI(title="OmniServe", version=__version__, docs_url=None, redoc_url=None)
+    app.include_router(text_router(endpoints))
+    app.include_router(status_router(endpoints, names))
+    app.add_middleware(Gate, keyring=Keyring(config), max_body_bytes=config.max_body_bytes)
+    app.add_exception_handler(HTTPException, _answer_error)
+    app.add_exception_handler(RequestError, _answer_error)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
+    _describe(app)
+    return app
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    return error_answer(as_api_error(error))
+
+
+async def _answer_invalid(request: Request, error: Exception) -> Response:
+    """Bodies, paths and queries that FastAPI checks: the first part of a place says which of them it was."""
+    assert isinstance(error, RequestValidationError)
+    first = dict(error.errors()[0])
+    first["loc"] = first["loc"][1:]
+    return error_answer(as_invalid([first]))
+
+
+def _describe(app: FastAPI) -> None:
+    """Add the bodies that routes decode themselves to the OpenAPI document."""
+    made = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = made()
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        if "ChatRequest" not in schemas:
+            models = [(ChatRequest, "validation"), (CompletionRequest, "validation")]
+            _, found = models_json_schema(models, ref_template=SCHEMA_REF)  # type: ignore[arg-type]
+            schemas.update(found["$defs"])
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
