@@ -114,7 +114,9 @@ class BatchStore:
         self, batch: BatchRecord, is_known_model: Callable[[str], bool] = lambda name: True
     ) -> Validation:
         """Reads the input of a batch; the caller closes it."""
-        return Validation(self._blobs.open(batch.input_file_id), batch.endpoint, self._limits, is_known_model)
+        with self._database.disk():
+            source = self._blobs.open(batch.input_file_id)
+        return Validation(source, batch.endpoint, self._limits, is_known_model)
 
     def validated(self, seq: int, found: Validation) -> BatchRecord:
         """Take in every line of a good input at once, or say why it is bad. Not of a cancelled batch."""
@@ -217,6 +219,11 @@ class BatchStore:
             self._step(db, _by_seq(db, seq), event)
         self._database.at(f"{event}.committed")
         return _by_seq(self._database.db, seq)
+
+    def close(self, seq: int, event: Event) -> BatchRecord:
+        """`step` for a batch that its owner may have cancelled meanwhile; then it stays in `cancelling`."""
+        batch = _by_seq(self._database.db, seq)
+        return batch if batch.status is Status.CANCELLING else self.step(seq, event)
 
     def _step(self, db: sqlite3.Connection, batch: BatchRecord, event: Event) -> None:
         status, ending = after(batch.status, batch.ending, event)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -9,8 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
-
-from omniserve.batch.errors import StateError
 
 _FILE_ID = re.compile(r"file-[0-9a-f]{32}")
 
@@ -102,9 +101,8 @@ class Blobs:
         try:
             size = os.fstat(descriptor).st_size
             if size < length:
-                raise StateError(
-                    f"{path} holds {size} bytes, {length} were recorded; see `omniserve state check`"
-                )
+                # Damage from outside: the store opens anew and fails the batch (BatchStore.recover).
+                raise OSError(errno.EIO, f"{path} holds {size} bytes, {length} were recorded")
             if size > length:
                 os.ftruncate(descriptor, length)
             self._disk.write(descriptor, data, length)

@@ -36,7 +36,7 @@ POINTS = (
 )
 
 
-def _pass_by(point: str) -> None:
+def pass_by(point: str) -> None:
     """What happens at a write boundary outside tests."""
 
 
@@ -54,7 +54,7 @@ class Store:
         limits: Limits | None = None,
         now: Callable[[], float] = time.time,
         disk: Disk | None = None,
-        at: At = _pass_by,
+        at: At = pass_by,
     ) -> None:
         self.limits = limits or Limits()
         disk = disk or Disk()
