@@ -249,3 +249,61 @@ def test_a_store_of_a_newer_version_is_refused_and_left_alone(tmp_path: Path) ->
     with pytest.raises(StateError, match="use the release that wrote it"):
         Store(tmp_path)
     assert path.read_bytes() == before
+
+
+def test_a_store_of_the_first_version_is_brought_up_to_date_with_everything_in_it(tmp_path: Path) -> None:
+    write_first_version(tmp_path)
+    store = Store(tmp_path, limits=LIMITS, now=Clock())
+    assert store._database.db.execute("PRAGMA user_version").fetchone()[0] == len(MIGRATIONS)
+    ended, running = (store.batches.get(OWNER, f"batch_{name}") for name in ("ended", "running"))
+    assert (ended.status, ended.ended_at, running.ended_at) == (Status.CANCELLED, 50, None)
+    assert [batch.id for batch in store.batches.open_batches()] == ["batch_running"]
+    finish(store, running.seq)
+    store.close()
+
+
+def test_a_migration_that_is_interrupted_happened_wholly_or_not_at_all(
+    tmp_path: Path, faults: Faults
+) -> None:
+    write_first_version(tmp_path)
+    faults.point, faults.error = "migrate.changed", BROKEN
+    with pytest.raises(StorageError):
+        Store(tmp_path, limits=LIMITS, at=faults)
+    with sqlite3.connect(tmp_path / "batches.sqlite") as db:
+        assert db.execute("PRAGMA user_version").fetchone()[0] == 1
+        assert "ended_at" not in {row[1] for row in db.execute("PRAGMA table_info(batches)")}
+    db.close()
+    Store(tmp_path, limits=LIMITS).close()
+
+
+def write_first_version(root: Path) -> None:
+    """As the first version left it: one batch that was cancelled, one under way with three lines."""
+    data, input_id = lines(3), "file-" + "a" * 32
+    (root / "files").mkdir()
+    (root / "files" / input_id).write_bytes(data)
+    db = sqlite3.connect(root / "batches.sqlite")
+    db.executescript(MIGRATIONS[0] + "; PRAGMA user_version = 1")
+    values = "'/v1/chat/completions', ?, '24h', 2000000000, ?, ?, 1, ?, ?, ?"
+    columns = (
+        "endpoint, input_file_id, completion_window, expires_at, output_file_id, error_file_id, created_at"
+    )
+    insert = (
+        f"INSERT INTO batches (id, owner, {columns}, status, total, cancelled_at) VALUES (?, ?, {values})"
+    )
+    for name, digit, status, total, cancelled_at in (
+        ("ended", "b", "cancelled", 0, 50),
+        ("running", "c", "in_progress", 3, None),
+    ):
+        ids = (input_id, "file-0" + digit * 31, "file-1" + digit * 31)
+        db.execute(insert, (f"batch_{name}", OWNER, *ids, status, total, cancelled_at))
+    offset = 0
+    for number, raw in enumerate(data.splitlines(keepends=True), 1):
+        db.execute("INSERT INTO lines VALUES (2, ?, ?, ?, 0)", (number, offset, len(raw)))
+        offset += len(raw)
+    db.execute(
+        "INSERT INTO files (id, owner, filename, purpose, bytes, created_at, expires_at) "
+        "VALUES (?, ?, 'in.jsonl', 'batch', ?, 1, 2000000000)",
+        (input_id, OWNER, len(data)),
+    )
+    db.commit()
+    db.close()

@@ -194,6 +194,19 @@ def test_files_past_their_time_are_gone(store: Store, clock: Clock, root: Path) 
     assert blobs(root) == set()
 
 
+def test_batches_that_ended_long_ago_are_forgotten_when_their_results_are(store: Store, clock: Clock) -> None:
+    ended, running = started(store, lines(1)), started(store, lines(1), window_s=86400 * 100)
+    store.batches.record(ended.seq, [result(ended, 1)])
+    store.batches.step(ended.seq, Event.FINISH)
+    store.batches.settle(ended.seq)
+    clock.now_s += LIMITS.retention_s - 1
+    store.sweep()
+    assert store.batches.get(OWNER, ended.id).has_ended
+    clock.now_s += 1
+    store.sweep()
+    assert store.batches.page(OWNER, None, 10) == ([store.batches.get(OWNER, running.id)], False)
+
+
 def test_a_file_has_a_largest_size(tmp_path: Path) -> None:
     store = Store(tmp_path, limits=replace(LIMITS, max_file_bytes=1000))
     with pytest.raises(TooLargeError, match="1000 bytes"):

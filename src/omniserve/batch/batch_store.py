@@ -18,7 +18,7 @@ from omniserve.batch.files import Blobs, new_id
 from omniserve.batch.limits import ENDPOINTS, Limits, Quota
 from omniserve.batch.lines import Validation
 from omniserve.batch.records import BatchRecord, Line, LineError, LineResult, NewBatch, Usage
-from omniserve.batch.states import Event, IllegalEventError, Status, after
+from omniserve.batch.states import ENDED, Event, IllegalEventError, Status, after
 from omniserve.errors import RequestError
 
 _USAGE = ("input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens")
@@ -229,8 +229,8 @@ class BatchStore:
         status, ending = after(batch.status, batch.ending, event)
         now = int(self._now())
         db.execute(
-            f"UPDATE batches SET status = ?, ending = ?, {status}_at = ? WHERE seq = ?",
-            (status, ending, now, batch.seq),
+            f"UPDATE batches SET status = ?, ending = ?, {status}_at = ?, ended_at = ? WHERE seq = ?",
+            (status, ending, now, now if status in ENDED else None, batch.seq),
         )
 
     def settle(self, seq: int) -> BatchRecord:
@@ -252,6 +252,15 @@ class BatchStore:
                 insert_file(db, (file_id, batch.owner, name, "batch_output", size, now, expires_at))
         db.execute("DELETE FROM lines WHERE batch = ?", (batch.seq,))
         self._step(db, batch, event)
+
+    def sweep(self) -> None:
+        """Forget batches that ended long ago and whose results are gone."""
+        with self._database.writing() as db:
+            db.execute(
+                "DELETE FROM batches WHERE ended_at <= ? AND NOT EXISTS "
+                "(SELECT 1 FROM files WHERE files.id IN (output_file_id, error_file_id))",
+                (int(self._now()) - self._limits.retention_s,),
+            )
 
     def recover(self) -> None:
         """Cut off what was appended and never recorded. A batch with damaged files fails."""

@@ -37,6 +37,16 @@ def lock_folder(root: Path) -> int:
     return descriptor
 
 
+@contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Alone in the directory meanwhile."""
+    descriptor = lock_folder(root)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 class Database:
     """The connection. A failed write breaks it; the next use opens it anew and sees what truly is on disk.
 

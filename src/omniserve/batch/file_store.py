@@ -11,12 +11,11 @@ from omniserve.batch.errors import ConflictError, NotFoundError, QuotaError, Sto
 from omniserve.batch.files import Blobs, Disk, Incoming
 from omniserve.batch.limits import MAX_FILENAME, Limits, Quota
 from omniserve.batch.records import FileRecord
-from omniserve.batch.states import ENDED
 from omniserve.errors import RequestError
 
 _COLUMNS = "seq, id, owner, filename, purpose, bytes, created_at, expires_at"
 # Batches that still need their input and whose results are not files yet.
-OPEN = f"status NOT IN ({', '.join(repr(str(status)) for status in sorted(ENDED))})"
+OPEN = "ended_at IS NULL"
 
 
 class FileStore:

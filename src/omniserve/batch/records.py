@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from omniserve.batch.states import ENDED, Status
+from omniserve.batch.states import Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +86,7 @@ class BatchRecord:
     expired_at: int | None = None
     cancelling_at: int | None = None
     cancelled_at: int | None = None
+    ended_at: int | None = None
 
     @property
     def num_left(self) -> int:
@@ -94,7 +95,7 @@ class BatchRecord:
 
     @property
     def has_ended(self) -> bool:
-        return self.status in ENDED
+        return self.ended_at is not None
 
 
 @dataclass(frozen=True, slots=True)

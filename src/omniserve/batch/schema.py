@@ -65,8 +65,15 @@ CREATE TABLE lines (
 ) WITHOUT ROWID
 """
 
+# Ended batches are found by when they ended, and go when their time is over.
+_RETENTION = """
+ALTER TABLE batches ADD COLUMN ended_at INTEGER;
+UPDATE batches SET ended_at = coalesce(completed_at, failed_at, expired_at, cancelled_at);
+CREATE INDEX batches_by_end ON batches (ended_at)
+"""
+
 # Version n is reached from n - 1 by the n-th of these. Never change one that was released; add another.
-MIGRATIONS: tuple[str, ...] = (_FIRST,)
+MIGRATIONS: tuple[str, ...] = (_FIRST, _RETENTION)
 # A statement that waits for another connection's lock gives up then; only `state check` is ever another one.
 BUSY_TIMEOUT_S = 5.0
 

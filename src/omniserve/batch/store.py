@@ -80,6 +80,7 @@ class Store:
     def sweep(self) -> None:
         """Remove what is past its time."""
         self.files.sweep()
+        self.batches.sweep()
 
     def close(self) -> None:
         self._database.close()
