@@ -19,7 +19,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-parity test-kill test-native test-neon soak lint format types bench-core bench-dense bench-host bench-peers bench-policy bench-prediction bench-slo clean distclean
+.PHONY: help setup demo test test-fast test-parity test-kill test-native test-neon soak lint format types bench-batch bench-core bench-dense bench-host bench-peers bench-policy bench-prediction bench-slo clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ format: setup  ## let ruff rewrite what it can
 
 types: setup  ## mypy --strict
 	$(BIN)/mypy --strict src
+
+bench-batch: setup  ## seconds and memory to accept a batch of 50,000 lines (200 MB; seconds)
+	$(BIN)/python -m omniserve.bench.batch_accept --json results/batch_accept.json
 
 bench-core: setup  ## start-up, lane tokens/s, cost of lane rows (several minutes)
 	$(BIN)/python -m omniserve.bench.core $(FLAGS)
