@@ -24,6 +24,8 @@ from omniserve.batch.store import POINTS, Store
 NUM_RANDOM_KILLS = int(os.environ.get("OMNISERVE_KILLS", "20"))
 # A life without a kill takes about this long here; kills fall before and after it too.
 LIFE_S = 0.25
+# And one that hangs is given up after this long.
+LIMIT_S = 30.0
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +132,7 @@ def _outcome(one: dict[str, Any], end: str, number: int) -> str:
 
 
 def begin(context: Any, *arguments: object) -> BaseProcess:
-    process: BaseProcess = context.Process(target=kill_child.run, args=arguments)
+    process: BaseProcess = context.Process(target=kill_child.run, args=arguments, daemon=True)
     process.start()
     return process
 
@@ -138,7 +140,7 @@ def begin(context: Any, *arguments: object) -> BaseProcess:
 def live_on(context: Any, witness: Witness) -> None:
     """A last life that nobody ends."""
     process = begin(context, witness.root)
-    process.join(60)
+    process.join(LIMIT_S)
     assert process.exitcode == 0
     witness.look()
     witness.at_the_end()
@@ -168,7 +170,7 @@ def test_death_at_a_write_boundary_loses_nothing(
     root.mkdir()
     witness = Witness(root, tmp_path / "copy")
     process = begin(context, root, point, passes)
-    process.join(60)
+    process.join(LIMIT_S)
     assert process.exitcode == -signal.SIGKILL, "the boundary was not passed"
     witness.look()
     live_on(context, witness)
