@@ -68,6 +68,10 @@ class Served:
     def post(self, path: str, json: object = None, **headers: str) -> httpx.Response:
         return httpx.post(self.base_url + path, json=json, headers=headers, timeout=PATIENCE_S)
 
+    def post_raw(self, path: str, content: bytes | Iterator[bytes]) -> httpx.Response:
+        headers = {"content-type": "application/json"}
+        return httpx.post(self.base_url + path, content=content, headers=headers, timeout=PATIENCE_S)
+
     def client(self, key: str = KEY) -> openai.OpenAI:
         url = self.base_url + "/v1"
         return openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=PATIENCE_S)

@@ -12,10 +12,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from omniserve import __version__
+from omniserve.batch.service import BatchService
 from omniserve.config import EngineConfig
 from omniserve.errors import RequestError
 from omniserve.server.answers import error_answer
-from omniserve.server.auth import Keyring
+from omniserve.server.auth import Caller, Keyring
+from omniserve.server.batch_errors import add_batch_error_handlers
 from omniserve.server.doors import Doors
 from omniserve.server.endpoints import Endpoints
 from omniserve.server.engine_keeper import EngineKeeper
@@ -25,6 +27,9 @@ from omniserve.server.gate import Gate
 from omniserve.server.generation import Generation
 from omniserve.server.metrics import ServerMetrics
 from omniserve.server.request_models import ChatRequest, CompletionRequest, as_invalid
+from omniserve.server.routes_admin import admin_router
+from omniserve.server.routes_batches import batches_router
+from omniserve.server.routes_files import files_router
 from omniserve.server.routes_status import status_router
 from omniserve.server.routes_text import text_router
 from omniserve.server.settings import ServerConfig
@@ -48,16 +53,30 @@ def make_endpoints(
     )
 
 
-def make_app(config: ServerConfig, endpoints: Endpoints, names: Sequence[str]) -> FastAPI:
+def make_app(
+    config: ServerConfig, endpoints: Endpoints, names: Sequence[str], batches: BatchService | None
+) -> FastAPI:
+    """batches: None on a server without a state directory, which has no files and batches."""
     app = FastAPI(title="OmniServe", version=__version__, docs_url=None, redoc_url=None)
     app.include_router(text_router(endpoints))
     app.include_router(status_router(endpoints, names))
+    app.include_router(admin_router(endpoints, batches))
+    if batches is not None:
+        for router in (files_router, batches_router):
+            app.include_router(router(lambda: batches, _owner))
+        add_batch_error_handlers(app)
     app.add_middleware(Gate, keyring=Keyring(config), max_body_bytes=config.max_body_bytes)
     app.add_exception_handler(HTTPException, _answer_error)
     app.add_exception_handler(RequestError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     _describe(app)
     return app
+
+
+def _owner(request: Request) -> str:
+    """Whose files and batches a request is about."""
+    caller: Caller = request.state.caller
+    return caller.owner
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 from omniserve.engine.async_llm import AsyncLLM
-from omniserve.server.errors import timed_out
+from omniserve.errors import RequestError, SloUnattainableError
+from omniserve.server.errors import invalid, timed_out
 from omniserve.server.metrics import ServerMetrics
 from omniserve.server.prompts import Tokenising, check_fits
 from omniserve.server.request_models import Message
@@ -136,14 +137,21 @@ class Run:
                 yield at, output
 
     async def _one(self, at: int) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        ids = await self._in_time(self._encoded(at))
         work, origin = self._work, self._origin
+        ids = await self._in_time(self._encoded(at))
         name = origin.answer_id if len(work.prompts) == 1 else f"{origin.answer_id}-{at}"
         window_s = None if origin.window_s is None else max(1.0, origin.window_s)
         service = (work.cache_salt, work.slo, window_s, work.priority)
         stream = self._llm.stream(ids, work.params, self._class, name, origin.arrived_s, *service)
         async with aclosing(stream):
-            yield at, await self._in_time(anext(stream))
+            try:
+                first = await self._in_time(anext(stream))
+            except SloUnattainableError:
+                raise
+            except RequestError as error:
+                field = work.names.get(error.field, error.field)
+                raise invalid(field, f"{field}: {error.reason}") from None
+            yield at, first
             async for output in stream:
                 yield at, output
 

@@ -90,12 +90,16 @@ class TextRequest(BaseModel):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def _params(self, renamed: Mapping[str, str], **more: Any) -> SamplingParams:
-        """renamed: name here of a field of SamplingParams."""
+    @property
+    def names(self) -> dict[str, str]:
+        """Names here of fields of SamplingParams that are called otherwise there."""
+        return {"prompt_logprobs": "logprobs"}
+
+    def _params(self, **more: Any) -> SamplingParams:
         try:
             return SamplingParams(**{name: getattr(self, name) for name in _SAME}, **more)
         except RequestError as error:
-            name = renamed.get(error.field, error.field)
+            name = self.names.get(error.field, error.field)
             raise invalid(name, f"{name}: {error.reason}") from None
 
     def check(self) -> Self:
@@ -113,14 +117,14 @@ class ChatRequest(TextRequest):
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
 
+    @property
+    def names(self) -> dict[str, str]:
+        limit = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        return {"max_tokens": limit, "logprobs": "top_logprobs"}
+
     def params(self) -> SamplingParams:
-        limit, name = self.max_completion_tokens, "max_completion_tokens"
-        if limit is None:
-            limit, name = self.max_tokens, "max_tokens"
-        renamed = {"max_tokens": name, "logprobs": "top_logprobs"}
-        return self._params(
-            renamed, max_tokens=limit, logprobs=(self.top_logprobs or 0) if self.logprobs else None
-        )
+        limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return self._params(max_tokens=limit, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
 
     def check(self) -> Self:
         super().check()
@@ -167,7 +171,7 @@ class CompletionRequest(TextRequest):
 
     def params(self) -> SamplingParams:
         """The engine generates one token at least, which is left out of an answer that has none."""
-        params = self._params({}, max_tokens=max(1, self.max_tokens), logprobs=self.logprobs)
+        params = self._params(max_tokens=max(1, self.max_tokens), logprobs=self.logprobs)
         return replace(params, prompt_logprobs=self.logprobs) if self.echo else params
 
     def check(self) -> Self:

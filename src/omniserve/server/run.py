@@ -7,15 +7,18 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import uvicorn
 
+from omniserve.batch.runner import RunnerSettings
+from omniserve.batch.service import BatchService
 from omniserve.config import EngineConfig
 from omniserve.engine.async_llm import AsyncLLM
 from omniserve.errors import ConfigError
 from omniserve.server.app import make_app, make_endpoints
+from omniserve.server.batch_lines import EndpointLines
 from omniserve.server.engine_keeper import EngineKeeper
 from omniserve.server.errors import unavailable
 from omniserve.server.settings import ServerConfig
@@ -54,9 +57,18 @@ class Server:
         self.keeper = EngineKeeper(make)
         names = model_names(config, engine_config)
         self.endpoints = make_endpoints(config, engine_config, self.keeper, names)
-        self._app = make_app(config, self.endpoints, names)
+        self.batches = None if config.state_dir is None else self._batch_service(config.state_dir, names)
+        self._app = make_app(config, self.endpoints, names, self.batches)
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
+
+    def _batch_service(self, state_dir: Path, names: Sequence[str]) -> BatchService:
+        return BatchService(
+            state_dir,
+            EndpointLines(self.endpoints),
+            settings=RunnerSettings(concurrency=self._config.batch_concurrency),
+            is_known_model=lambda name: name in names,
+        )
 
     def stop(self) -> None:
         """Stop in good order; asked a second time, at once."""
@@ -81,6 +93,8 @@ class Server:
         engine = asyncio.create_task(self.keeper.run(), name="engine")
         serving = asyncio.create_task(http.serve([listener]), name="http")
         stopping = asyncio.create_task(self._stop.wait())
+        if self.batches is not None:
+            self.batches.start()
         try:
             await asyncio.wait((engine, serving, stopping), return_when=asyncio.FIRST_COMPLETED)
             if not engine.done():
@@ -91,6 +105,8 @@ class Server:
             self.endpoints.doors.end_all(unavailable("the server stopped", "server_stopping"))
             http.should_exit = True
             await asyncio.gather(serving, return_exceptions=True)
+            if self.batches is not None:
+                await self.batches.stop()
             await self.keeper.stop()
             self.endpoints.generation.close()
             if not engine.done():
@@ -100,9 +116,12 @@ class Server:
             raise error
 
     async def _drain(self) -> None:
-        """Admit nothing more; let chats end within the grace time. Best-effort work does not hold it up."""
+        """Admit nothing more; let chats end within the grace time. Best-effort work does not hold it up:
+        lines of batches run again after the next start."""
         doors, grace_s = self.endpoints.doors, self._config.grace_s
         doors.is_draining = True
+        if self.batches is not None:
+            self.batches.runner.pause()
         logger.info("stopping: %d chats may take up to %g s to end", doors.count(best_effort=False), grace_s)
         ended = asyncio.create_task(doors.wait_empty(best_effort=False))
         hurry = asyncio.create_task(self._hurry.wait())

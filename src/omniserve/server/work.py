@@ -46,6 +46,7 @@ class Origin:
 class Work:
     """A validated request. prompts: each a text or token ids; of a chat, one: its messages.
 
+    names: of fields of SamplingParams, and of the prompt, where the request calls them otherwise.
     echo: prompts come back before their texts; shows_output: False where nothing but prompts is asked for.
     """
 
@@ -58,6 +59,7 @@ class Work:
     slo: SLO | None
     cache_salt: str | None
     priority: int
+    names: Mapping[str, str]
     echo: bool = False
     shows_output: bool = True
 
@@ -86,6 +88,7 @@ class Reader:
             prompts=[asked.messages],
             params=params,
             shape=self._shape(ChatShape, asked, tier, origin, params),
+            names={"prompt": "messages", **asked.names},
             **self._shared(asked, [*ignored, *asked.ignored], tier, origin),
         )
 
@@ -95,6 +98,7 @@ class Reader:
             prompts=asked.prompts,
             params=params,
             shape=self._shape(CompletionShape, asked, tier, origin, params),
+            names=asked.names,
             echo=asked.echo,
             shows_output=not asked.is_score_only,
             **self._shared(asked, ignored, tier, origin),
