@@ -117,10 +117,9 @@ def test_harmless_and_unknown_fields_are_named_in_a_header(server: Served) -> No
         messages=[{"role": "user", "content": "Hello", "name": "Ann"}], tool_choice="none",
     )  # fmt: skip
     assert answer.status_code == 200
-    ignored = answer.headers["x-omniserve-ignored"].split(", ")
-    assert set(ignored) == {
-        "user", "store", "metadata", "tools", "parallel_tool_calls", "wibble", "tool_choice", "messages[].name",
-    }  # fmt: skip
+    ignored = set(answer.headers["x-omniserve-ignored"].split(", "))
+    tools = {"tools", "parallel_tool_calls", "tool_choice"}
+    assert ignored == {"user", "store", "metadata", "wibble", "messages[].name"} | tools
     assert "x-omniserve-ignored" not in chat(server).headers
     chat(server, wibble=2)
     assert server.log.count("field wibble") == 1, "told once"

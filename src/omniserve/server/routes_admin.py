@@ -55,12 +55,8 @@ def admin_router(endpoints: Endpoints, batches: BatchService | None) -> APIRoute
     @router.post("/requests/{request_id}/cancel", responses={404: {"description": "no such request runs"}})
     async def cancel(request_id: str) -> dict[str, Any]:
         """By `x-request-id`, or by the id of the answer."""
-        why = ApiError(
-            CANCELLED_STATUS,
-            "the operator cancelled this request",
-            kind="server_error",
-            code="request_cancelled",
-        )
+        message, code = "the operator cancelled this request", "request_cancelled"
+        why = ApiError(CANCELLED_STATUS, message, kind="server_error", code=code)
         count = doors.end_request(request_id, why)
         if not count:
             raise ApiError(404, f"no request {request_id!r:.200} is running", param="request_id")
