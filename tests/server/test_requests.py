@@ -126,10 +126,11 @@ def test_harmless_and_unknown_fields_are_named_in_a_header(server: Served) -> No
 
 
 def test_names_of_unknown_fields_cannot_forge_headers(server: Served) -> None:
-    answer = chat(server, **{"a\r\nset-cookie: b": 1, "é" * 100: 2})
+    messages = [{"role": "user", "content": "Hello", "\U00071ee8": 1}]
+    answer = chat(server, **{"a\r\nset-cookie: b": 1, "é" * 100: 2, "messages": messages})
     assert answer.status_code == 200
     assert "set-cookie" not in answer.headers
-    assert answer.headers["x-omniserve-ignored"] == "a??set-cookie??b, " + "?" * 64
+    assert answer.headers["x-omniserve-ignored"] == "a??set-cookie??b, " + "?" * 64 + ", messages[].?"
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -26,7 +27,7 @@ from omniserve.server.fields import FieldLog
 from omniserve.server.gate import Gate
 from omniserve.server.generation import Generation
 from omniserve.server.metrics import ServerMetrics
-from omniserve.server.request_models import ChatRequest, CompletionRequest, as_invalid
+from omniserve.server.request_models import ChatRequest, CompletionRequest, ErrorBody, as_invalid
 from omniserve.server.routes_admin import admin_router
 from omniserve.server.routes_batches import batches_router
 from omniserve.server.routes_files import files_router
@@ -36,6 +37,10 @@ from omniserve.server.settings import ServerConfig
 from omniserve.server.work import Reader
 
 SCHEMA_REF = "#/components/schemas/{model}"
+_ERROR = {
+    "description": "What went wrong",
+    "content": {"application/json": {"schema": {"$ref": SCHEMA_REF.format(model="ErrorBody")}}},
+}
 
 
 def make_endpoints(
@@ -92,16 +97,22 @@ async def _answer_invalid(request: Request, error: Exception) -> Response:
 
 
 def _describe(app: FastAPI) -> None:
-    """Add the bodies that routes decode themselves to the OpenAPI document."""
+    """Add what FastAPI cannot know to the OpenAPI document: bodies that routes decode themselves, errors."""
     made = app.openapi
 
     def openapi() -> dict[str, Any]:
-        document = made()
-        schemas = document.setdefault("components", {}).setdefault("schemas", {})
-        if "ChatRequest" not in schemas:
-            models = [(ChatRequest, "validation"), (CompletionRequest, "validation")]
-            _, found = models_json_schema(models, ref_template=SCHEMA_REF)  # type: ignore[arg-type]
-            schemas.update(found["$defs"])
-        return document
+        if app.openapi_schema is None:
+            models: list[tuple[type[BaseModel], Literal["validation"]]] = [
+                (model, "validation") for model in (ChatRequest, CompletionRequest, ErrorBody)
+            ]
+            _, found = models_json_schema(models, ref_template=SCHEMA_REF)
+            document = made()
+            document.setdefault("components", {}).setdefault("schemas", {}).update(found["$defs"])
+            for path in document["paths"].values():
+                for operation in path.values():
+                    operation["responses"].pop("422", None)
+                    operation["responses"]["default"] = _ERROR
+        assert app.openapi_schema is not None
+        return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]

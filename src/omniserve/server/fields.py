@@ -20,9 +20,9 @@ logger = logging.getLogger("omniserve.server")
 Support = Literal["supported", "ignored", "refused"]
 IGNORED_HEADER = "x-omniserve-ignored"
 # The header names so many fields at most; names in it are of plain characters.
-MAX_NAMED = 20
+MAX_NAMED, MAX_NAME = 20, 64
 MAX_LOGGED = 1000
-_PLAIN = re.compile(r"[^A-Za-z0-9_.\-\[\]]")
+_NOT_PLAIN = re.compile(r"[^A-Za-z0-9_.\-\[\]]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +121,11 @@ COMPLETION_FIELDS = (
 )
 
 
+def plain(name: str) -> str:
+    """A client's name for a field as it may stand in a header and in a log."""
+    return _NOT_PLAIN.sub("?", name[:MAX_NAME])
+
+
 class FieldLog:
     """Tells of each ignored field once."""
 
@@ -135,7 +140,7 @@ class FieldLog:
 
 
 def sort_out(fields: Sequence[Field], body: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Supported fields that have a value, and plain names of those ignored; ApiError for a refused one."""
+    """Supported fields that have a value, and names of those ignored; ApiError for a refused one."""
     known = {field.name: field for field in fields}
     supported: dict[str, Any] = {}
     ignored: list[str] = []
@@ -144,7 +149,7 @@ def sort_out(fields: Sequence[Field], body: Mapping[str, Any]) -> tuple[dict[str
         if value is None:
             continue
         if field is None or field.support == "ignored" or field.is_neutral(value):
-            ignored.append(_PLAIN.sub("?", name[:64]))
+            ignored.append(name)
         elif field.support == "refused":
             hint = f" ({field.note})" if field.note else ""
             message = f"{name}: is not supported, and leaving it out would change the answer{hint}"

@@ -188,6 +188,19 @@ class CompletionRequest(TextRequest):
         return self
 
 
+class ErrorInside(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """What every error looks like; here for the OpenAPI document."""
+
+    error: ErrorInside
+
+
 M = TypeVar("M", bound=TextRequest)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from omniserve import __version__
 from omniserve.server.answers import JsonBody
@@ -39,7 +39,7 @@ def status_router(endpoints: Endpoints, names: Sequence[str]) -> APIRouter:
     async def version() -> dict[str, str]:
         return {"version": __version__}
 
-    @router.get("/metrics")
+    @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(endpoints.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
@@ -48,7 +48,7 @@ def status_router(endpoints: Endpoints, names: Sequence[str]) -> APIRouter:
         return {"object": "list", "data": [card(name) for name in names]}
 
     # Names of models may hold slashes.
-    @router.get("/v1/models/{name:path}", responses={404: {"description": "no such model"}})
+    @router.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         if name not in names:
             raise ApiError(

@@ -9,7 +9,7 @@ from typing import Any
 from omniserve.config import EngineConfig
 from omniserve.server.auth import Caller
 from omniserve.server.errors import ApiError
-from omniserve.server.fields import CHAT_FIELDS, COMPLETION_FIELDS, Field, sort_out
+from omniserve.server.fields import CHAT_FIELDS, COMPLETION_FIELDS, Field, plain, sort_out
 from omniserve.server.request_models import (
     ChatRequest,
     CompletionRequest,
@@ -123,7 +123,7 @@ class Reader:
         return {
             "tier": tier,
             "stream": asked.stream,
-            "ignored": tuple(ignored),
+            "ignored": tuple(map(plain, ignored)),
             "slo": slo,
             "cache_salt": self._salt(asked.cache_salt, origin.caller),
             "priority": asked.priority,
