@@ -90,6 +90,7 @@ class EngineKeeper:
             llm, failure = None, None
             try:
                 llm = self._make()
+                _ = llm.tokenizer.longest_token  # looks at the whole vocabulary, the first time
             except Exception as error:
                 failure = error
             try:

@@ -26,6 +26,8 @@ _PLAIN_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 DRAIN_FACTOR = 4
 # Uploads have a limit of their own.
 UNBOUNDED = "/v1/files"
+# Asked every few seconds, and not worth a line each.
+PROBES = ("/health", "/ready", "/metrics")
 
 # For log lines: of the request at hand, in the task at hand.
 current_request_id: ContextVar[str] = ContextVar("current_request_id", default="-")
@@ -61,7 +63,9 @@ class Gate:
             await send_failure(noted, error)
         finally:
             seconds = time.monotonic() - arrived_s
-            logger.info("%s %r %s %.3f s", scope["method"], scope["path"], noted.status or "gone", seconds)
+            level = logging.DEBUG if scope["path"] in PROBES else logging.INFO
+            how = noted.status or "gone"
+            logger.log(level, "%s %r %s %.3f s", scope["method"], scope["path"], how, seconds)
             current_request_id.reset(token)
 
     def _caller(self, path: str, authorization: str | None) -> object:

@@ -27,6 +27,9 @@ logger = logging.getLogger("omniserve.server")
 
 # What connections may take to close once nothing is left to answer.
 CLOSE_S = 3
+# Longer than clients keep idle connections (httpx 5 s, nginx 60 s): when the server closes one first, a
+# request that is just being sent on it is lost.
+KEEP_ALIVE_S = 75
 BACKLOG = 4096
 
 
@@ -87,6 +90,7 @@ class Server:
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=CLOSE_S,
             )
         )
