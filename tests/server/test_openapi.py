@@ -19,6 +19,9 @@ from omniserve.server.engine_keeper import EngineKeeper
 from omniserve.server.settings import ServerConfig
 from server.processes import SMALL, Served, serving
 
+# Hundreds of requests.
+pytestmark = pytest.mark.slow
+
 CHECKS = [
     checks.not_a_server_error,
     checks.status_code_conformance,

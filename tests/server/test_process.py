@@ -15,6 +15,8 @@ import pytest
 
 from server.processes import SMALL, Served, serving
 
+pytestmark = pytest.mark.slow
+
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
