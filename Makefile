@@ -2,6 +2,7 @@
 PYTHON ?= python3
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 SOAK_SECONDS ?= 600
+KILLS ?= 200
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +19,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-parity test-native test-neon soak lint format types bench-core bench-dense bench-host bench-peers bench-policy bench-prediction bench-slo clean distclean
+.PHONY: help setup demo test test-fast test-parity test-kill test-native test-neon soak lint format types bench-batch bench-core bench-dense bench-host bench-peers bench-policy bench-prediction bench-slo clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +37,9 @@ test-fast: setup  ## tests that take a moment each
 
 test-parity: setup  ## the full token-equality matrix
 	$(BIN)/python -m pytest -m full
+
+test-kill: setup  ## kill -9 of a process that runs batches, at every write boundary and KILLS (200) times at random
+	OMNISERVE_KILLS=$(KILLS) $(BIN)/python -m pytest tests/batch/test_kill.py
 
 test-native: $(SANITIZERS)  ## the C++ tests under address, undefined-behaviour and thread sanitizers
 
@@ -55,6 +59,9 @@ format: setup  ## let ruff rewrite what it can
 
 types: setup  ## mypy --strict
 	$(BIN)/mypy --strict src
+
+bench-batch: setup  ## seconds and memory to accept a batch of 50,000 lines (200 MB; seconds)
+	$(BIN)/python -m omniserve.bench.batch_accept --json results/batch_accept.json
 
 bench-core: setup  ## start-up, lane tokens/s, cost of lane rows (several minutes)
 	$(BIN)/python -m omniserve.bench.core $(FLAGS)

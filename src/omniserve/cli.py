@@ -1,4 +1,5 @@
-"""The `omniserve` command: generate, profile, demo, bench-host, model fetch. Flags are EngineConfig's."""
+"""The `omniserve` command: generate, profile, demo, bench-host, model fetch, whose flags are EngineConfig's;
+the others are in commands/."""
 
 from __future__ import annotations
 
@@ -10,6 +11,9 @@ from dataclasses import MISSING, Field, asdict, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from omniserve import __version__
+from omniserve.commands import batch as batch_command
+from omniserve.commands import serve as serve_command
+from omniserve.commands import state as state_command
 from omniserve.config import EngineConfig
 from omniserve.errors import ConfigError, OmniServeError
 from omniserve.types import (
@@ -60,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
         "--plot", metavar="FILE", help="draw a roofline to FILE (.svg, .png; needs matplotlib)"
     )
     bench.set_defaults(run=_bench_host)
+    batch_command.add_parser(commands)
+    state_command.add_parser(commands)
+    serve_command.add_parser(commands)
     model = commands.add_parser("model", help="models on this machine")
     actions = model.add_subparsers(required=True, metavar="ACTION")
     fetch = actions.add_parser("fetch", help="download and convert a model, or check that it is there")

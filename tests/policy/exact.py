@@ -118,7 +118,13 @@ class Scene:
         self._next_id = 0
 
     def _request(
-        self, prompt: int, out: int, best_effort: bool, slo: SLO | None, arrival_s: float
+        self,
+        prompt: int,
+        out: int,
+        best_effort: bool,
+        slo: SLO | None,
+        arrival_s: float,
+        priority: int = 0,
     ) -> Request:
         request = Request(
             self._next_id,
@@ -128,6 +134,7 @@ class Scene:
             200,
             prompt + out,
             service_class="batch" if best_effort else "chat",
+            priority=priority,
             slo=slo,
             arrival_s=arrival_s,
         )
@@ -135,9 +142,15 @@ class Scene:
         return request
 
     def waiting(
-        self, prompt: int, best_effort: bool = False, slo: SLO | None = CHAT, arrival_s: float = 0.0
+        self,
+        prompt: int,
+        best_effort: bool = False,
+        slo: SLO | None = CHAT,
+        arrival_s: float = 0.0,
+        priority: int = 0,
     ) -> Request:
-        request = self._request(prompt, 0, best_effort, None if best_effort else slo, arrival_s)
+        own = None if best_effort else slo
+        request = self._request(prompt, 0, best_effort, own, arrival_s, priority)
         self.state.add(request)
         return request
 

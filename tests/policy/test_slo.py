@@ -78,6 +78,16 @@ def test_prompts_are_served_in_the_order_in_which_they_are_due() -> None:
     assert patient.order > urgent.order
 
 
+def test_priority_goes_before_the_time_that_is_left_and_after_the_class() -> None:
+    scene = Scene()
+    urgent = scene.waiting(80, slo=SLO(0.5, 0.1))
+    preferred = scene.waiting(80, slo=SLO(9.0, 0.1), priority=-1)
+    batch = scene.waiting(80, best_effort=True, priority=-9)
+    plan = schedule(scene.state, 0.0, make_policy(ExactModel(row=0.0005)))
+    assert next(iter(chunks(plan))) == preferred.id
+    assert preferred.order < urgent.order < batch.order
+
+
 def test_decodes_that_miss_their_target_anyway_hold_no_prompt_back() -> None:
     scene = Scene()
     for _ in range(120):

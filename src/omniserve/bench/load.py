@@ -11,12 +11,12 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
 from omniserve.bench.attainment import Record
 from omniserve.bench.workloads import Arrival, token_ids
 from omniserve.errors import OmniServeError, RequestError
-from omniserve.types import RequestOutput, SamplingParams
+from omniserve.types import SamplingParams
 
 if TYPE_CHECKING:
     from omniserve.engine.async_llm import AsyncLLM
@@ -208,9 +208,7 @@ class InProcess:
         seed = f"{job.seed} {job.service_class} {job.number}"
         prompt = token_ids(seed, job.num_prompt, self._llm.tokenizer.vocab_size)
         params = SamplingParams(temperature=0.0, max_tokens=job.num_output, ignore_eos=True)
-        outputs = cast(
-            "AsyncGenerator[RequestOutput, None]", self._llm.submit(prompt, params, job.service_class)
-        )
+        outputs = self._llm.submit(prompt, params, job.service_class)
         seen = 0
         try:
             async with aclosing(outputs):

@@ -6,13 +6,13 @@ import asyncio
 import itertools
 import operator
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
 from omniserve.config import EngineConfig
-from omniserve.engine.acceptance import check_cache_salt, check_service
+from omniserve.engine.acceptance import Acceptance, check_cache_salt, check_service
 from omniserve.engine.client import EngineClient
 from omniserve.engine.messages import Token
 from omniserve.engine.progress import Progress
@@ -73,6 +73,15 @@ class AsyncLLM:
         """Seconds the engine process took from its start until it could serve."""
         return self._client.info.startup_s
 
+    @property
+    def acceptance(self) -> Acceptance:
+        """What the engine takes: context length, vocabulary, room for one request."""
+        return self._client.info.acceptance
+
+    async def wait_ended(self) -> str:
+        """Wait until the engine process has ended, whyever; returns the reason."""
+        return await asyncio.wrap_future(self._client.death)
+
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt given as text or as ids; RequestError for anything else."""
         if isinstance(prompt, str):
@@ -121,7 +130,7 @@ class AsyncLLM:
         """Bad words as tokens, and with their help the checks of everything but class and targets."""
         check_cache_salt(cache_salt)
         bad_words = self.encode_bad_words(params)
-        self._client.info.acceptance.check(prompt, params, bad_words)
+        self.acceptance.check(prompt, params, bad_words)
         return bad_words
 
     async def submit(
@@ -133,19 +142,21 @@ class AsyncLLM:
         cache_salt: str | None = None,
         slo: SLO | None = None,
         completion_window_s: float | None = None,
-    ) -> AsyncIterator[RequestOutput]:
+        priority: int = 0,
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the request's output after each token (cumulative); the last one has a finish reason.
 
         cache_salt: cached prefixes are shared only among requests of the same salt (None: those without one).
         slo: targets of its own, within its class's clamp. completion_window_s: seconds in which a best-effort
-        job should end; it goes before those that have more time left.
+        job should end; it goes before those that have more time left. priority: within the class, lower goes
+        first.
         Leaving the iterator early aborts the request. Raises RequestError for a request that can not be
         served, SloUnattainableError for one whose targets could not be held now, and EngineDeadError when the
         engine ends.
         """
         arrived_s = time.monotonic()
         ids, params = self.encode(prompt), sampling_params or SamplingParams()
-        service = (service_class, request_id, arrived_s, cache_salt, slo, completion_window_s)
+        service = (service_class, request_id, arrived_s, cache_salt, slo, completion_window_s, priority)
         async for output in self.stream(ids, params, *service):
             yield output
 
@@ -159,7 +170,8 @@ class AsyncLLM:
         cache_salt: str | None = None,
         slo: SLO | None = None,
         completion_window_s: float | None = None,
-    ) -> AsyncIterator[RequestOutput]:
+        priority: int = 0,
+    ) -> AsyncGenerator[RequestOutput, None]:
         """`submit` for a tokenised prompt whose time counts from `arrived_s` (time.monotonic())."""
         check_service(self.config, service_class, slo, completion_window_s)
         bad_words = self._checked_bad_words(ids, params, cache_salt)
@@ -186,7 +198,7 @@ class AsyncLLM:
         try:
             for index, own in enumerate(_one_text_each(params)):
                 hears = partial(listen, index)
-                service = (bad_words, cache_salt, slo, arrived_s, completion_window_s)
+                service = (bad_words, cache_salt, slo, arrived_s, completion_window_s, priority)
                 engine_ids.append(self._client.add(ids, own, service_class, hears, *service))
             while not progress.is_finished:
                 when_s, index, item = await news.get()

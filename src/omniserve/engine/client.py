@@ -59,7 +59,8 @@ def _refusal(message: Refused) -> errors.RequestError:
 class EngineClient:
     """One engine process. A reader thread always reads, so a slow caller never stalls the engine.
 
-    Listeners are called on the reader thread with each token, or once with an exception.
+    Listeners are called on the reader thread with each token, or once with an exception. `death` is set when
+    the process has ended, or was told to.
     """
 
     def __init__(self, config: EngineConfig, path: Path) -> None:
@@ -80,6 +81,7 @@ class EngineClient:
         self._answers: dict[int, Future[dict[str, Any]]] = {}
         self._started: Future[EngineInfo] = Future()
         self._death: Exception | None = None
+        self.death: Future[str] = Future()
         self._is_closing = False
         self._reader = threading.Thread(target=self._read, name="omniserve-reader", daemon=True)
         self._reader.start()
@@ -107,6 +109,7 @@ class EngineClient:
         slo: SLO | None = None,
         arrived_s: float | None = None,
         completion_window_s: float | None = None,
+        priority: int = 0,
     ) -> int:
         """Submit one text; `listener` hears its tokens until one carries a finish reason."""
         request_id = next(self._ids)
@@ -121,6 +124,7 @@ class EngineClient:
                 slo,
                 arrived_s,
                 completion_window_s,
+                priority,
             )
         )
         with self._lock:
@@ -240,6 +244,7 @@ class EngineClient:
                 answer.set_exception(errors.EngineDeadError(str(death)))
         if not self._started.done():
             self._started.set_exception(death)
+        self.death.set_result(str(death))
 
     def _obituary(self) -> str:
         if self._is_closing:

@@ -104,6 +104,7 @@ class Engine:
         slo: SLO | None = None,
         arrived_s: float | None = None,
         completion_window_s: float | None = None,
+        priority: int = 0,
     ) -> int:
         """Accept a request for one text (`params.n` is the caller's affair); returns its id.
 
@@ -129,6 +130,7 @@ class Engine:
             slo=kind.slo_of(slo),
             arrival_s=arrived_s,
             deadline_s=None if completion_window_s is None else arrived_s + completion_window_s,
+            priority=priority,
         )
         self._next_id += 1  # a refused request keeps its number
         # Prompt logprobs need the logits of every prompt token: such a prompt takes nothing from the cache.

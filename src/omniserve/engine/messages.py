@@ -26,7 +26,8 @@ class Add(msgspec.Struct, tag=True):
     """One text to generate. bad_words: those of the parameters as token ids.
 
     slo: targets of its own. arrived_s: when it arrived at the API (time.monotonic(), which processes of one
-    machine share). completion_window_s: seconds from then in which a best-effort job should end.
+    machine share). completion_window_s: seconds from then in which a best-effort job should end. priority:
+    within the class, lower goes first.
     """
 
     request_id: int
@@ -38,6 +39,7 @@ class Add(msgspec.Struct, tag=True):
     slo: SLO | None = None
     arrived_s: float | None = None
     completion_window_s: float | None = None
+    priority: int = 0
 
 
 class Abort(msgspec.Struct, tag=True):

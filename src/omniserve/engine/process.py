@@ -129,6 +129,7 @@ class EngineLoop:
                 message.slo,
                 message.arrived_s,
                 message.completion_window_s,
+                message.priority,
             )
         except SloUnattainableError as error:
             times = error.predicted_ttft_s, error.target_ttft_s

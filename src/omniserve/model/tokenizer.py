@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -44,7 +45,9 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; with the tokens that the model wants around every prompt, if asked."""
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # The library lets other threads run during a batch, not during a single text.
+        (encoded,) = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+        return encoded.ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
@@ -53,6 +56,11 @@ class Tokenizer:
     def stream(self, skip_special_tokens: bool = True) -> DetokenizerStream:
         """A detokeniser that takes ids one at a time."""
         return DetokenizerStream(self._tokenizer, skip_special_tokens)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token: n tokens never stand for more than n times as many."""
+        return max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)))
 
     @property
     def has_chat_template(self) -> bool:
@@ -98,6 +106,10 @@ class NoTokenizer(Tokenizer):
         self._template = None
         self.vocab_size = config.vocab_size
         self.eos_token_ids = config.eos_token_ids
+
+    @property
+    def longest_token(self) -> int:
+        return 1
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         raise RequestError("prompt", "this model has no tokenizer; send token ids instead of text")

@@ -10,7 +10,7 @@ from typing import Literal
 from omniserve.types import SLO
 
 # Who goes first: lower rank, then earlier due, then earlier arrival.
-Order = tuple[int, float, int]
+Order = tuple[int, int, float, int]
 # A request without targets is due so long after its arrival that it neither pushes ahead nor waits for ever.
 UNHURRIED_S = 60.0
 BEST_EFFORT_WINDOW_S = 24 * 3600.0
@@ -98,7 +98,8 @@ class Request:
     without a prefix cache. num_cached_tokens: tokens found on the device when it first started; None before.
     slo: its own targets, those of its class or none. arrival_s, deadline_s (of a best-effort job),
     first_token_s, last_token_s: seconds on the engine's clock. moved_at: its num_tokens when it last changed
-    sides; None before. due_s: when its first token is due, or its job; `order` follows from it.
+    sides; None before. priority: within its rank, lower goes first. due_s: when its first token is due, or
+    its job; `order` follows from it.
     """
 
     id: int
@@ -124,10 +125,11 @@ class Request:
     first_token_s: float | None = None
     last_token_s: float | None = None
     moved_at: int | None = None
+    priority: int = 0
     order: Order = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        self.order = (self.rank, self._due_s(), self.id)
+        self.order = (self.rank, self.priority, self._due_s(), self.id)
 
     def _due_s(self) -> float:
         if self.slo is not None:
@@ -138,7 +140,7 @@ class Request:
 
     @property
     def due_s(self) -> float:
-        return self.order[1]
+        return self.order[2]
 
     @property
     def num_out(self) -> int:

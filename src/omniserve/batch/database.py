@@ -1,0 +1,118 @@
+"""The state directory: one writer at a time, one database, and what happens when the disk fails under it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from omniserve.batch.errors import StateError, storage_error
+from omniserve.batch.schema import connect
+
+DATABASE_NAME, LOCK_NAME = "batches.sqlite", "lock"
+# Called with the name of a write boundary each time one is passed; tests end the process there.
+At = Callable[[str], None]
+
+
+def lock_folder(root: Path) -> int:
+    """Make the directory if need be (0700) and take its lock; returns the descriptor that holds it.
+
+    The kernel gives the lock up when its process ends, however it ends.
+    """
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if stat.S_IMODE(root.stat().st_mode) != 0o700:
+        root.chmod(0o700)
+    descriptor = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise StateError(
+            f"{root} is in use by another process; stop it first, or use another --state-dir"
+        ) from None
+    return descriptor
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Alone in the directory meanwhile."""
+    descriptor = lock_folder(root)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class Database:
+    """The connection. A failed write breaks it; the next use opens it anew and sees what truly is on disk.
+
+    After a failed sync nobody knows what the disk holds, so nothing in memory is trusted then: SQLite
+    recovers its log, and `on_open` brings the files in line with what the database says.
+    """
+
+    def __init__(self, root: Path, at: At, on_open: Callable[[], None]) -> None:
+        self.root, self.at = root, at
+        self._path, self._on_open = root / DATABASE_NAME, on_open
+        self._lock = lock_folder(root)
+        self._db: sqlite3.Connection | None = None
+
+    def open(self) -> None:
+        """Does nothing when it is open and whole."""
+        if self._db is None:
+            with self.disk():
+                self._db = connect(self._path, self.at)
+                try:
+                    self._on_open()
+                except BaseException:
+                    self._break()
+                    raise
+
+    @property
+    def db(self) -> sqlite3.Connection:
+        """For reading."""
+        self.open()
+        assert self._db is not None
+        return self._db
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction, synced when the block is left. StorageError: nothing of it counts."""
+        db = self.db
+        with self.disk():
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def disk(self) -> Iterator[None]:
+        """Whatever writes to the state directory: conditions of the disk come out as StorageError."""
+        try:
+            yield
+        except (OSError, sqlite3.Error) as error:
+            condition = storage_error(error)
+            if condition is None:
+                raise
+            self._break()
+            raise condition from error
+
+    def _break(self) -> None:
+        db, self._db = self._db, None
+        if db is not None:
+            with suppress(sqlite3.Error):  # the disk fails; the next opening tells whether it still does
+                db.close()
+
+    def close(self) -> None:
+        """May be called more than once."""
+        self._break()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1

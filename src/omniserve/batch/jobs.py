@@ -1,0 +1,63 @@
+"""Batches that have not ended as the runner sees them, and what it is told and tells."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass, field
+
+from omniserve.batch.records import BatchRecord, Line, LineResult
+from omniserve.batch.states import Status
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerSettings:
+    """concurrency: lines in flight at most, of all batches together. first_pause_s, longest_pause_s: how long
+    no line is started after one was turned away or the disk failed; doubled each time, up to the longest.
+    sweep_s: how often files past their time are removed."""
+
+    concurrency: int = 64
+    first_pause_s: float = 0.25
+    longest_pause_s: float = 15.0
+    sweep_s: float = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerStatus:
+    """For people and metrics. trouble: what the disk said last, None when it works."""
+
+    is_paused: bool
+    num_batches: int
+    num_lines_left: int
+    num_running: int
+    lines_per_s: float | None
+    trouble: str | None
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A batch that has not ended. `last`: the line up to which the store was asked for more."""
+
+    batch: BatchRecord
+    pending: deque[Line] = field(default_factory=deque)
+    last: int = 0
+    is_all_fetched: bool = False
+    running: dict[int, asyncio.Task[None]] = field(default_factory=dict)
+    results: list[LineResult] = field(default_factory=list)
+    num_flushing: int = 0
+    flushing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    task: asyncio.Task[None] | None = None
+
+    @property
+    def num_busy(self) -> int:
+        """Lines started whose results are not recorded yet."""
+        return len(self.running) + len(self.results) + self.num_flushing
+
+    @property
+    def may_start(self) -> bool:
+        return self.task is None and self.batch.status is Status.IN_PROGRESS
+
+
+def urgency(job: Job) -> tuple[int, int]:
+    """Earliest deadline first; of two that are equal, the one that came first."""
+    return job.batch.expires_at, job.batch.seq

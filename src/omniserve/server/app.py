@@ -1,0 +1,118 @@
+"""The FastAPI app, put together from its parts. Starts and stops nothing but what is its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from omniserve import __version__
+from omniserve.batch.service import BatchService
+from omniserve.config import EngineConfig
+from omniserve.errors import RequestError
+from omniserve.server.answers import error_answer
+from omniserve.server.auth import Caller, Keyring
+from omniserve.server.batch_errors import add_batch_error_handlers
+from omniserve.server.doors import Doors
+from omniserve.server.endpoints import Endpoints
+from omniserve.server.engine_keeper import EngineKeeper
+from omniserve.server.errors import as_api_error
+from omniserve.server.fields import FieldLog
+from omniserve.server.gate import Gate
+from omniserve.server.generation import Generation
+from omniserve.server.metrics import ServerMetrics
+from omniserve.server.request_models import ChatRequest, CompletionRequest, ErrorBody, as_invalid
+from omniserve.server.routes_admin import admin_router
+from omniserve.server.routes_batches import batches_router
+from omniserve.server.routes_files import files_router
+from omniserve.server.routes_status import status_router
+from omniserve.server.routes_text import text_router
+from omniserve.server.settings import ServerConfig
+from omniserve.server.work import Reader
+
+SCHEMA_REF = "#/components/schemas/{model}"
+_ERROR = {
+    "description": "What went wrong",
+    "content": {"application/json": {"schema": {"$ref": SCHEMA_REF.format(model="ErrorBody")}}},
+}
+
+
+def make_endpoints(
+    config: ServerConfig, engine_config: EngineConfig, keeper: EngineKeeper, names: Sequence[str]
+) -> Endpoints:
+    """The parts that a request passes. names: those of the model."""
+    metrics = ServerMetrics()
+    return Endpoints(
+        keeper=keeper,
+        doors=Doors(config),
+        reader=Reader(names, engine_config, is_shared=bool(config.api_keys)),
+        generation=Generation(config, metrics),
+        metrics=metrics,
+        field_log=FieldLog(),
+    )
+
+
+def make_app(
+    config: ServerConfig, endpoints: Endpoints, names: Sequence[str], batches: BatchService | None
+) -> FastAPI:
+    """batches: None on a server without a state directory, which has no files and batches."""
+    app = FastAPI(title="OmniServe", version=__version__, docs_url=None, redoc_url=None)
+    app.include_router(text_router(endpoints))
+    app.include_router(status_router(endpoints, names))
+    app.include_router(admin_router(endpoints, batches))
+    if batches is not None:
+        for router in (files_router, batches_router):
+            app.include_router(router(lambda: batches, _owner))
+        add_batch_error_handlers(app)
+    app.add_middleware(Gate, keyring=Keyring(config), max_body_bytes=config.max_body_bytes)
+    app.add_exception_handler(HTTPException, _answer_error)
+    app.add_exception_handler(RequestError, _answer_error)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
+    _describe(app)
+    return app
+
+
+def _owner(request: Request) -> str:
+    """Whose files and batches a request is about."""
+    caller: Caller = request.state.caller
+    return caller.owner
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    return error_answer(as_api_error(error))
+
+
+async def _answer_invalid(request: Request, error: Exception) -> Response:
+    """Bodies, paths and queries that FastAPI checks: the first part of a place says which of them it was."""
+    assert isinstance(error, RequestValidationError)
+    first = dict(error.errors()[0])
+    first["loc"] = first["loc"][1:]
+    return error_answer(as_invalid([first]))
+
+
+def _describe(app: FastAPI) -> None:
+    """Add what FastAPI cannot know to the OpenAPI document: bodies that routes decode themselves, errors."""
+    made = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            models: list[tuple[type[BaseModel], Literal["validation"]]] = [
+                (model, "validation") for model in (ChatRequest, CompletionRequest, ErrorBody)
+            ]
+            _, found = models_json_schema(models, ref_template=SCHEMA_REF)
+            document = made()
+            document.setdefault("components", {}).setdefault("schemas", {}).update(found["$defs"])
+            for path in document["paths"].values():
+                for operation in path.values():
+                    operation["responses"].pop("422", None)
+                    operation["responses"]["default"] = _ERROR
+        assert app.openapi_schema is not None
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

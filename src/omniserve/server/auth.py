@@ -1,0 +1,98 @@
+"""API keys: who is calling. Keys are compared by digests, in a time that says nothing about them."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from omniserve.server.errors import ApiError
+from omniserve.server.settings import ApiKey, ServerConfig
+from omniserve.server.tiers import Clamp
+
+# Of files and batches on a server without keys.
+NOBODY = "anonymous"
+_UNAUTHORIZED = {"www-authenticate": "Bearer"}
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who is calling. owner: of files and batches; never the key itself, which must not reach the disk."""
+
+    owner: str = NOBODY
+    tiers: tuple[str, ...] | None = None
+    clamps: tuple[Clamp, ...] = ()
+    is_admin: bool = False
+
+    def check_tier(self, stated: str) -> None:
+        """ApiError 403 when this caller's key may not use that tier."""
+        if self.tiers is not None and stated not in self.tiers:
+            raise ApiError(
+                403,
+                f"service_tier: this API key may use {', '.join(self.tiers)}, not {stated}",
+                kind="permission_error",
+                param="service_tier",
+                code="tier_not_allowed",
+            )
+
+
+class Keyring:
+    """All keys of a server."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._clients = [(_digest(key.key), _caller(key)) for key in config.api_keys]
+        self._admin = None if config.admin_key is None else _digest(config.admin_key)
+        self._is_admin_open = config.admin_key is None and config.is_loopback
+
+    def client(self, authorization: str | None) -> Caller:
+        """Who sends this Authorization header; ApiError 401."""
+        if not self._clients:
+            return Caller()
+        found = _match(self._clients, _bearer(authorization))
+        if found is None:
+            raise _refused(authorization, "an API key")
+        return found
+
+    def admin(self, authorization: str | None) -> Caller:
+        """The operator; ApiError 401, or 404 where there is nothing to administrate from outside."""
+        if self._admin is None:
+            if not self._is_admin_open:
+                raise ApiError(
+                    404, "/admin needs a server that was started with --admin-key", code="unknown_url"
+                )
+            return Caller(is_admin=True)
+        found = _match([(self._admin, Caller(is_admin=True))], _bearer(authorization))
+        if found is None:
+            raise _refused(authorization, "the admin key")
+        return found
+
+
+def _caller(key: ApiKey) -> Caller:
+    owner = "key-" + _digest(key.key).hex()[:32] if key.owner is None else key.owner
+    return Caller(owner, key.tiers, (key.clamp,))
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+def _bearer(authorization: str | None) -> bytes:
+    """Digest of the key in the header; of nothing where there is none."""
+    scheme, _, key = (authorization or "").partition(" ")
+    return _digest(key.strip() if scheme.lower() == "bearer" else "")
+
+
+def _match(known: Sequence[tuple[bytes, Caller]], digest: bytes) -> Caller | None:
+    """Looks at every key, whichever fits."""
+    found: Caller | None = None
+    for key, caller in known:
+        if hmac.compare_digest(key, digest):
+            found = caller
+    return found
+
+
+def _refused(authorization: str | None, what: str) -> ApiError:
+    how = "the one sent is not known" if authorization else "send it as 'Authorization: Bearer KEY'"
+    message = f"this endpoint needs {what}; {how}"
+    return ApiError(401, message, param=None, code="invalid_api_key", headers=_UNAUTHORIZED)

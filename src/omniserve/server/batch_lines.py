@@ -1,0 +1,49 @@
+"""Lines of batches answered by the very code of the endpoints, as best-effort work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from omniserve.batch.line_runner import EngineGone, LineResponse
+from omniserve.server.auth import Caller
+from omniserve.server.endpoints import Endpoints
+from omniserve.server.errors import ApiError, invalid
+from omniserve.server.work import CHAT, FIELDS, Origin
+
+
+class EndpointLines:
+    """A LineRunner. The tier of a line is that of batches, whatever its body says."""
+
+    def __init__(self, endpoints: Endpoints) -> None:
+        self._endpoints = endpoints
+
+    async def run_line(
+        self, endpoint: str, body: Mapping[str, Any], request_id: str, seconds_left: float
+    ) -> LineResponse:
+        """EngineGone whenever the server cannot serve at all: the line is not finished."""
+        prefix = "chatcmpl-" if endpoint == CHAT else "cmpl-"
+        origin = Origin(
+            caller=Caller(),
+            headers={},
+            arrived_s=time.monotonic(),
+            request_id=request_id,
+            answer_id=prefix + request_id.removeprefix("batch_req_"),
+            window_s=seconds_left,
+        )
+        try:
+            _check(endpoint, body)
+            async with self._endpoints.run(endpoint, body, origin) as (_, run):
+                return LineResponse(200, await run.whole())
+        except ApiError as error:
+            if error.status_code == 503:
+                raise EngineGone(error.message) from error
+            return LineResponse(error.status_code, error.body)
+
+
+def _check(endpoint: str, body: Mapping[str, Any]) -> None:
+    if endpoint not in FIELDS:
+        raise invalid(None, f"url: {endpoint} cannot be used in a batch; use {', '.join(FIELDS)}")
+    if body.get("stream"):
+        raise invalid("stream", "stream: a line of a batch is answered as a whole; leave it out")

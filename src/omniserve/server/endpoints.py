@@ -1,0 +1,91 @@
+"""What the generating endpoints do, without HTTP: the order of checks, the place inside, the accounts.
+
+Routes and lines of batches both come through here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from omniserve.server.doors import Doors
+from omniserve.server.engine_keeper import EngineKeeper
+from omniserve.server.errors import as_api_error
+from omniserve.server.fields import FieldLog
+from omniserve.server.generation import Generation, Run
+from omniserve.server.metrics import ServerMetrics
+from omniserve.server.tiers import BATCH_TIER, Tier, tier_of
+from omniserve.server.work import CHAT, Origin, Reader, Work
+
+logger = logging.getLogger("omniserve.server")
+
+DISCONNECTED = "disconnected"
+
+
+def new_answer_id(endpoint: str) -> str:
+    return ("chatcmpl-" if endpoint == CHAT else "cmpl-") + uuid.uuid4().hex
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """The parts that a request passes."""
+
+    keeper: EngineKeeper
+    doors: Doors
+    reader: Reader
+    generation: Generation
+    metrics: ServerMetrics
+    field_log: FieldLog
+
+    def check_serving(self) -> None:
+        """ApiError 503 when nothing can be served now: asked before a body is even read."""
+        self.doors.check_serving()
+        _ = self.keeper.llm
+
+    @asynccontextmanager
+    async def run(
+        self, endpoint: str, body: Mapping[str, Any], origin: Origin
+    ) -> AsyncIterator[tuple[Work, Run]]:
+        """A request from its decoded body to its end, which is when this is left.
+
+        Whatever goes wrong, here or inside, comes out as an ApiError.
+        """
+        is_line = origin.window_s is not None
+        tier = BATCH_TIER if is_line else tier_of(body.get("service_tier"))
+        origin.caller.check_tier(tier.stated)
+        self.metrics.arrived(tier.service_class)
+        started: Run | None = None
+        try:
+            with self.doors.enter(origin.request_id, origin.answer_id, tier, is_line):
+                work = self.reader.read(endpoint, body, tier, origin)
+                self.field_log.note(work.ignored)
+                started = self.generation.start(self.keeper.llm, work, origin)
+                yield work, started
+        except asyncio.CancelledError:
+            self._account(tier, origin, started, DISCONNECTED)
+            raise
+        except Exception as error:
+            told = as_api_error(error)
+            if told.status_code == 500:
+                logger.exception("request %s failed inside the server", origin.request_id)
+            self._account(tier, origin, started, told.reason)
+            raise told from error
+        self._account(tier, origin, started, None)
+
+    def _account(self, tier: Tier, origin: Origin, run: Run | None, trouble: str | None) -> None:
+        """One that never had a token was refused, whyever."""
+        if run is None or not run.has_token:
+            self.metrics.refused(tier.service_class, trouble or "unknown")
+            return
+        outputs = run.outputs
+        reason = trouble or outputs[0].finish_reason or "unknown"
+        num_out = sum(len(one.token_ids) for output in outputs for one in output.outputs)
+        num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
+        duration_s = time.monotonic() - origin.arrived_s
+        self.metrics.finished(tier.service_class, reason, num_prompt, num_out, duration_s)

@@ -1,0 +1,109 @@
+"""Keeps an engine running: starts it, notices its end, starts it again. HTTP outlives every engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from omniserve.engine.async_llm import AsyncLLM
+from omniserve.server.errors import unavailable
+
+logger = logging.getLogger("omniserve.server")
+
+State = Literal["loading", "ready", "restarting", "stopped"]
+# Seconds between the end of an engine and the start of the next: none after one that served for a while, then
+# twice as many each time.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+STEADY_S = 60.0
+
+
+class EngineKeeper:
+    """`run` it as a task. make: starts an engine, blocking; called on a thread of its own each time."""
+
+    def __init__(self, make: Callable[[], AsyncLLM]) -> None:
+        self._make = make
+        self._llm: AsyncLLM | None = None
+        self.state: State = "loading"
+        self._is_stopping = False
+        self.num_restarts = 0
+
+    @property
+    def llm(self) -> AsyncLLM:
+        """The engine that runs now; ApiError 503 while there is none."""
+        if self._llm is None:
+            code = "server_loading" if self.state == "loading" else "engine_unavailable"
+            raise unavailable(f"no engine is running now (it is {self.state}); try again soon", code)
+        return self._llm
+
+    async def run(self) -> None:
+        """Until it is cancelled. Raises what the very first start failed with."""
+        pause_s = 0.0
+        while True:
+            began_s = time.monotonic()
+            try:
+                llm = await self._start()
+            except Exception as error:
+                if self.state == "loading":
+                    raise
+                logger.error("the engine did not start: %s", error)
+            else:
+                await self._serve(llm)
+            if self._is_stopping:
+                return
+            self.state = "restarting"
+            is_steady = time.monotonic() - began_s >= STEADY_S
+            pause_s = 0.0 if is_steady or self.num_restarts == 0 else pause_s
+            await asyncio.sleep(pause_s)
+            pause_s = min(LONGEST_PAUSE_S, 2 * pause_s or FIRST_PAUSE_S)
+            self.num_restarts += 1
+
+    async def _serve(self, llm: AsyncLLM) -> None:
+        self._llm, self.state = llm, "ready"
+        logger.info("the engine is up after %.1f s (pid %d)", llm.startup_s, llm.engine_pid)
+        try:
+            why = await llm.wait_ended()
+        finally:
+            self._llm = None
+        if not self._is_stopping:
+            logger.error("%s; starting it again", why)
+        await asyncio.to_thread(llm.close)
+
+    async def _start(self) -> AsyncLLM:
+        """On a daemon thread: a model that takes minutes to load must not hold up the end of the server."""
+        loop = asyncio.get_running_loop()
+        made: asyncio.Future[AsyncLLM] = loop.create_future()
+
+        def deliver(llm: AsyncLLM | None, error: BaseException | None) -> None:
+            if made.cancelled():
+                if llm is not None:
+                    llm.close()
+            elif error is not None:
+                made.set_exception(error)
+            elif llm is not None:
+                made.set_result(llm)
+
+        def work() -> None:
+            llm, failure = None, None
+            try:
+                llm = self._make()
+                _ = llm.tokenizer.longest_token  # looks at the whole vocabulary, the first time
+            except Exception as error:
+                failure = error
+            try:
+                loop.call_soon_threadsafe(deliver, llm, failure)
+            except RuntimeError:  # the loop is closed: nobody waits for it anymore
+                if llm is not None:
+                    llm.close()
+
+        threading.Thread(target=work, name="omniserve-start", daemon=True).start()
+        return await made
+
+    async def stop(self) -> None:
+        """End the engine that runs, if one does."""
+        self._is_stopping, self.state = True, "stopped"
+        if self._llm is not None:
+            await asyncio.to_thread(self._llm.close)

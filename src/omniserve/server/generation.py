@@ -1,0 +1,260 @@
+"""The one path from work to the engine and back: token ids in, growing texts out, times noted on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, TypeVar, cast
+
+from omniserve.engine.async_llm import AsyncLLM
+from omniserve.errors import RequestError, SloUnattainableError
+from omniserve.server.errors import invalid, timed_out
+from omniserve.server.metrics import ServerMetrics
+from omniserve.server.prompts import Tokenising, check_fits
+from omniserve.server.request_models import Message
+from omniserve.server.settings import ServerConfig
+from omniserve.server.shapes import Position, Text, usage_of
+from omniserve.server.work import Origin, Work
+from omniserve.types import CompletionOutput, RequestOutput
+
+T = TypeVar("T")
+
+
+class Generation:
+    """Runs work on an engine."""
+
+    def __init__(self, config: ServerConfig, metrics: ServerMetrics) -> None:
+        self._config, self._metrics = config, metrics
+        self._tokenising = Tokenising()
+
+    def close(self) -> None:
+        self._tokenising.close()
+
+    def start(self, llm: AsyncLLM, work: Work, origin: Origin) -> Run:
+        return Run(llm, work, origin, self._tokenising, self._metrics, self._timeout_s(work, origin))
+
+    def _timeout_s(self, work: Work, origin: Origin) -> float | None:
+        """Seconds from arrival to the first token; a line of a batch has all the time its batch has."""
+        if origin.window_s is not None:
+            return None
+        if work.tier.is_best_effort:
+            return self._config.best_effort_queue_timeout_s
+        return self._config.queue_timeout_s
+
+
+class Run:
+    """One request in the engine, all its prompts. Iterate `texts` or await `whole`, once."""
+
+    def __init__(
+        self,
+        llm: AsyncLLM,
+        work: Work,
+        origin: Origin,
+        tokenising: Tokenising,
+        metrics: ServerMetrics,
+        timeout_s: float | None,
+    ) -> None:
+        self._llm, self._work, self._origin = llm, work, origin
+        self._tokenising, self._metrics, self._timeout_s = tokenising, metrics, timeout_s
+        self._class = work.tier.service_class
+        self._latest: list[RequestOutput | None] = [None] * len(work.prompts)
+        self.growing = [Growing(i) for i in range(work.params.n * len(work.prompts))]
+        self.has_token = False
+
+    @property
+    def outputs(self) -> list[RequestOutput]:
+        """What there is of each prompt that has begun."""
+        return [output for output in self._latest if output is not None]
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        return usage_of(self.outputs, self._work.shows_output)
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer as one object; ApiError."""
+        async with aclosing(self._outputs()) as outputs:
+            async for _ in outputs:
+                pass
+        texts = [
+            self._whole_text(at * self._work.params.n + one.index, output, one)
+            for at, output in enumerate(self.outputs)
+            for one in output.outputs
+        ]
+        return self._work.shape.whole(texts, self.usage)
+
+    async def texts(self) -> AsyncGenerator[Text, None]:
+        """What is new, token by token, of each choice; ApiError."""
+        n = self._work.params.n
+        async with aclosing(self._outputs()) as outputs:
+            async for at, output in outputs:
+                for one in output.outputs:
+                    growing = self.growing[at * n + one.index]
+                    if self._work.echo and not growing.has_begun:
+                        yield growing.begin(self._echo(growing.index, output))
+                    new = growing.take(one, self._work.shows_output)
+                    if new is not None:
+                        yield new
+
+    # ------------------------------------------------------------ echo
+
+    def _echo(self, index: int, output: RequestOutput) -> Text:
+        """The prompt as the beginning of a choice."""
+        at = index // self._work.params.n
+        prompt = self._work.prompts[at]
+        ids = output.prompt_token_ids
+        text = (
+            prompt if isinstance(prompt, str) else self._llm.tokenizer.decode(ids, skip_special_tokens=False)
+        )
+        if self._work.params.logprobs is None:
+            return Text(index, text, None)
+        # Texts after the first of a prompt are scored with it.
+        first = self._llm.tokenizer.decode(ids[:1], skip_special_tokens=False)
+        return Text(index, text, None, output.prompt_logprobs or [], first)
+
+    def _whole_text(self, index: int, output: RequestOutput, one: CompletionOutput) -> Text:
+        logprobs: Sequence[Position | None] | None = one.logprobs
+        if not self._work.echo:
+            return Text(index, one.text, one.finish_reason, logprobs)
+        echo = self._echo(index, output)
+        if not self._work.shows_output:
+            return replace(echo, finish_reason="length")
+        if logprobs is not None:
+            logprobs = [*(echo.logprobs or ()), *logprobs]
+        return replace(echo, text=echo.text + one.text, finish_reason=one.finish_reason, logprobs=logprobs)
+
+    # ------------------------------------------------------------ engine
+
+    async def _outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        """Outputs of all prompts as they come, with the index of their prompt."""
+        prompts = range(len(self._work.prompts))
+        streams = [self._one(at) for at in prompts]
+        async with aclosing(streams[0] if len(streams) == 1 else merged(streams)) as outputs:
+            async for at, output in outputs:
+                self._note(at, output)
+                yield at, output
+
+    async def _one(self, at: int) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        work, origin = self._work, self._origin
+        ids = await self._in_time(self._encoded(at))
+        name = origin.answer_id if len(work.prompts) == 1 else f"{origin.answer_id}-{at}"
+        window_s = None if origin.window_s is None else max(1.0, origin.window_s)
+        service = (work.cache_salt, work.slo, window_s, work.priority)
+        stream = self._llm.stream(ids, work.params, self._class, name, origin.arrived_s, *service)
+        async with aclosing(stream):
+            try:
+                first = await self._in_time(anext(stream))
+            except SloUnattainableError:
+                raise
+            except RequestError as error:
+                field = work.names.get(error.field, error.field)
+                raise invalid(field, f"{field}: {error.reason}") from None
+            yield at, first
+            async for output in stream:
+                yield at, output
+
+    async def _encoded(self, at: int) -> list[int]:
+        prompt, param = self._work.prompts[at], "messages" if self._work.is_chat else "prompt"
+        if isinstance(prompt, str):
+            ids = await self._tokenising.text(self._llm, prompt)
+        elif self._work.is_chat:
+            ids = await self._tokenising.chat(self._llm, cast("Sequence[Message]", prompt))
+        else:
+            ids = cast("list[int]", prompt)
+        check_fits(self._llm, len(ids), self._work.params, param)
+        return ids
+
+    async def _in_time(self, step: Awaitable[T]) -> T:
+        """Await a step towards the first token; ApiError 429 when the time for that is over."""
+        if self._timeout_s is None:
+            return await step
+        left_s = self._origin.arrived_s + self._timeout_s - time.monotonic()
+        try:
+            async with asyncio.timeout(left_s):
+                return await step
+        except TimeoutError:
+            raise timed_out(self._timeout_s, self._work.tier.is_best_effort) from None
+
+    def _note(self, at: int, output: RequestOutput) -> None:
+        """Keep the output, and note the times of its new tokens."""
+        self._latest[at] = output
+        now = time.monotonic()
+        if not self.has_token:
+            self.has_token = True
+            self._metrics.first_token(self._class, now - self._origin.arrived_s)
+        for one in output.outputs:
+            gap_s = self.growing[at * self._work.params.n + one.index].gap_s(len(one.token_ids), now)
+            if gap_s is not None:
+                self._metrics.token_gap(self._class, gap_s)
+
+
+class Growing:
+    """How much of one choice has been given out, and when its last token came."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.has_begun = False
+        self._offset = self._num_chars = self._num_tokens = self._num_timed = 0
+        self._last_s: float | None = None
+        self._has_ended = False
+
+    def begin(self, echo: Text) -> Text:
+        self.has_begun, self._offset = True, len(echo.text)
+        return echo
+
+    def take(self, one: CompletionOutput, shows_output: bool) -> Text | None:
+        """What is new; None when nothing is that can be shown yet."""
+        self.has_begun = True
+        if self._has_ended or (len(one.token_ids) == self._num_tokens and one.finish_reason is None):
+            return None
+        if not shows_output:
+            self._has_ended = True
+            return Text(self.index, "", "length")
+        text = one.text[self._num_chars :]
+        if not text and one.finish_reason is None and one.logprobs is None:
+            return None
+        logprobs = None if one.logprobs is None else one.logprobs[self._num_tokens :]
+        offset = self._offset + self._num_chars
+        self._num_chars += len(text)
+        self._num_tokens, self._has_ended = len(one.token_ids), one.finish_reason is not None
+        return Text(self.index, text, one.finish_reason, logprobs, offset=offset)
+
+    def gap_s(self, num_tokens: int, now: float) -> float | None:
+        """Seconds since the token before, when there are more tokens than last time and there was one."""
+        if num_tokens == self._num_timed:
+            return None
+        self._num_timed = num_tokens
+        last_s, self._last_s = self._last_s, now
+        return None if last_s is None else now - last_s
+
+
+async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    """Items of all streams as they come; the first error ends all of them."""
+    news = asyncio.Queue[tuple[T | None, BaseException | None]]()
+
+    async def drain(stream: AsyncGenerator[T, None]) -> None:
+        error: BaseException | None = None
+        try:
+            async for item in stream:
+                news.put_nowait((item, None))
+        except Exception as found:
+            error = found
+        news.put_nowait((None, error))
+
+    tasks = [asyncio.create_task(drain(stream)) for stream in streams]
+    num_open = len(tasks)
+    try:
+        while num_open:
+            item, error = await news.get()
+            if error is not None:
+                raise error
+            if item is None:
+                num_open -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,68 @@
+"""Prompts to token ids, beside the event loop, and the check that they fit the model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from omniserve.engine.async_llm import AsyncLLM
+from omniserve.server.errors import CONTEXT_LENGTH_EXCEEDED, ApiError, invalid
+from omniserve.server.request_models import Message
+from omniserve.types import SamplingParams
+
+# Texts up to so many characters are tokenised at once: that takes less than handing them to a thread.
+SHORT_CHARS = 4096
+
+T = TypeVar("T")
+
+
+class Tokenising:
+    """Long texts wait for each other here, and nobody else for them."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="omniserve-tokenise")
+
+    async def text(self, llm: AsyncLLM, text: str) -> list[int]:
+        """Token ids of a prompt; ApiError 400 when it cannot fit however it is cut."""
+        check_chars(llm, len(text), "prompt")
+        return await self._run(len(text), lambda: llm.encode(text))
+
+    async def chat(self, llm: AsyncLLM, messages: Sequence[Message]) -> list[int]:
+        rendered = [message.for_template() for message in messages]
+        num_chars = sum(len(message["content"]) for message in rendered)
+        check_chars(llm, num_chars, "messages")
+        # Templates may look at every message for every message.
+        return await self._run(num_chars + 64 * len(rendered), lambda: llm.encode_chat(rendered))
+
+    async def _run(self, num_chars: int, call: Callable[[], T]) -> T:
+        if num_chars <= SHORT_CHARS:
+            return call()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def check_chars(llm: AsyncLLM, num_chars: int, param: str) -> None:
+    """Refuse a text that is too long for the model whatever its tokens are, before it costs anything."""
+    limit = llm.acceptance.max_model_len
+    if num_chars > limit * llm.tokenizer.longest_token:
+        message = (
+            f"{param}: {num_chars} characters are more than {limit} tokens (max_model_len) can stand for"
+        )
+        raise invalid(param, f"{message}; shorten it", CONTEXT_LENGTH_EXCEEDED)
+
+
+def check_fits(llm: AsyncLLM, num_prompt: int, params: SamplingParams, param: str) -> None:
+    """ApiError 400 for a prompt that, with what may be generated, exceeds the context."""
+    limit = llm.acceptance.max_model_len
+    wanted = 1 if params.max_tokens is None else params.max_tokens
+    if num_prompt + wanted <= limit:
+        return
+    message = (
+        f"this model's context holds {limit} tokens (max_model_len), {num_prompt + wanted} are asked for: "
+        f"{num_prompt} in the {param}, {wanted} to generate; shorten the {param}, or ask for fewer"
+    )
+    raise ApiError(400, message, param=param, code=CONTEXT_LENGTH_EXCEEDED)

@@ -1,0 +1,101 @@
+"""Settings of the server beside those of its engine."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omniserve.config import is_number
+from omniserve.errors import ConfigError
+from omniserve.server.tiers import TIERS, Clamp
+
+MIB = 1024**2
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """One key: whose files and batches it sees, which tiers it may use, and bounds of its own targets.
+
+    owner: keys of one owner see the same files and batches; None: the key is an owner of its own.
+    tiers: None: all of them.
+    """
+
+    key: str = field(repr=False)
+    owner: str | None = None
+    tiers: tuple[str, ...] | None = None
+    clamp: Clamp = field(default_factory=Clamp)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.key, str) or not self.key or not self.key.isascii():
+            raise ConfigError("api_key: each key must be ASCII text that is not empty")
+        for tier in self.tiers or ():
+            if tier not in TIERS:
+                raise ConfigError(f"api_keys: tier {tier!r} is none of {', '.join(TIERS)}")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """Everything the server needs to know besides its engine.
+
+    host, port         where it listens; port 0: any free one, which the log tells.
+    served_model_name  names clients may use; none: the model's own.
+    api_keys           keys of clients; none: everybody who can connect is served.
+    admin_key          key of /admin; None: /admin is open on a loopback address, and not there on others.
+    state_dir          where files and batches are kept; None: there are none.
+    queue_timeout_s, best_effort_queue_timeout_s
+                       seconds that a latency-sensitive (best-effort) request may wait for its first token;
+                       None: for ever.
+    max_requests, max_best_effort_requests
+                       latency-sensitive (best-effort) requests in the server at once; more are refused with
+                       429. Lines of batches do not count: their number has a bound of its own.
+    batch_concurrency  lines of batches in flight.
+    max_body_bytes     of a request, uploads of files excepted.
+    grace_s            seconds that chats may take to end after SIGTERM.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_model_name: tuple[str, ...] = ()
+    api_keys: tuple[ApiKey, ...] = ()
+    admin_key: str | None = field(default=None, repr=False)
+    state_dir: Path | None = None
+    queue_timeout_s: float | None = None
+    best_effort_queue_timeout_s: float | None = 600.0
+    max_requests: int = 1024
+    max_best_effort_requests: int = 256
+    batch_concurrency: int = 64
+    max_body_bytes: int = 16 * MIB
+    grace_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if type(self.port) is not int or not 0 <= self.port < 65536:
+            raise ConfigError(f"port: must be an integer in [0, 65535], got {self.port!r}")
+        for name in ("max_requests", "max_best_effort_requests", "batch_concurrency", "max_body_bytes"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{name}: must be an integer of at least 1, got {value!r}")
+        for name in ("queue_timeout_s", "best_effort_queue_timeout_s"):
+            value = getattr(self, name)
+            if value is not None and not (is_number(value) and value > 0):
+                raise ConfigError(f"{name}: must be a number of seconds above 0, got {value!r}")
+        if not is_number(self.grace_s) or not 0 <= self.grace_s < 86400:
+            raise ConfigError(f"grace_s: must be a number of seconds in [0, 86400), got {self.grace_s!r}")
+        if self.admin_key is not None and not (self.admin_key and self.admin_key.isascii()):
+            raise ConfigError("admin_key: must be ASCII text that is not empty")
+        keys = [key.key for key in self.api_keys]
+        if len(set(keys)) < len(keys) or self.admin_key in keys:
+            raise ConfigError("api_keys, admin_key: each key may be given once")
+        for name in self.served_model_name:
+            if not isinstance(name, str) or not name:
+                raise ConfigError("served_model_name: each must be text that is not empty")
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only processes of this machine can connect."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False

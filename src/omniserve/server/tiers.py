@@ -1,0 +1,104 @@
+"""`service_tier` and the SLO headers of a request: its service class, its targets, and the tier to answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omniserve.server.errors import invalid
+from omniserve.types import BEST_EFFORT, LATENCY_SENSITIVE, SLO, ServiceClass
+
+FLEX = "flex"
+# What the answer says for each tier of latency-sensitive requests.
+LATENCY_SENSITIVE_TIERS = {
+    "default": "default",
+    "auto": "default",
+    "priority": "priority",
+    "fast": "fast",
+    "scale": "scale",
+}
+TIERS = (*LATENCY_SENSITIVE_TIERS, FLEX)
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """The service class of a request, and the tier that its answer states."""
+
+    service_class: str
+    stated: str
+
+    @property
+    def is_best_effort(self) -> bool:
+        return self.service_class == BEST_EFFORT.name
+
+
+BATCH_TIER = Tier(BEST_EFFORT.name, FLEX)
+
+
+def tier_of(asked: object) -> Tier:
+    """ApiError 400 naming the tiers when it is none of them."""
+    if asked == FLEX:
+        return BATCH_TIER
+    name = "default" if asked is None else asked
+    if not isinstance(name, str) or name not in LATENCY_SENSITIVE_TIERS:
+        raise invalid("service_tier", f"service_tier: {asked!r:.80} is none of {', '.join(TIERS)}")
+    return Tier(LATENCY_SENSITIVE.name, LATENCY_SENSITIVE_TIERS[name])
+
+
+@dataclass(frozen=True, slots=True)
+class Clamp:
+    """Bounds of the targets that a client may ask for, in seconds; None: no bound."""
+
+    tightest_ttft_s: float | None = None
+    tightest_tpot_s: float | None = None
+    loosest_ttft_s: float | None = None
+    loosest_tpot_s: float | None = None
+
+
+def targets(
+    kind: ServiceClass, ttft_ms: str | None, tpot_ms: str | None, clamps: tuple[Clamp, ...]
+) -> SLO | None:
+    """Targets that a request brings in headers (milliseconds), brought within its class's and every clamp.
+
+    None: it brings none, and has its class's. One header alone leaves the other target to the class.
+    """
+    if ttft_ms is None and tpot_ms is None:
+        return None
+    if kind.slo is None:
+        raise invalid(
+            "x-slo-ttft-ms" if ttft_ms is not None else "x-slo-tpot-ms",
+            "this server promises no targets, so that a request can have none of its own; "
+            "leave the header out, or start the server with --slo-ttft-s and --slo-tpot-s",
+        )
+    asked = SLO(
+        kind.slo.ttft_s if ttft_ms is None else _seconds("x-slo-ttft-ms", ttft_ms),
+        kind.slo.tpot_s if tpot_ms is None else _seconds("x-slo-tpot-ms", tpot_ms),
+    )
+    tightest, loosest = kind.tightest or kind.slo, kind.loosest
+    of_class = Clamp(
+        tightest.ttft_s,
+        tightest.tpot_s,
+        None if loosest is None else loosest.ttft_s,
+        None if loosest is None else loosest.tpot_s,
+    )
+    # The class's own clamp is the last word: the engine refuses what is outside it.
+    for clamp in (*clamps, of_class):
+        asked = SLO(
+            _within(asked.ttft_s, clamp.tightest_ttft_s, clamp.loosest_ttft_s),
+            _within(asked.tpot_s, clamp.tightest_tpot_s, clamp.loosest_tpot_s),
+        )
+    return asked
+
+
+def _seconds(header: str, text: str) -> float:
+    try:
+        value = float(text) / 1000
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise invalid(header, f"{header}: must be a number of milliseconds above 0, got {text!r:.80}")
+    return value
+
+
+def _within(value: float, low: float | None, high: float | None) -> float:
+    value = value if high is None else min(value, high)
+    return value if low is None else max(value, low)

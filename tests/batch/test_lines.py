@@ -1,0 +1,133 @@
+"""Inputs of batches: what is accepted, what is refused and in which line. Never held whole."""
+
+from __future__ import annotations
+
+import io
+import json
+import tracemalloc
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batch.stand import ENDPOINT, LIMITS, jsonl, line, lines
+from omniserve.batch.limits import Limits
+from omniserve.batch.lines import Validation, decode_line
+
+
+def validated(data: bytes, limits: Limits = LIMITS, model: str | None = None) -> Validation:
+    found = Validation(io.BytesIO(data), ENDPOINT, limits, lambda name: model in (None, name))
+    while not found.advance():
+        pass
+    return found
+
+
+def errors(
+    data: bytes, limits: Limits = LIMITS, model: str | None = None
+) -> list[tuple[str, int | None, str | None]]:
+    return [(error.code, error.line, error.param) for error in validated(data, limits, model).errors]
+
+
+def test_a_good_file_says_where_its_lines_are() -> None:
+    data = lines(3) + b"\n" + jsonl([line(9)]).rstrip(b"\n")
+    found = validated(data)
+    assert not found.errors
+    assert list(found.numbers) == [1, 2, 3, 5]  # the fourth is blank
+    assert found.model == "m"
+    parts = [data[begin : begin + size] for begin, size in zip(found.offsets, found.lengths, strict=True)]
+    assert [decode_line(part).custom_id for part in parts] == ["line-1", "line-2", "line-3", "line-9"]
+
+
+def body(**changes: Any) -> dict[str, Any]:
+    return {"body": line(2)["body"] | changes}
+
+
+def without(name: str) -> dict[str, Any]:
+    return {key: value for key, value in line(2).items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [
+        (without("custom_id"), ("missing_required_parameter", 2, "custom_id")),
+        (without("body"), ("missing_required_parameter", 2, "body")),
+        (line(2, body={"messages": []}), ("missing_required_parameter", 2, "body.model")),
+        (line(2, custom_id=5), ("invalid_type", 2, "custom_id")),
+        (line(2, body=[]), ("invalid_type", 2, "body")),
+        (line(2, **body(model=1)), ("invalid_type", 2, "body.model")),
+        (line(2, method="GET"), ("invalid_method", 2, "method")),
+        (line(2, url="/v1/completions"), ("mismatched_endpoint", 2, "url")),
+        (line(2, **body(model="other")), ("mismatched_model", 2, "body.model")),
+        (line(2, custom_id="line-1"), ("duplicate_custom_id", 2, "custom_id")),
+        ([1], ("invalid_json_line", 2, None)),
+    ],
+)
+def test_a_bad_line_is_named_with_its_number_and_field(second: object, expected: tuple[Any, ...]) -> None:
+    assert errors(jsonl([line(1), second, line(3)])) == [expected]
+
+
+@pytest.mark.parametrize("bad", [b"{", b"nonsense", b'{"custom_id": "\xff"}', b"[" * 100_000, b"\x00"])
+def test_what_is_no_json_is_named(bad: bytes) -> None:
+    assert errors(lines(1) + bad + b"\n") == [("invalid_json_line", 2, None)]
+
+
+def test_an_empty_file_and_one_of_blank_lines_are_refused() -> None:
+    assert errors(b"") == errors(b"\n \n") == [("empty_file", None, None)]
+
+
+def test_an_unknown_model_is_named_once() -> None:
+    assert errors(lines(3), model="another") == [("model_not_found", 1, "body.model")]
+
+
+def test_a_file_may_hold_so_many_lines_and_no_more() -> None:
+    limits = replace(LIMITS, max_lines=3)
+    assert errors(lines(3), limits) == []
+    assert errors(lines(4), limits) == [("too_many_requests", 4, None)]
+
+
+def test_a_line_may_be_so_long_and_no_longer() -> None:
+    limits = replace(LIMITS, max_line_bytes=1000)
+    long = line(2, **body(messages=["x" * 5000]))
+    assert errors(jsonl([line(1), long, line(3, custom_id=7)]), limits) == [
+        ("line_too_long", 2, None),
+        ("invalid_type", 3, "custom_id"),
+    ]
+
+
+def test_no_more_errors_are_told_than_help() -> None:
+    assert len(errors(jsonl([1] * 50), replace(LIMITS, max_errors=10))) == 10
+
+
+@given(st.lists(st.binary(max_size=60), max_size=8))
+def test_no_bytes_break_the_reader(pieces: list[bytes]) -> None:
+    found = validated(b"\n".join(pieces))
+    assert found.errors
+    for error in found.errors:
+        json.dumps(error.message)
+
+
+def test_the_memory_taken_does_not_grow_with_the_size_of_the_lines() -> None:
+    num_lines, line_bytes = 2000, 20_000
+    filler = "x" * line_bytes
+
+    class Endless(io.RawIOBase):
+        """A file of 40 MB that nobody wrote down."""
+
+        count = 0
+
+        def readline(self, size: int | None = -1, /) -> bytes:
+            self.count += 1
+            return b"" if self.count > num_lines else jsonl([line(self.count, **body(messages=[filler]))])
+
+    tracemalloc.start()
+    try:
+        found = Validation(Endless(), ENDPOINT, LIMITS)  # type: ignore[arg-type]
+        while not found.advance():
+            pass
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(found.numbers) == num_lines
+    assert peak_bytes < 100 * line_bytes < num_lines * line_bytes / 10

@@ -1,0 +1,174 @@
+"""The real server, HTTP and all, over an engine that does what a test says and when."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+
+from omniserve.config import EngineConfig
+from omniserve.engine.acceptance import Acceptance
+from omniserve.errors import EngineDeadError, OmniServeError
+from omniserve.server.run import Server, listen
+from omniserve.server.settings import ServerConfig
+from omniserve.types import CompletionOutput, RequestMetrics, RequestOutput, SamplingParams
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+HELLO = [{"role": "user", "content": "Hello"}]
+PATIENCE_S = 60.0
+
+
+class ScriptedTokenizer:
+    longest_token = 1
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return "".join(map(chr, ids))
+
+
+class ScriptedLLM:
+    """As AsyncLLM is to the server. A request has `before` tokens at once; more come with `go`, all of them.
+
+    running: requests in the engine; asked: what each came with; refuse_with: what every request raises.
+    """
+
+    startup_s, engine_pid = 0.0, 1
+    acceptance = Acceptance(4096, 1 << 20, (2,), 4096, "device_memory_bytes")
+    tokenizer = ScriptedTokenizer()
+
+    def __init__(self, before: int = 0) -> None:
+        self.before = before
+        self.go = asyncio.Event()
+        self.end = asyncio.Event()
+        self.running: set[str] = set()
+        self.asked: list[dict[str, Any]] = []
+        self.refuse_with: OmniServeError | None = None
+        self.num_encoded = 0
+
+    def encode(self, text: str) -> list[int]:
+        self.num_encoded += 1
+        return list(map(ord, text))
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        return self.encode("".join(m["content"] for m in messages))
+
+    async def stream(
+        self, ids: list[int], params: SamplingParams, service_class: str, request_id: str, arrived_s: float,
+        cache_salt: str | None = None, slo: Any = None, completion_window_s: float | None = None,
+        priority: int = 0,
+    ) -> AsyncGenerator[RequestOutput, None]:  # fmt: skip
+        own = {"class": service_class, "salt": cache_salt, "slo": slo, "priority": priority}
+        self.asked.append({**own, "window": completion_window_s, "params": params, "id": request_id})
+        if self.refuse_with is not None:
+            raise self.refuse_with
+        assert request_id not in self.running
+        self.running.add(request_id)
+        count = params.max_tokens or 4
+        try:
+            for number in range(1, count + 1):
+                if number > self.before:
+                    await self._turn()
+                reason = "length" if number == count else None
+                tokens = list(range(97, 97 + number))
+                metrics = RequestMetrics(0.0, 0.0)
+                one = CompletionOutput(0, tokens, "x" * number, reason, metrics=metrics)  # type: ignore[arg-type]
+                yield RequestOutput(request_id, ids, [one])
+        finally:
+            self.running.discard(request_id)
+
+    async def _turn(self) -> None:
+        """Until it may go on; EngineDeadError when it is dead first."""
+        tasks = [asyncio.ensure_future(event.wait()) for event in (self.go, self.end)]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+        if self.end.is_set():
+            raise EngineDeadError("the engine process was killed by signal 9")
+
+    async def wait_ended(self) -> str:
+        await self.end.wait()
+        return "the engine process was killed by signal 9"
+
+    async def explain(self) -> dict[str, Any]:
+        return {"plans": []}
+
+    async def stats(self) -> dict[str, Any]:
+        return {"num_refused": 0}
+
+    def close(self) -> None:
+        """Called on another thread, when it is dead or the server ends."""
+
+
+class Stand:
+    """A running server: its parts, its engines so far (the last one runs), and a client for each purpose."""
+
+    def __init__(self, server: Server, base_url: str, engines: list[ScriptedLLM]) -> None:
+        self.server, self.base_url, self.engines = server, base_url, engines
+        self.http = httpx.AsyncClient(base_url=base_url, timeout=PATIENCE_S)
+
+    @property
+    def llm(self) -> ScriptedLLM:
+        return self.engines[-1]
+
+    @property
+    def doors(self) -> Any:
+        return self.server.endpoints.doors
+
+    async def chat(self, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
+        return await self.http.post(CHAT, json={"messages": HELLO} | fields, headers=headers)
+
+    @asynccontextmanager
+    async def streaming(
+        self, headers: dict[str, str] | None = None, **fields: Any
+    ) -> AsyncIterator[tuple[httpx.Response, AsyncIterator[str]]]:
+        body = {"messages": HELLO, "stream": True, "max_tokens": 4} | fields
+        async with self.http.stream("POST", CHAT, json=body, headers=headers) as response:
+            yield response, response.aiter_lines()
+
+    async def until(self, condition: Any) -> None:
+        """Only a hang can fail this."""
+        async with asyncio.timeout(PATIENCE_S):
+            while not condition():
+                await asyncio.sleep(0.002)
+
+
+@asynccontextmanager
+async def standing(
+    engine_config: EngineConfig | None = None, before: int = 0, **settings: Any
+) -> AsyncIterator[Stand]:
+    config = ServerConfig(port=0, served_model_name=("tiny",), **settings)
+    engines: list[ScriptedLLM] = []
+    loop = asyncio.get_running_loop()
+
+    async def make_here() -> ScriptedLLM:
+        engines.append(ScriptedLLM(before))
+        return engines[-1]
+
+    def make() -> Any:
+        """On a thread of the server's."""
+        return asyncio.run_coroutine_threadsafe(make_here(), loop).result()
+
+    listener = listen(config)
+    server = Server(config, engine_config or EngineConfig(), make)
+    task = asyncio.create_task(server.serve(listener))
+    port = listener.getsockname()[1]
+    stand = Stand(server, f"http://127.0.0.1:{port}", engines)
+    try:
+        await stand.until(lambda: server.keeper.state == "ready")
+        yield stand
+    finally:
+        await stand.http.aclose()
+        server.stop()
+        server.stop()
+        await asyncio.wait_for(task, PATIENCE_S)
+
+
+def events(lines: list[str]) -> list[Any]:
+    """Decoded data of server-sent events."""
+    data = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+    return [one if one == "[DONE]" else json.loads(one) for one in data]

@@ -1,0 +1,144 @@
+"""Keys: who may do what, whose things are whose, and what a server without keys says."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from typing import Any
+
+import pytest
+
+from omniserve.errors import ConfigError
+from omniserve.server import auth
+from omniserve.server.auth import Keyring
+from omniserve.server.errors import ApiError
+from omniserve.server.run import warn_of_openness
+from omniserve.server.settings import ApiKey, ServerConfig
+from server.scripted import standing
+
+KEYS = (ApiKey("sk-a"), ApiKey("sk-b", owner="b", tiers=("flex",)))
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+def test_with_keys_every_api_endpoint_asks_for_one_and_probes_do_not() -> None:
+    async def story() -> None:
+        async with standing(before=9, api_keys=KEYS, admin_key="sk-admin") as stand:
+            for headers in (
+                {},
+                bearer("sk-c"),
+                {"authorization": "Bearer"},
+                {"authorization": "sk-a"},
+                bearer("sk-admin"),
+            ):
+                for path in ("/v1/models", "/v1/unknown"):
+                    answer = await stand.http.get(path, headers=headers)
+                    assert answer.status_code == 401
+                    assert answer.json()["error"]["code"] == "invalid_api_key"
+                assert (await stand.chat(headers=headers)).status_code == 401
+            assert (await stand.chat(headers=bearer("sk-a"))).status_code == 200
+            for path in ("/health", "/ready", "/version", "/metrics"):
+                assert (await stand.http.get(path)).status_code == 200
+
+    asyncio.run(story())
+
+
+def test_admin_asks_for_the_admin_key_alone() -> None:
+    async def story() -> None:
+        async with standing(api_keys=KEYS, admin_key="sk-admin") as stand:
+            for headers in ({}, bearer("sk-a")):
+                assert (await stand.http.get("/admin/stats", headers=headers)).status_code == 401
+            answer = await stand.http.get("/admin/explanations", headers=bearer("sk-admin"))
+            assert answer.json() == {"plans": []}
+            assert (await stand.http.get("/admin/stats", headers=bearer("sk-admin"))).json() == {
+                "num_refused": 0
+            }
+
+    asyncio.run(story())
+
+
+def test_without_an_admin_key_only_this_machine_administrates() -> None:
+    assert Keyring(ServerConfig()).admin(None).is_admin
+    for host in ("0.0.0.0", "::", "192.0.2.1", "gpu-box"):
+        with pytest.raises(ApiError, match="--admin-key"):
+            Keyring(ServerConfig(host=host)).admin(None)
+
+
+def test_a_key_may_be_kept_to_tiers() -> None:
+    async def story() -> None:
+        async with standing(before=9, api_keys=KEYS) as stand:
+            refused = await stand.chat(headers=bearer("sk-b"))
+            assert (refused.status_code, refused.json()["error"]["param"]) == (403, "service_tier")
+            assert (await stand.chat(headers=bearer("sk-b"), service_tier="flex")).status_code == 200
+
+    asyncio.run(story())
+
+
+def test_cached_prefixes_are_not_shared_between_owners() -> None:
+    async def story() -> None:
+        async with standing(before=9, api_keys=(ApiKey("sk-a"), ApiKey("sk-b"))) as stand:
+            for key, salt in (("sk-a", None), ("sk-b", None), ("sk-a", "s"), ("sk-b", "s"), ("sk-a", None)):
+                await stand.chat(headers=bearer(key), cache_salt=salt)
+            salts = [asked["salt"] for asked in stand.llm.asked]
+            assert len(set(salts)) == 4
+            assert salts[0] == salts[4]
+            assert not any("sk-" in salt for salt in salts), "keys go nowhere"
+
+    asyncio.run(story())
+
+
+def test_keys_are_compared_in_constant_time_and_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[tuple[bytes, bytes]] = []
+    in_constant_time = hmac.compare_digest
+
+    def compare(one: bytes, other: bytes) -> bool:
+        compared.append((one, other))
+        return in_constant_time(one, other)
+
+    monkeypatch.setattr(auth.hmac, "compare_digest", compare)
+    keyring = Keyring(ServerConfig(api_keys=KEYS))
+    compared.clear()
+    assert keyring.client("Bearer sk-a").owner.startswith("key-")
+    assert len(compared) == len(KEYS), "the first one fits, the others are looked at all the same"
+    assert all(len(one) == len(other) == 32 for one, other in compared)
+
+
+def test_keys_of_one_owner_see_the_same_things() -> None:
+    keyring = Keyring(
+        ServerConfig(api_keys=(ApiKey("x", owner="team"), ApiKey("y", owner="team"), ApiKey("z")))
+    )
+    owners = [keyring.client(f"Bearer {key}").owner for key in "xyz"]
+    assert owners[0] == owners[1] == "team" != owners[2]
+
+
+def test_an_open_server_that_others_can_reach_warns_loudly(caplog: pytest.LogCaptureFixture) -> None:
+    for quiet in (ServerConfig(), ServerConfig(host="::1"), ServerConfig(host="0.0.0.0", api_keys=KEYS)):
+        warn_of_openness(quiet)
+    assert not caplog.records
+    warn_of_openness(ServerConfig(host="0.0.0.0"))
+    assert "EVERYBODY" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"port": 70000}, "port"),
+        ({"max_requests": 0}, "max_requests"),
+        ({"queue_timeout_s": 0}, "queue_timeout_s"),
+        ({"grace_s": -1}, "grace_s"),
+        ({"api_keys": (ApiKey("a"), ApiKey("a"))}, "api_keys"),
+        ({"api_keys": (ApiKey("a"),), "admin_key": "a"}, "admin_key"),
+        ({"admin_key": ""}, "admin_key"),
+        ({"served_model_name": ("",)}, "served_model_name"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        ServerConfig(**settings)
+
+
+def test_keys_do_not_show_in_settings() -> None:
+    assert "sk-a" not in repr(ServerConfig(api_keys=KEYS, admin_key="sk-admin"))
+    assert "sk-admin" not in repr(ServerConfig(api_keys=KEYS, admin_key="sk-admin"))

@@ -1,0 +1,113 @@
+"""Lines of batches over the endpoints' own code."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from omniserve.batch.line_runner import EngineGone, LineResponse, is_not_now
+from omniserve.server.batch_lines import EndpointLines
+from server.scripted import CHAT, COMPLETIONS, HELLO, Stand, standing
+
+BODY = {"model": "tiny", "messages": HELLO, "max_tokens": 3}
+
+
+def lines(stand: Stand) -> EndpointLines:
+    return EndpointLines(stand.server.endpoints)
+
+
+async def run(stand: Stand, body: dict[str, Any], endpoint: str = CHAT, left_s: float = 60.0) -> LineResponse:
+    return await lines(stand).run_line(endpoint, body, "batch_req_7", left_s)
+
+
+def test_a_line_is_answered_as_the_endpoint_would_as_best_effort_work() -> None:
+    async def story() -> None:
+        async with standing(before=9) as stand:
+            line = await run(stand, BODY | {"service_tier": "priority"}, left_s=90.0)
+            flex = (await stand.chat(**BODY, service_tier="flex")).json()
+            assert line.status_code == 200
+            assert line.body["id"] == "chatcmpl-7"
+            same = {"object", "model", "choices", "usage", "service_tier"}
+            assert {k: line.body[k] for k in same} == {k: flex[k] for k in same}
+            asked = stand.llm.asked[0]
+            assert (asked["class"], asked["window"]) == ("best_effort", 90.0)
+            text = await run(stand, {"prompt": "Hello", "max_tokens": 3}, COMPLETIONS)
+            assert text.body["object"] == "text_completion"
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "body", "param"),
+    [
+        (CHAT, BODY | {"stream": True}, "stream"),
+        (CHAT, BODY | {"temperature": "hot"}, "temperature"),
+        (COMPLETIONS, {"prompt": []}, "prompt"),
+        ("/v1/embeddings", {"input": "x"}, None),
+    ],
+)
+def test_a_bad_line_has_its_error_as_an_answer(
+    endpoint: str, body: dict[str, Any], param: str | None
+) -> None:
+    async def story() -> None:
+        async with standing() as stand:
+            answer = await run(stand, body, endpoint)
+            assert (answer.status_code, answer.body["error"]["param"]) == (400, param)
+            assert not is_not_now(answer)
+
+    asyncio.run(story())
+
+
+def test_a_line_whose_engine_dies_is_not_finished() -> None:
+    async def story() -> None:
+        async with standing() as stand:
+            line = asyncio.create_task(run(stand, BODY))
+            await stand.until(lambda: stand.llm.running)
+            stand.llm.end.set()
+            with pytest.raises(EngineGone):
+                await line
+            stand.server.keeper._llm = None
+            with pytest.raises(EngineGone):
+                await run(stand, BODY)
+
+    asyncio.run(story())
+
+
+def test_lines_take_no_place_of_flex_requests_and_wait_while_those_are_paused() -> None:
+    async def story() -> None:
+        async with standing(max_best_effort_requests=1) as stand:
+            waiting = [
+                asyncio.create_task(lines(stand).run_line(CHAT, BODY, f"batch_req_{i}", 9)) for i in "ab"
+            ]
+            await stand.until(lambda: len(stand.llm.running) == 2)
+            stand.llm.go.set()
+            assert (await stand.chat(service_tier="flex")).status_code == 200
+            assert [(await line).status_code for line in waiting] == [200, 200]
+            await stand.http.post("/admin/best_effort/pause")
+            assert is_not_now(await run(stand, BODY))
+
+    asyncio.run(story())
+
+
+def test_a_line_that_nobody_wants_anymore_leaves_the_engine() -> None:
+    async def story() -> None:
+        async with standing() as stand:
+            line = asyncio.create_task(run(stand, BODY))
+            await stand.until(lambda: stand.llm.running)
+            line.cancel()
+            await asyncio.wait([line])
+            assert line.cancelled()
+            assert not stand.llm.running
+
+    asyncio.run(story())
+
+
+def test_a_deadline_that_is_past_is_no_negative_number() -> None:
+    async def story() -> None:
+        async with standing(before=9) as stand:
+            assert (await run(stand, BODY, left_s=0.0)).status_code == 200
+            assert stand.llm.asked[-1]["window"] > 0
+
+    asyncio.run(story())

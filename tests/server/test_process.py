@@ -1,0 +1,111 @@
+"""Real server processes: an engine that is killed, a stop in good order, batches beside chats."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+from pathlib import Path
+
+import openai
+import pytest
+
+from server.processes import SMALL, Served, serving
+
+pytestmark = pytest.mark.slow
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def engine_pids(server: Served) -> list[int]:
+    return [int(pid) for pid in re.findall(r"engine is up after .* \(pid (\d+)\)", server.log)]
+
+
+def test_an_engine_that_is_killed_takes_nothing_with_it_but_its_requests(tiny_model: Path) -> None:
+    async def story(server: Served) -> None:
+        async with server.async_client() as client:
+            asked = {
+                "model": "tiny",
+                "messages": HELLO,
+                "max_tokens": 400,
+                "extra_body": {"ignore_eos": True},
+            }
+            (pid,) = engine_pids(server)
+            os.kill(pid, signal.SIGSTOP)
+            running = [asyncio.create_task(client.chat.completions.create(**asked)) for _ in range(3)]
+            await asyncio.sleep(0.2)
+            os.kill(pid, signal.SIGKILL)
+            for task in running:
+                with pytest.raises(openai.InternalServerError) as caught:
+                    await task
+                assert (caught.value.status_code, caught.value.code) == (503, "engine_unavailable")
+            server.wait_until(lambda: server.get("/ready").status_code == 200, "another engine")
+            answer = await client.chat.completions.create(**asked)
+            assert answer.usage.completion_tokens == 400
+            assert len(engine_pids(server)) == 2
+
+    with serving(str(tiny_model), "--served-model-name", "tiny", *SMALL) as server:
+        asyncio.run(story(server))
+
+
+def test_a_server_answers_while_it_loads_and_stops_in_good_order(tiny_model: Path) -> None:
+    with serving(str(tiny_model), *SMALL, ready=False) as server:
+        server.wait_listening()
+        assert server.get("/health").status_code == 200
+        early = server.get("/ready")
+        assert (early.status_code, early.json()["status"]) in ((503, "loading"), (200, "ready"))
+        server.wait_ready()
+        (pid,) = engine_pids(server)
+        assert server.get("/v1/models").json()["data"][0]["id"] == tiny_model.name
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait_ended() == 0, server.log
+        assert not Path(f"/proc/{pid}").exists(), "the engine is gone too"
+        assert "Traceback" not in server.log
+
+
+def test_what_keeps_a_server_from_starting_is_one_line(tiny_model: Path) -> None:
+    with serving("no/such-model", ready=False) as server:
+        assert server.wait_ended() == 1
+        assert "no/such-model" in server.lines[-1]
+        assert "Traceback" not in server.log
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with serving(str(tiny_model), *SMALL, "--port", port, ready=False) as server:
+            assert server.wait_ended() == 1
+            assert "cannot listen" in server.lines[-1]
+
+
+def test_a_batch_runs_beside_chats_over_the_same_endpoints(tiny_model: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    lines = [
+        {"custom_id": "good", "method": "POST", "url": "/v1/chat/completions",
+         "body": {"model": "tiny", "messages": HELLO, "max_tokens": 4, "temperature": 0}},
+        {"custom_id": "bad", "method": "POST", "url": "/v1/chat/completions",
+         "body": {"model": "tiny", "messages": HELLO, "tools": [{"type": "function"}]}},
+    ]  # fmt: skip
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    with serving(str(tiny_model), "--served-model-name", "tiny", "--state-dir", str(state), *SMALL) as server:
+        with server.client() as client:
+            file = client.files.create(file=("lines.jsonl", content), purpose="batch")
+            batch = client.batches.create(
+                input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
+            )
+            server.wait_until(
+                lambda: client.batches.retrieve(batch.id).status == "completed", "the batch is through"
+            )
+            done = client.batches.retrieve(batch.id)
+            assert (done.request_counts.completed, done.request_counts.failed) == (1, 1)
+            good = json.loads(client.files.content(done.output_file_id).read())
+            bad = json.loads(client.files.content(done.error_file_id).read())
+            alone = client.chat.completions.create(**lines[0]["body"])  # type: ignore[call-overload]
+        assert (
+            good["response"]["body"]["choices"][0]["message"]["content"] == alone.choices[0].message.content
+        )
+        assert good["response"]["body"]["service_tier"] == "flex"
+        assert bad["response"]["body"]["error"]["code"] == "unsupported_parameter"
+        assert server.get("/v1/files/unknown").status_code == 404
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait_ended() == 0, server.log

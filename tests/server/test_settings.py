@@ -1,0 +1,126 @@
+"""Settings: command line over variables over file, every flag in each of them, wrong ones told by place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from omniserve import cli
+from omniserve.errors import ConfigError
+from omniserve.server.flags import Settings, all_settings, read_settings
+from omniserve.server.tiers import Clamp
+from omniserve.types import SLO
+
+
+def read(*flags: str, **variables: str) -> Settings:
+    return read_settings(cli._parser().parse_args(["serve", *flags]), variables)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "serve.yaml"
+
+
+def test_defaults_are_a_local_server_of_the_default_model() -> None:
+    settings = read()
+    assert (settings.server.host, settings.server.port, settings.engine.model) == (
+        "127.0.0.1",
+        8000,
+        "smollm2-135m",
+    )
+    assert settings.server.state_dir is None
+    assert read("other").engine.model == "other"
+    assert read("--model", "other").engine.model == "other"
+
+
+def test_the_command_line_goes_before_variables_and_those_before_the_file(file: Path) -> None:
+    file.write_text(
+        "port: 1\nmax-num-seqs: 2\ngrace: 3\nserved-model-name: [a, b]\nenable-prefix-caching: false\n"
+    )
+    settings = read(
+        "--config", str(file), "--port", "11", OMNISERVE_PORT="21", OMNISERVE_MAX_NUM_SEQS="22",
+    )  # fmt: skip
+    assert (settings.server.port, settings.engine.max_num_seqs, settings.server.grace_s) == (11, 22, 3.0)
+    assert settings.server.served_model_name == ("a", "b")
+    assert settings.engine.enable_prefix_caching is False
+
+
+def test_every_setting_can_come_from_everywhere(file: Path) -> None:
+    shown = cli._parser().parse_args(["serve"])
+    assert shown.run
+    flags = {name for action in _serve_actions() for name in action.option_strings}
+    for setting in all_settings():
+        assert "--" + setting.name in flags, "a flag"
+        assert setting.variable == "OMNISERVE_" + setting.name.replace("-", "_").upper()
+
+
+def _serve_actions() -> list[object]:
+    import argparse
+
+    parser = cli._parser()
+    (commands,) = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    return list(commands.choices["serve"]._actions)
+
+
+def test_flags_that_are_lists_take_several_values() -> None:
+    settings = read("--api-key", "a", "b", "--api-key", "c", "--served-model-name", "x", "y")
+    assert [k.key for k in settings.server.api_keys] == ["a", "b", "c"]
+    assert settings.server.served_model_name == ("x", "y")
+    assert [k.key for k in read(OMNISERVE_API_KEY="a b").server.api_keys] == ["a", "b"]
+
+
+def test_keys_in_the_file_have_owners_tiers_and_clamps(file: Path) -> None:
+    file.write_text(
+        "api-key: plain\napi-keys:\n- {key: k, owner: team, tiers: [flex], tightest-slo: {ttft-s: 2}}\n"
+    )
+    plain, rich = read("--config", str(file)).server.api_keys
+    assert plain.key == "plain"
+    assert (rich.owner, rich.tiers, rich.clamp) == ("team", ("flex",), Clamp(tightest_ttft_s=2))
+
+
+def test_targets_and_their_clamp_make_the_class(file: Path) -> None:
+    settings = read(
+        "--slo-ttft-s",
+        "1",
+        "--slo-tpot-s",
+        "0.1",
+        "--slo-loosest-ttft-s",
+        "9",
+        OMNISERVE_SLO_LOOSEST_TPOT_S="1",
+    )
+    chat, batch = settings.engine.classes
+    assert (chat.slo, chat.tightest, chat.loosest) == (SLO(1.0, 0.1), None, SLO(9.0, 1.0))
+    assert batch.slo is None
+    for wrong in (["--slo-ttft-s", "1"], ["--slo-tightest-ttft-s", "1", "--slo-tightest-tpot-s", "1"]):
+        with pytest.raises(ConfigError, match="slo-"):
+            read(*wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("prot: 1", "prot"),
+        ("port: many", "port"),
+        ("port: true", "port"),
+        ("port: 1.5", "port"),
+        ("enable-prefix-caching: perhaps", "enable-prefix-caching"),
+        ("host-offload: sometimes", "host-offload"),
+        ("- port", "map names"),
+        ("port: [", "cannot be read"),
+        ("api-keys: [{owner: x}]", "api-keys"),
+        ("api-keys: [{key: x, tiers: [gold]}]", "gold"),
+        ("max-num-seqs: 0", "max_num_seqs"),
+    ],
+)
+def test_what_is_wrong_in_the_file_is_named(file: Path, text: str, named: str) -> None:
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=named):
+        read("--config", str(file))
+
+
+def test_wrong_variables_are_named_and_those_of_kubernetes_are_none_of_ours() -> None:
+    with pytest.raises(ConfigError, match="OMNISERVE_MAX_REQUESTS"):
+        read(OMNISERVE_MAX_REQUESTS="many")
+    settings = read(OMNISERVE_PORT="tcp://10.0.0.1:8000", OMNISERVE_SERVICE_HOST="10.0.0.1")
+    assert settings.server.port == 8000
