@@ -2,6 +2,8 @@
 
 TTFT        first token - intended arrival: waiting counts, also in the sender
 TPOT        (last token - first token) / (tokens - 1); none for one token, which then misses no target
+ITL         every gap between two moments at which tokens of a request came
+E2EL        last token - intended arrival, of finished requests
 attainment  share of requests that finished and met their targets; over the *offered* ones a request that
             was refused, failed, timed out or was cancelled is a miss; over the *admitted* ones a refused
             request does not count at all
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 from omniserve.bench.measure import percentile
@@ -31,7 +34,9 @@ class Record:
     """What became of one request. Seconds since the load began.
 
     due_s: intended arrival; sent_s: when the sender came to it. token_s: when each token came.
-    outcome: "unfinished" when the run ended first (batch work; never for requests that have targets).
+    num_prompt, num_output: tokens asked for; counted_prompt: tokens of the prompt as the target counted them,
+    where it said so. outcome: "unfinished" when the run ended first (batch work; never for requests that have
+    targets).
     """
 
     service_class: str
@@ -42,6 +47,7 @@ class Record:
     token_s: list[float] = field(default_factory=list)
     outcome: Outcome = "unfinished"
     reason: str = ""
+    counted_prompt: int | None = None
 
     @property
     def ttft_s(self) -> float | None:
@@ -51,6 +57,26 @@ class Record:
     def tpot_s(self) -> float | None:
         count = len(self.token_s)
         return (self.token_s[-1] - self.token_s[0]) / (count - 1) if count > 1 else None
+
+    @property
+    def e2el_s(self) -> float | None:
+        return self.token_s[-1] - self.due_s if self.outcome == "finished" and self.token_s else None
+
+    @property
+    def itl_s(self) -> list[float]:
+        """One for each time after the first that tokens came; several may come at once."""
+        return [b - a for a, b in pairwise(self.token_s) if b > a]
+
+
+def spread_over(token_s: Sequence[float], count: int) -> list[float]:
+    """The times of `count` tokens that came at the times `token_s`, of which some brought several or none.
+
+    First and last stay what they are, so TTFT and TPOT do not depend on who shared a moment with whom.
+    """
+    last = len(token_s) - 1
+    if last < 0 or count == len(token_s):
+        return list(token_s)
+    return [token_s[round(i * last / max(1, count - 1))] for i in range(count)]
 
 
 def meets_ttft(record: Record, slo: SLO) -> bool:
