@@ -85,6 +85,12 @@ def test_nothing_offered_is_no_attainment_at_all() -> None:
     assert attained([REFUSED], TARGETS, "offered").both == 0.0
 
 
+def test_what_the_end_of_the_run_cut_off_is_neither_hit_nor_miss() -> None:
+    cut = record(8.0, [8.5], "unfinished")
+    assert attained([GOOD, cut], TARGETS, "offered") == attained([GOOD], TARGETS, "offered")
+    assert attained([GOOD, cut], TARGETS, "admitted") == attained([GOOD], TARGETS, "admitted")
+
+
 def test_percentiles_are_over_the_requests_that_have_the_value() -> None:
     found = latency([None, *(float(i) for i in range(100))])
     assert (found.count, found.p50, found.p90, found.p95, found.p99) == (100, 50.0, 90.0, 95.0, 99.0)

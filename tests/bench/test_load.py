@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import repeat
+from itertools import count, repeat
 
 import pytest
 
@@ -61,8 +61,8 @@ class OneAtATime(Scripted):
 
     async def send(self, job: Job) -> AsyncGenerator[int, None]:
         async with self.lock:
-            async for count in super().send(job):
-                yield count
+            async for new in super().send(job):
+                yield new
 
 
 def arrivals(*times: float, num_output: int = 3) -> list[Stream]:
@@ -173,8 +173,8 @@ def test_the_target_s_own_count_overrules_what_was_seen_on_the_way() -> None:
         """Six tokens in three lumps."""
 
         async def send(self, job: Job) -> AsyncGenerator[int | Usage, None]:  # type: ignore[override]
-            async for count in super().send(replace(job, num_output=3)):
-                yield count
+            async for new in super().send(replace(job, num_output=3)):
+                yield new
             yield Usage(num_prompt=11, num_output=6)
 
     (record,) = send(Lumpy, Load(arrivals(0.0, num_output=6), duration_s=1.0))
@@ -227,6 +227,21 @@ def test_a_load_of_batch_jobs_alone_lasts_as_long_as_it_should() -> None:
     load = Load([], duration_s=4.0, backlog=Backlog(BE, 1, jobs()))
     send(Scripted, load, on_tick=times.append)
     assert times[-1] == pytest.approx(4.0)
+
+
+def test_a_stream_in_the_background_goes_on_until_the_others_are_done_and_is_then_cut_off() -> None:
+    endless = (Arrival(2.0 * i, 8, 3) for i in count())
+    target = Scripted()
+    load = Load(arrivals(5.5), duration_s=1.0, background=[Stream(BE, endless)])
+    records = [r for r in send(lambda: target, load) if r.service_class == BE]
+    # The request due at 5.5 s is done at 6.5 s: the one of the background that came at 6 s is not.
+    assert [(r.due_s, r.outcome) for r in records] == [
+        (0.0, "finished"),
+        (2.0, "finished"),
+        (4.0, "finished"),
+        (6.0, "unfinished"),
+    ]
+    assert target.running == {LS: 0, BE: 0}
 
 
 def test_a_backlog_that_runs_out_leaves_the_stream_alone() -> None:
@@ -282,9 +297,9 @@ class FakeLLM:
         self.calls.append((prompt, params, service_class))
         if self.error is not None:
             raise self.error
-        for i, count in enumerate(self.counts):
+        for i, num_tokens in enumerate(self.counts):
             reason = self.reason if i == len(self.counts) - 1 else None
-            yield type("Output", (), {"token_ids": [0] * count, "finish_reason": reason})
+            yield type("Output", (), {"token_ids": [0] * num_tokens, "finish_reason": reason})
 
 
 def through(llm: FakeLLM) -> Record:

@@ -6,7 +6,7 @@ ITL         every gap between two moments at which tokens of a request came
 E2EL        last token - intended arrival, of finished requests
 attainment  share of requests that finished and met their targets; over the *offered* ones a request that
             was refused, failed, timed out or was cancelled is a miss; over the *admitted* ones a refused
-            request does not count at all
+            request does not count at all. One that the end of the run cut off counts in neither: nobody knows
 goodput     requests per second that met all their targets (vLLM's and DistServe's definition)
 harvest     best-effort tokens/s beside latency-sensitive traffic over those with the box to itself
 """
@@ -16,10 +16,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, Protocol
 
 from omniserve.bench.measure import percentile
-from omniserve.types import SLO
 
 Outcome = Literal["finished", "refused", "failed", "cancelled", "timed_out", "unfinished"]
 DEFINITIONS = (
@@ -79,15 +78,25 @@ def spread_over(token_s: Sequence[float], count: int) -> list[float]:
     return [token_s[round(i * last / max(1, count - 1))] for i in range(count)]
 
 
-def meets_ttft(record: Record, slo: SLO) -> bool:
+class Targets(Protocol):
+    """An SLO, or what is like one: seconds to the first token and for each later one."""
+
+    @property
+    def ttft_s(self) -> float: ...
+
+    @property
+    def tpot_s(self) -> float: ...
+
+
+def meets_ttft(record: Record, slo: Targets) -> bool:
     return record.outcome == "finished" and record.ttft_s is not None and record.ttft_s <= slo.ttft_s
 
 
-def meets_tpot(record: Record, slo: SLO) -> bool:
+def meets_tpot(record: Record, slo: Targets) -> bool:
     return record.outcome == "finished" and (record.tpot_s is None or record.tpot_s <= slo.tpot_s)
 
 
-def meets(record: Record, slo: SLO) -> bool:
+def meets(record: Record, slo: Targets) -> bool:
     return meets_ttft(record, slo) and meets_tpot(record, slo)
 
 
@@ -101,8 +110,9 @@ class Attained:
     both: float | None
 
 
-def attained(records: Sequence[Record], slo: SLO, over: Literal["offered", "admitted"]) -> Attained:
-    counted = [r for r in records if over == "offered" or r.outcome != "refused"]
+def attained(records: Sequence[Record], slo: Targets, over: Literal["offered", "admitted"]) -> Attained:
+    left_out = ("unfinished",) if over == "offered" else ("unfinished", "refused")
+    counted = [r for r in records if r.outcome not in left_out]
     n = len(counted)
     if not n:
         return Attained(0, None, None, None)
@@ -171,7 +181,7 @@ def tokens_between(records: Sequence[Record], begin_s: float, end_s: float) -> i
 
 
 def class_report(
-    records: Sequence[Record], service_class: str, window: tuple[float, float], slo: SLO | None = None
+    records: Sequence[Record], service_class: str, window: tuple[float, float], slo: Targets | None = None
 ) -> ClassReport:
     """Report on one class within [window[0], window[1]) seconds of the load."""
     seconds = window[1] - window[0]

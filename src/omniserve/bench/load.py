@@ -8,12 +8,13 @@ backlog keeps so many batch requests with the target at all times.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, cast
 
-from omniserve.bench.attainment import Record, spread_over
+from omniserve.bench.attainment import Outcome, Record, spread_over
 from omniserve.bench.workloads import Arrival, token_ids
 from omniserve.errors import OmniServeError, RequestError
 from omniserve.types import RequestOutput, SamplingParams
@@ -77,7 +78,7 @@ class Stream:
     """
 
     service_class: str
-    arrivals: Sequence[Arrival]
+    arrivals: Iterable[Arrival]
     max_concurrency: int | None = None
     is_closed_loop: bool = False
 
@@ -100,14 +101,16 @@ class Load:
     """What to send.
 
     duration_s: how long the load lasts at least. drain_s: how long its last requests may take beyond that;
-    then they have timed out (None: for ever). timeout_s: how long each may take from its arrival. A backlog
-    stays full until the last request of the streams is done, so that late ones have it as hard as early ones.
-    is_length_fixed: an answer that ends before `num_output` tokens has failed; else it is as good as any.
+    then they have timed out (None: for ever). timeout_s: how long each may take from its arrival.
+    background, backlog: go on until the last request of the streams is done, so that late ones have it as
+    hard as early ones, and are then cut off. is_length_fixed: an answer that ends before `num_output` tokens
+    has failed; else it is as good as any.
     """
 
     streams: Sequence[Stream]
     duration_s: float
     backlog: Backlog | None = None
+    background: Sequence[Stream] = ()
     drain_s: float | None = 30.0
     timeout_s: float | None = None
     seed: int = 0
@@ -115,10 +118,16 @@ class Load:
 
 
 class Sender:
-    """Sends one load to one target and keeps the records. Time is the event loop's own."""
+    """Sends one load to one target and keeps the records. Time is the event loop's own.
+
+    ended: how many requests of a class have ended how, so far. seconds: how long the load lasted, once it is
+    over.
+    """
 
     def __init__(self, target: Target, load: Load) -> None:
         self.records: list[Record] = []
+        self.ended: Counter[tuple[str, Outcome]] = Counter()
+        self.seconds = 0.0
         self._target, self._load = target, load
         self._loop = asyncio.get_running_loop()
         self._began_s = self._loop.time()
@@ -133,7 +142,7 @@ class Sender:
 
         Raises OmniServeError when the target takes no batch jobs.
         """
-        keepers = self._start_backlog()
+        keepers = [*self._start_backlog(), *self._start_background()]
         streams = asyncio.create_task(self._send_streams())
         try:
             while not streams.done():
@@ -145,6 +154,7 @@ class Sender:
                     if keeper.done():
                         keeper.result()  # raises what ended it; without an error its jobs have run out
             await streams
+            self.seconds = self.now_s()
         finally:
             for task in (streams, *keepers):
                 task.cancel()
@@ -166,6 +176,19 @@ class Sender:
                 if not task.done():
                     task.cancel()
                     record.outcome, record.reason = "timed_out", "not done when the load was over"
+            await asyncio.gather(*sent, return_exceptions=True)
+
+    def _start_background(self) -> list[asyncio.Task[None]]:
+        return [asyncio.create_task(self._send_until_cut_off(stream)) for stream in self._load.background]
+
+    async def _send_until_cut_off(self, stream: Stream) -> None:
+        sent: dict[asyncio.Task[None], Record] = {}
+        try:
+            await self._send_stream(stream, sent)
+            await asyncio.gather(*sent)
+        finally:
+            for task in sent:
+                task.cancel()
             await asyncio.gather(*sent, return_exceptions=True)
 
     async def _send_stream(self, stream: Stream, sent: dict[asyncio.Task[None], Record]) -> None:
@@ -197,6 +220,11 @@ class Sender:
     async def _send(self, job: Job, record: Record) -> float:
         """One request from its sending to its end, whatever that is. Returns the seconds that the target
         asked to be left alone for."""
+        pause_s = await self._answered(job, record)
+        self.ended[job.service_class, record.outcome] += 1
+        return pause_s
+
+    async def _answered(self, job: Job, record: Record) -> float:
         record.sent_s = self.now_s()
         timeout_s = self._load.timeout_s
         limit = asyncio.timeout_at(None if timeout_s is None else self._began_s + record.due_s + timeout_s)
