@@ -14,7 +14,8 @@ import pytest
 
 from bench.openai_server import Barrier, OpenAIServer, Script, Seen, running_server
 from omniserve.bench.attainment import Record
-from omniserve.bench.http_api import COMPLETIONS, Api, Extras, make_client
+from omniserve.bench.http_api import Api, Extras, make_client
+from omniserve.bench.http_names import COMPLETIONS
 from omniserve.bench.http_target import HttpTarget
 from omniserve.bench.load import Backlog, Load, Sender, Stream
 from omniserve.bench.prompts import UNMEASURED, Prompts

@@ -7,18 +7,14 @@ import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import httpx
 
+from omniserve.bench.http_names import BACKENDS, CHAT, Backend
 from omniserve.bench.load import Job, Refused
 from omniserve.errors import ConfigError, OmniServeError
 
-Backend = Literal["omniserve", "vllm", "sglang", "openai"]
-BACKENDS: tuple[Backend, ...] = get_args(Backend)
-# Those that take `ignore_eos` and `min_tokens`, so that an answer has the length planned.
-FIXES_LENGTHS: tuple[Backend, ...] = ("omniserve", "vllm", "sglang")
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 # "No room now", whoever says it: OpenAI and this project 429, vLLM and SGLang 503, Dynamo 529.
 REFUSALS = (429, 503, 529)
 MAX_RETRY_AFTER_S = 120.0

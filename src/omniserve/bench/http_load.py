@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice, repeat
 
+from omniserve.bench.http_names import TRACES
 from omniserve.bench.load import Backlog, Load, Stream
 from omniserve.bench.prompts import Text
 from omniserve.bench.sharegpt import sharegpt_sizes
@@ -18,9 +19,6 @@ from omniserve.bench.workloads import SHAREGPT, Arrival, BatchJobs, arrival_time
 from omniserve.errors import ConfigError
 from omniserve.types import BEST_EFFORT, LATENCY_SENSITIVE
 
-# Datasets with arrival times of their own, and the trace that stands for one when no file is named.
-TRACES = {"azure": "splitwise_conv", "burstgpt": None, "mooncake": None}
-DATASETS = ("random", "sharegpt", *TRACES)
 # Not a class of the server: requests of one token beside all others, which show what a newcomer meets.
 PROBE, PROBE_TOKENS = "probe", 16
 

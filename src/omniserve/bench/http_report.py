@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,16 +19,10 @@ from omniserve.bench.attainment import (
     due_between,
     tokens_between,
 )
-from omniserve.bench.http_load import PROBE
+from omniserve.bench.http_names import METRICS
 from omniserve.bench.measure import percent, percentile
 from omniserve.errors import ConfigError
 
-METRICS: dict[str, Callable[[Record], list[float]]] = {
-    "ttft": lambda r: [] if r.ttft_s is None else [r.ttft_s],
-    "tpot": lambda r: [] if r.tpot_s is None else [r.tpot_s],
-    "itl": lambda r: r.itl_s,
-    "e2el": lambda r: [] if r.e2el_s is None else [r.e2el_s],
-}
 NOTES = (
     "ITL: gaps between the moments at which tokens of a request came; E2EL: last token - intended arrival, "
     "of finished requests; TTFT, TPOT and ITL are over all requests that have the value; a percentile is a "
@@ -102,6 +96,14 @@ def class_figures(
     }
 
 
+def _values(record: Record, metric: str) -> list[float]:
+    """Of one request, in seconds; none where it has no such value."""
+    if metric == "itl":
+        return record.itl_s
+    value: float | None = getattr(record, f"{metric}_s")
+    return [] if value is None else [value]
+
+
 def _prompt_tokens(record: Record) -> int:
     return record.num_prompt if record.counted_prompt is None else record.counted_prompt
 
@@ -112,8 +114,8 @@ def _attained(found: Attained | None) -> Report | None:
 
 def _latencies(records: Sequence[Record], percentiles: Sequence[float]) -> Report:
     result: Report = {}
-    for name, values_of in METRICS.items():
-        values = [1e3 * value for record in records for value in values_of(record)]
+    for name in METRICS:
+        values = [1e3 * value for record in records for value in _values(record, name)]
         result[f"mean_{name}_ms"] = statistics.mean(values) if values else None
         result[f"median_{name}_ms"] = statistics.median(values) if values else None
         result[f"std_{name}_ms"] = statistics.pstdev(values) if values else None
@@ -190,7 +192,7 @@ def _latency_table(
     for name, figures in classes.items():
         for metric in metrics:
             values = [figures[f"{which}_{metric}_ms"] for which in statistics_shown]
-            if name != PROBE or values[0] is not None:
+            if values[0] is not None:
                 result.add_row(name, metric.upper(), *("-" if v is None else f"{v:.4g}" for v in values))
     return result
 

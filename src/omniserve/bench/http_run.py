@@ -18,9 +18,10 @@ from typing import Any
 import httpx
 from rich.console import Console
 
-from omniserve.bench.http_api import CHAT, FIXES_LENGTHS, Api, Extras, ServedModel, make_client, served_model
+from omniserve.bench.http_api import Api, Extras, ServedModel, make_client, served_model
 from omniserve.bench.http_batch import BatchResult, run_batch
 from omniserve.bench.http_load import PROBE, PROBE_TOKENS, Known, best_effort_sizes, make_load
+from omniserve.bench.http_names import CHAT, FIXES_LENGTHS
 from omniserve.bench.http_progress import DRAWN_PER_S, show_progress
 from omniserve.bench.http_report import (
     Goal,

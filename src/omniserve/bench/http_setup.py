@@ -10,6 +10,7 @@ import httpx
 from rich.console import Console
 
 from omniserve.bench.http_api import ServedModel
+from omniserve.bench.http_names import NO_TOKENIZER
 from omniserve.bench.load import Refused
 from omniserve.bench.prompts import UNMEASURED, Pool, measured_pool
 from omniserve.errors import ModelError, OmniServeError
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from omniserve.model.tokenizer import Tokenizer
 
 ASK_AGAIN_S = 1.0
-NO_TOKENIZER = "none"
 T = TypeVar("T")
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import httpx
 
-from omniserve.bench.http_api import CHAT, Api, Extras, check, error_text
+from omniserve.bench.http_api import Api, Extras, check, error_text
+from omniserve.bench.http_names import CHAT
 from omniserve.bench.load import Cancelled, Job, Usage
 from omniserve.bench.prompts import Prompts
 from omniserve.bench.sse import EventStream

@@ -16,12 +16,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omniserve.bench.http_names import BACKENDS, CHAT, COMPLETIONS, DATASETS, METRICS, NO_TOKENIZER
 from omniserve.errors import ConfigError
 
 if TYPE_CHECKING:
     from omniserve.bench.http_report import Report
 
-METRICS = ("ttft", "tpot", "itl", "e2el")
 MIN_WIDTH = 140  # of the tables where the terminal does not say
 
 
@@ -40,12 +40,16 @@ def add_parser(commands: Any) -> None:
 def _add_server(add: Callable[..., Any]) -> None:
     add("--base-url", default="http://127.0.0.1:8000", help="OPENAI_API_KEY in the environment is its key")
     add("--model", help="name under which it is served; default: the first one of /v1/models")
-    add("--endpoint", choices=("/v1/completions", "/v1/chat/completions"), default="/v1/completions")
-    backends = ("auto", "omniserve", "vllm", "sglang", "openai")
-    add("--backend", choices=backends, default="auto", help="default: what /v1/models says owns the model")
+    add("--endpoint", choices=(COMPLETIONS, CHAT), default=COMPLETIONS)
+    add(
+        "--backend",
+        choices=("auto", *BACKENDS),
+        default="auto",
+        help="default: what /v1/models says owns the model",
+    )
     add(
         "--tokenizer",
-        help="makes prompts of exact length: a model's name or folder, or none; default: the model's",
+        help=f"makes prompts of exact length: a name, a folder or {NO_TOKENIZER}; default: the model's",
     )
     add(
         "--max-model-len",
@@ -72,8 +76,7 @@ def _add_server(add: Callable[..., Any]) -> None:
 
 
 def _add_chats(add: Callable[..., Any]) -> None:
-    datasets = ("random", "sharegpt", "burstgpt", "azure", "mooncake")
-    add("--dataset-name", choices=datasets, default="random")
+    add("--dataset-name", choices=DATASETS, default="random")
     add(
         "--dataset-path",
         type=Path,
