@@ -153,7 +153,9 @@ def definitions() -> str:
 
 def tables(report: Report, metrics: Sequence[str], percentiles: Sequence[float]) -> Iterator[Table]:
     yield _class_table(report["classes"])
-    yield _latency_table(report["classes"], metrics, percentiles)
+    latencies = _latency_table(report["classes"], metrics, percentiles)
+    if latencies.row_count:
+        yield latencies
     if report.get("batch"):
         yield _batch_table(report["batch"])
 
