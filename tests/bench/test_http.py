@@ -406,6 +406,8 @@ def test_a_server_that_is_loading_is_waited_for(server: OpenAIServer, tmp_path: 
         (["--dataset-name", "burstgpt"], "dataset-path: burstgpt needs the file of its publisher"),
         (["--num-prompts", "0"], "num-prompts: .* give the load a --duration"),
         (["--tokenizer", "no-such-folder"], "no-such-folder"),
+        (["--be-backlog", "1", "--be-context", "9", "8"], "context: must be a range"),
+        (["--base-url", "127.0.0.1:8000"], "base-url: must begin with http:// or https://"),
         (["--base-url", "http://127.0.0.1:9"], "base-url: the server is not ready"),
     ],
 )
@@ -417,6 +419,26 @@ def test_what_does_not_fit_ends_the_run_by_name_before_anything_is_sent(
     assert main([*arguments, *flags]) == 1
     assert re.search(message, capsys.readouterr().err)
     assert server.seen == []
+
+
+def test_an_address_that_is_no_api_is_told_at_once(
+    server: OpenAIServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.models = None  # type: ignore[assignment]
+    assert main(["bench", "--base-url", server.base_url, "--tokenizer", "none"]) == 1
+    assert "base-url: /v1/models there is none of OpenAI's" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "script", [Script(give_up_after=0), Script(cut_after=0)], ids=["given-up", "dropped"]
+)
+def test_a_first_request_that_breaks_off_ends_the_run_with_one_line(
+    server: OpenAIServer, capsys: pytest.CaptureFixture[str], script: Script
+) -> None:
+    server.script = lambda _: script
+    flags = ["--tokenizer", "none", "--ready-check-timeout-sec", "0"]
+    assert main(["bench", "--base-url", server.base_url, *flags]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_an_error_of_the_first_request_ends_the_run_at_once(

@@ -74,8 +74,10 @@ def make_client(base_url: str, api_key: str | None) -> httpx.AsyncClient:
 
     httpx rather than the `openai` client: that one is httpx too, and builds a validated object of every
     chunk, time that would count as the server's. Bodies are asked for uncompressed, or chunks would wait for
-    others.
+    others. ConfigError for an address that is none.
     """
+    if not base_url.startswith(("http://", "https://")):
+        raise ConfigError(f"base-url: must begin with http:// or https://, got {base_url!r}")
     return httpx.AsyncClient(
         base_url=base_url.rstrip("/").removesuffix("/v1"),
         headers={"accept-encoding": "identity"} | ({"authorization": f"Bearer {api_key}"} if api_key else {}),
@@ -91,7 +93,12 @@ async def served_model(client: httpx.AsyncClient, name: str | None) -> ServedMod
     """The model called `name`, or the first one; ConfigError with those that there are."""
     response = await client.get("/v1/models")
     check(response, "/v1/models")
-    models = response.json().get("data") or []
+    try:
+        models = list(response.json()["data"])
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(
+            "base-url: /v1/models there is none of OpenAI's; is it the right address?"
+        ) from None
     found = [m for m in models if name in (None, m.get("id"))]
     if not found:
         known = ", ".join(str(m.get("id")) for m in models) or "none"

@@ -134,12 +134,15 @@ def _probes(options: argparse.Namespace) -> Iterator[Stream]:
 
 
 def best_effort_sizes(options: argparse.Namespace, known: Known) -> Sizes:
-    """Tokens of prompt and output of batch jobs, without end, cut to the context of the model."""
+    """Tokens of prompt and output of batch jobs, without end, cut to the context of the model.
+
+    ConfigError at once, not at the first job, for contexts and shares that can not be.
+    """
     low, high = options.be_context
     limit = known.max_model_len or sys.maxsize
-    for num_prompt, num_output in BatchJobs(low, high, options.be_output_share).draw(options.seed):
-        num_output = min(num_output, limit - 1)
-        yield min(num_prompt, limit - num_output), num_output
+    drawn = BatchJobs(low, high, options.be_output_share).draw(options.seed)
+    cut = ((num_prompt, min(num_output, limit - 1)) for num_prompt, num_output in drawn)
+    return ((min(num_prompt, limit - num_output), num_output) for num_prompt, num_output in cut)
 
 
 def _best_effort_stream(options: argparse.Namespace, known: Known) -> Iterator[Stream]:

@@ -27,7 +27,8 @@ NOTES = (
     "ITL: gaps between the moments at which tokens of a request came; E2EL: last token - intended arrival, "
     "of finished requests; TTFT, TPOT and ITL are over all requests that have the value; a percentile is a "
     "value that occurred, not interpolated; rates are over the seconds from the start of the load until its "
-    "last latency-sensitive request was done, and what was then cut off (unfinished) is neither hit nor miss"
+    "last latency-sensitive request was done; what was then cut off (unfinished) is neither hit nor miss; in "
+    "a closed loop a request arrives when there is a place for it"
 )
 
 Report = dict[str, Any]
@@ -116,7 +117,7 @@ def _latencies(records: Sequence[Record], percentiles: Sequence[float]) -> Repor
     result: Report = {}
     for name in METRICS:
         values = [1e3 * value for record in records for value in _values(record, name)]
-        result[f"mean_{name}_ms"] = statistics.mean(values) if values else None
+        result[f"mean_{name}_ms"] = statistics.fmean(values) if values else None
         result[f"median_{name}_ms"] = statistics.median(values) if values else None
         result[f"std_{name}_ms"] = statistics.pstdev(values) if values else None
         for p in percentiles:
@@ -134,7 +135,8 @@ def _reasons(records: Sequence[Record], most: int = 10) -> dict[str, int]:
 
 
 def sender_late(records: Sequence[Record]) -> Report:
-    """Seconds from the intended arrival until the sender came to it: what the client itself lost."""
+    """Seconds from the intended arrival until the request was sent: what the client itself lost, and where
+    places were few, the wait for one."""
     late = [r.sent_s - r.due_s for r in records if r.outcome != "unfinished"]
     return {"late_p99_s": percentile(late, 0.99), "late_max_s": max(late)} if late else {}
 

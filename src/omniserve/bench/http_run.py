@@ -9,7 +9,7 @@ import math
 import os
 import resource
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import chain, islice
@@ -63,9 +63,12 @@ async def run_bench(options: argparse.Namespace, console: Console) -> Finished:
     """
     _raise_file_limit()
     patience = Patience(options.ready_check_timeout_sec)
-    async with make_client(options.base_url, os.environ.get("OPENAI_API_KEY")) as client:
-        model = await patience.until_answered(lambda: served_model(client, options.model))
-        return await Bench(client, options, model, console).run(patience)
+    try:
+        async with make_client(options.base_url, os.environ.get("OPENAI_API_KEY")) as client:
+            model = await patience.until_answered(lambda: served_model(client, options.model))
+            return await Bench(client, options, model, console).run(patience)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise OmniServeError(f"base-url: {type(error).__name__}: {error}") from error
 
 
 class Bench:
@@ -217,4 +220,5 @@ def _no_collection() -> Iterator[None]:
 def _raise_file_limit() -> None:
     """A connection is a file: as many as the system allows this process."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with suppress(ValueError, OSError):  # some systems name a limit that they do not grant
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -21,7 +21,7 @@ GIVEN_UP = ("abort", "error")
 
 
 class HttpTarget:
-    """extras: by service class; a class that has none is asked as `default` says."""
+    """One model of one server. extras: by service class; a class that has none is asked as `default` says."""
 
     def __init__(
         self,

@@ -27,7 +27,7 @@ TICK_S = 0.25
 MAX_REFUSED_IN_A_ROW = 16
 
 
-class Refused(Exception):
+class Refused(OmniServeError):
     """The target will not serve this request. retry_after_s: when it asks to be asked again, if it does."""
 
     def __init__(self, reason: str, retry_after_s: float | None = None) -> None:
@@ -35,7 +35,7 @@ class Refused(Exception):
         self.retry_after_s = retry_after_s
 
 
-class Cancelled(Exception):
+class Cancelled(OmniServeError):
     """The target gave up a request that it had taken."""
 
 
@@ -241,7 +241,9 @@ class Sender:
             if limit.expired():
                 record.outcome, record.reason = "timed_out", f"not done {timeout_s:g} s after its arrival"
             else:
-                record.outcome, record.reason = "failed", f"{type(error).__name__}: {error}"
+                is_ours = isinstance(error, OmniServeError)
+                record.outcome = "failed"
+                record.reason = str(error) if is_ours else f"{type(error).__name__}: {error}"
         return 0.0
 
     async def _receive(self, job: Job, record: Record) -> None:
