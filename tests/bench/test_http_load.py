@@ -15,6 +15,7 @@ import pytest
 from omniserve.bench.attainment import Outcome, Record
 from omniserve.bench.http_api import check, error_text, retry_after_s
 from omniserve.bench.http_load import PROBE, Known, make_load
+from omniserve.bench.http_plot import reached
 from omniserve.bench.http_report import Goal, class_figures, read_goal, sender_late
 from omniserve.bench.http_target import Answer
 from omniserve.bench.load import Cancelled, Load, Refused, Usage
@@ -206,6 +207,13 @@ def test_what_the_sender_lost_is_said() -> None:
     late.sent_s = 1.5
     assert sender_late([record(0.0, [1.0]), late]) == {"late_p99_s": 0.5, "late_max_s": 0.5}
     assert sender_late([]) == {}
+
+
+def test_the_curve_of_a_class_ends_at_the_share_that_finished() -> None:
+    one_token, broken = record(3.0, [3.25]), record(3.0, [3.1, 3.2], "failed")
+    records = [*RECORDS[:3], one_token, broken]
+    assert reached(records, "ttft_s") == ([0.25, 0.5, 1.0], [0.2, 0.4, 0.6])
+    assert reached(records, "tpot_s") == ([0.25, pytest.approx(2 / 3)], [0.25, 0.5])
 
 
 def test_goals_are_read_in_milliseconds() -> None:

@@ -14,8 +14,8 @@ MARKERS = "o^s"
 
 def plot_run(records: Sequence[Record], goals: Mapping[str, Targets | None], path: Path) -> None:
     """Left: TTFT over the time of arrival, where a queue that grows is a line that climbs. Middle and right:
-    the share of requests whose TTFT and TPOT were so long at most; requests that were not served keep the
-    curve from reaching the top. Targets are broken lines."""
+    the share of requests that finished with a TTFT and TPOT so long at most; those that did not finish keep
+    the curve from reaching the top. Targets are broken lines."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4), dpi=110, layout="constrained")
@@ -26,8 +26,7 @@ def plot_run(records: Sequence[Record], goals: Mapping[str, Targets | None], pat
         style = {"color": f"C{i}", "label": name}
         over_time.plot(*_columns(first), MARKERS[i % len(MARKERS)], ms=3, ls="", **style)
         for axes, metric in zip(shares, ("ttft_s", "tpot_s"), strict=True):
-            values = sorted(v for r in own if (v := getattr(r, metric)) is not None)
-            axes.step(values, [(n + 1) / len(own) for n in range(len(values))], where="post", **style)
+            axes.step(*reached(own, metric), where="post", **style)
             if goal is not None and math.isfinite(limit := getattr(goal, metric)):
                 axes.axvline(limit, color=f"C{i}", lw=1, ls="--")
     _name_axes(over_time, "arrival, seconds", "TTFT, seconds")
@@ -37,6 +36,17 @@ def plot_run(records: Sequence[Record], goals: Mapping[str, Targets | None], pat
     over_time.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def reached(records: Sequence[Record], metric: str) -> tuple[list[float], list[float]]:
+    """Values of finished requests in order, and the share (0 to 1) of all requests that did so well.
+
+    metric: ttft_s or tpot_s. A finished request of one token has no TPOT and does not count in it.
+    """
+    finished = [getattr(r, metric) for r in records if r.outcome == "finished"]
+    values = sorted(v for v in finished if v is not None)
+    total = len(records) - finished.count(None)
+    return values, [(n + 1) / total for n in range(len(values))]
 
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
