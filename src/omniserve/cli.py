@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from omniserve import __version__
 from omniserve.commands import batch as batch_command
+from omniserve.commands import bench as bench_command
 from omniserve.commands import serve as serve_command
 from omniserve.commands import state as state_command
 from omniserve.config import EngineConfig
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seconds", type=float, default=14.0, help="length of each of the two legs")
     demo.add_argument("--json", metavar="FILE", help="write what was measured to FILE as well")
     demo.set_defaults(run=_demo)
+    bench_command.add_parser(commands)
     bench = commands.add_parser("bench-host", help="host attention beside the memory's streaming rate")
     bench.add_argument("--quick", action="store_true", help="a minute instead of the whole sweep")
     bench.add_argument("--json", metavar="FILE", help="write everything measured to FILE")

@@ -12,6 +12,7 @@ from omniserve.bench.attainment import (
     harvest_share,
     latency,
     mean_context,
+    spread_over,
     tokens_between,
 )
 from omniserve.types import SLO
@@ -45,6 +46,29 @@ def test_ttft_counts_from_the_intended_arrival_not_from_the_sending() -> None:
     assert sent_late.ttft_s == 2.25
 
 
+def test_gaps_are_between_moments_and_the_end_is_that_of_finished_requests() -> None:
+    lumpy = record(1.0, [2.0, 2.0, 2.5, 4.0])
+    assert (lumpy.itl_s, lumpy.e2el_s) == ([0.5, 1.5], 3.0)
+    assert TIMED_OUT.e2el_s is None
+
+
+@pytest.mark.parametrize(
+    ("seen", "count", "spread"),
+    [
+        ([1.0, 2.0, 4.0], 3, [1.0, 2.0, 4.0]),
+        ([1.0, 2.0, 4.0], 5, [1.0, 1.0, 2.0, 4.0, 4.0]),  # moments that brought several
+        ([1.0, 2.0, 4.0], 2, [1.0, 4.0]),  # one that brought none
+        ([1.0, 2.0, 4.0], 1, [1.0]),
+        ([1.0], 3, [1.0, 1.0, 1.0]),
+        ([], 3, []),  # nothing was seen: there is no time to give
+    ],
+)
+def test_a_count_from_elsewhere_keeps_first_and_last_token(
+    seen: list[float], count: int, spread: list[float]
+) -> None:
+    assert spread_over(seen, count) == spread
+
+
 def test_over_offered_requests_everything_unserved_is_a_miss() -> None:
     found = attained(ALL, TARGETS, "offered")
     assert (found.requests, found.ttft, found.tpot, found.both) == (8, 3 / 8, 3 / 8, 2 / 8)
@@ -59,6 +83,12 @@ def test_nothing_offered_is_no_attainment_at_all() -> None:
     assert attained([], TARGETS, "offered").both is None
     assert attained([REFUSED], TARGETS, "admitted").both is None
     assert attained([REFUSED], TARGETS, "offered").both == 0.0
+
+
+def test_what_the_end_of_the_run_cut_off_is_neither_hit_nor_miss() -> None:
+    cut = record(8.0, [8.5], "unfinished")
+    assert attained([GOOD, cut], TARGETS, "offered") == attained([GOOD], TARGETS, "offered")
+    assert attained([GOOD, cut], TARGETS, "admitted") == attained([GOOD], TARGETS, "admitted")
 
 
 def test_percentiles_are_over_the_requests_that_have_the_value() -> None:

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from itertools import repeat
+from dataclasses import replace
+from itertools import count, repeat
 
 import pytest
 
 from bench.virtual_time import run_virtually
 from omniserve.bench.attainment import Record
-from omniserve.bench.load import Backlog, Cancelled, InProcess, Job, Load, Refused, send_load
+from omniserve.bench.load import (
+    Backlog,
+    Cancelled,
+    InProcess,
+    Job,
+    Load,
+    Refused,
+    Stream,
+    Usage,
+    send_load,
+)
 from omniserve.bench.workloads import Arrival
 from omniserve.errors import EngineDeadError, OmniServeError
 
@@ -50,12 +61,13 @@ class OneAtATime(Scripted):
 
     async def send(self, job: Job) -> AsyncGenerator[int, None]:
         async with self.lock:
-            async for count in super().send(job):
-                yield count
+            async for new in super().send(job):
+                yield new
 
 
-def arrivals(*times: float, num_output: int = 3) -> list[Arrival]:
-    return [Arrival(t, 8, num_output) for t in times]
+def arrivals(*times: float, num_output: int = 3) -> list[Stream]:
+    """A latency-sensitive stream and nothing else."""
+    return [Stream(LS, [Arrival(t, 8, num_output) for t in times])]
 
 
 def send(make: Callable[[], object], load: Load, **options: object) -> list[Record]:
@@ -125,13 +137,62 @@ def test_what_is_not_served_is_recorded_with_its_reason(error: Exception, outcom
     assert record.ttft_s is None
 
 
-def test_an_answer_that_ends_early_is_a_failure() -> None:
+def test_streams_of_two_classes_run_side_by_side_each_at_its_own_times() -> None:
+    streams = [*arrivals(0.0, 2.0), Stream(BE, [Arrival(1.0, 8, 2)])]
+    records = send(Scripted, Load(streams, duration_s=3.0))
+    assert [(r.service_class, r.sent_s) for r in records] == [(LS, 0.0), (BE, 1.0), (LS, 2.0)]
+
+
+def test_waiting_for_one_of_few_places_counts_as_latency() -> None:
+    (stream,) = arrivals(0.0, 0.25, num_output=1)
+    load = Load([replace(stream, max_concurrency=1)], duration_s=1.0)
+    first, second = send(lambda: Scripted(ttft_s=1.0), load)
+    assert (first.ttft_s, second.sent_s, second.ttft_s) == (1.0, 1.0, 1.75)
+
+
+def test_in_a_closed_loop_a_request_arrives_when_there_is_a_place_for_it() -> None:
+    (stream,) = arrivals(0.0, 0.0, 0.0, num_output=1)
+    load = Load([replace(stream, max_concurrency=2, is_closed_loop=True)], duration_s=0.0, drain_s=None)
+    records = send(lambda: Scripted(ttft_s=40.0), load)
+    assert [(r.due_s, r.ttft_s) for r in records] == [(0.0, 40.0), (0.0, 40.0), (40.0, 40.0)]
+
+
+def test_a_request_that_takes_too_long_has_timed_out_and_is_taken_back() -> None:
+    target = Scripted(ttft_s=1.0, tpot_s=1.0)
+    done, late = send(
+        lambda: target, Load([*arrivals(0.0, num_output=2), *arrivals(1.0, num_output=9)], 2.0, timeout_s=3.5)
+    )
+    assert done.outcome == "finished"
+    assert (late.outcome, late.token_s) == ("timed_out", [2.0, 3.0, 4.0])
+    assert "3.5 s" in late.reason
+    assert target.running == {LS: 0, BE: 0}
+
+
+def test_the_target_s_own_count_overrules_what_was_seen_on_the_way() -> None:
+    class Lumpy(Scripted):
+        """Six tokens in three lumps."""
+
+        async def send(self, job: Job) -> AsyncGenerator[int | Usage, None]:  # type: ignore[override]
+            async for new in super().send(replace(job, num_output=3)):
+                yield new
+            yield Usage(num_prompt=11, num_output=6)
+
+    (record,) = send(Lumpy, Load(arrivals(0.0, num_output=6), duration_s=1.0))
+    assert (record.outcome, record.counted_prompt) == ("finished", 11)
+    assert record.token_s == [0.5, 0.5, 0.75, 0.75, 1.0, 1.0]
+    assert record.tpot_s == pytest.approx(0.1)
+    assert record.itl_s == [0.25, 0.25]
+
+
+def test_an_answer_that_ends_early_is_a_failure_where_lengths_are_fixed() -> None:
     class Curt(Scripted):
         async def send(self, job: Job) -> AsyncGenerator[int, None]:
             yield 2
 
     (record,) = send(Curt, Load(arrivals(0.0), duration_s=1.0))
     assert (record.outcome, len(record.token_s)) == ("failed", 2)
+    (record,) = send(Curt, Load(arrivals(0.0), duration_s=1.0, is_length_fixed=False))
+    assert (record.outcome, len(record.token_s)) == ("finished", 2)
 
 
 def test_what_is_not_done_after_the_drain_has_timed_out_and_is_taken_back() -> None:
@@ -168,6 +229,21 @@ def test_a_load_of_batch_jobs_alone_lasts_as_long_as_it_should() -> None:
     assert times[-1] == pytest.approx(4.0)
 
 
+def test_a_stream_in_the_background_goes_on_until_the_others_are_done_and_is_then_cut_off() -> None:
+    endless = (Arrival(2.0 * i, 8, 3) for i in count())
+    target = Scripted()
+    load = Load(arrivals(5.5), duration_s=1.0, background=[Stream(BE, endless)])
+    records = [r for r in send(lambda: target, load) if r.service_class == BE]
+    # The request due at 5.5 s is done at 6.5 s: the one of the background that came at 6 s is not.
+    assert [(r.due_s, r.outcome) for r in records] == [
+        (0.0, "finished"),
+        (2.0, "finished"),
+        (4.0, "finished"),
+        (6.0, "unfinished"),
+    ]
+    assert target.running == {LS: 0, BE: 0}
+
+
 def test_a_backlog_that_runs_out_leaves_the_stream_alone() -> None:
     load = Load(arrivals(9.0), duration_s=10.0, backlog=Backlog(BE, 2, iter([(8, 4)] * 3)))
     assert [r.outcome for r in send(Scripted, load)] == ["finished"] * 4
@@ -196,6 +272,15 @@ def test_a_refusal_now_and_then_does_not_end_the_backlog() -> None:
     assert sum(r.outcome == "finished" for r in records) > 16
 
 
+def test_a_place_whose_job_was_refused_stays_empty_for_as_long_as_the_target_asks() -> None:
+    """Twenty refusals in a row are a full target, not a wrong set-up, when it says when to come again."""
+    refusal = Refused("full", retry_after_s=2.5)
+    load = Load([], duration_s=59.0, backlog=Backlog(BE, 1, jobs()))
+    records = send(lambda: Scripted(ttft_s=0.5, fail=raiser(refusal)), load)
+    assert [r.due_s for r in records] == pytest.approx([3.0 * i for i in range(20)])
+    assert {r.outcome for r in records} == {"refused"}
+
+
 class FakeLLM:
     """What InProcess needs of AsyncLLM: cumulative outputs from `submit`."""
 
@@ -212,14 +297,14 @@ class FakeLLM:
         self.calls.append((prompt, params, service_class))
         if self.error is not None:
             raise self.error
-        for i, count in enumerate(self.counts):
+        for i, num_tokens in enumerate(self.counts):
             reason = self.reason if i == len(self.counts) - 1 else None
-            yield type("Output", (), {"token_ids": [0] * count, "finish_reason": reason})
+            yield type("Output", (), {"token_ids": [0] * num_tokens, "finish_reason": reason})
 
 
 def through(llm: FakeLLM) -> Record:
     target = InProcess(llm)  # type: ignore[arg-type]
-    return send(lambda: target, Load([Arrival(0.0, 8, 3)], duration_s=1.0, seed=4))[0]
+    return send(lambda: target, Load(arrivals(0.0), duration_s=1.0, seed=4))[0]
 
 
 def test_the_engine_gets_prompt_and_length_and_its_cumulative_outputs_become_new_tokens() -> None:

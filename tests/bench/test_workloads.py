@@ -44,6 +44,11 @@ def test_poisson_gaps_exceed_their_mean_as_often_as_an_exponential() -> None:
     assert sum(g > 0.2 for g in found) / len(found) == pytest.approx(math.exp(-1), abs=0.01)
 
 
+def test_without_any_burstiness_arrivals_are_evenly_spaced() -> None:
+    times = list(arrival_times(8.0, 1000.0, random.Random(1), math.inf))
+    assert times == [i / 8 for i in range(1, 8000)]
+
+
 def test_lengths_like_sharegpt_have_the_published_means_and_the_fitted_spread() -> None:
     rng = random.Random(2)
     pairs = [SHAREGPT.draw(rng) for _ in range(20_000)]

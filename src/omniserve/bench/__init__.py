@@ -10,6 +10,10 @@ policy.py     what a plan and an admission cost
 prediction.py predicted beside measured walks
 slo.py    targets kept and batch tokens made, beside baselines; slo_*.py its parts: variants (who competes),
           setup, run (one engine, one load), mixed, overload, placement (scenarios), verdict, tables, plot
-load.py   the load generator: two classes at once over any target; workloads.py what is sent and when, traces/
-          recorded requests, attainment.py what was achieved
+load.py   the load generator: several classes at once over any target; workloads.py what is sent and when,
+          traces/ recorded requests, attainment.py what was achieved
+http_*.py `omniserve bench`, the load generator against an OpenAI-compatible server: names (what flags may
+          say), setup (is it there), load (flags to load), api (what is asked, how it says no), target
+          (streamed answers, with sse.py), batch, progress, report, plot, run; prompts.py and sharegpt.py
+          what is sent
 """

@@ -2,9 +2,11 @@
 
 TTFT        first token - intended arrival: waiting counts, also in the sender
 TPOT        (last token - first token) / (tokens - 1); none for one token, which then misses no target
+ITL         every gap between two moments at which tokens of a request came
+E2EL        last token - intended arrival, of finished requests
 attainment  share of requests that finished and met their targets; over the *offered* ones a request that
             was refused, failed, timed out or was cancelled is a miss; over the *admitted* ones a refused
-            request does not count at all
+            request does not count at all. One that the end of the run cut off counts in neither: nobody knows
 goodput     requests per second that met all their targets (vLLM's and DistServe's definition)
 harvest     best-effort tokens/s beside latency-sensitive traffic over those with the box to itself
 """
@@ -13,10 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from itertools import pairwise
+from typing import Literal, Protocol
 
 from omniserve.bench.measure import percentile
-from omniserve.types import SLO
 
 Outcome = Literal["finished", "refused", "failed", "cancelled", "timed_out", "unfinished"]
 DEFINITIONS = (
@@ -31,7 +33,9 @@ class Record:
     """What became of one request. Seconds since the load began.
 
     due_s: intended arrival; sent_s: when the sender came to it. token_s: when each token came.
-    outcome: "unfinished" when the run ended first (batch work; never for requests that have targets).
+    num_prompt, num_output: tokens asked for; counted_prompt: tokens of the prompt as the target counted them,
+    where it said so. outcome: "unfinished" when the run ended first (batch work; never for requests that have
+    targets).
     """
 
     service_class: str
@@ -42,6 +46,7 @@ class Record:
     token_s: list[float] = field(default_factory=list)
     outcome: Outcome = "unfinished"
     reason: str = ""
+    counted_prompt: int | None = None
 
     @property
     def ttft_s(self) -> float | None:
@@ -52,16 +57,46 @@ class Record:
         count = len(self.token_s)
         return (self.token_s[-1] - self.token_s[0]) / (count - 1) if count > 1 else None
 
+    @property
+    def e2el_s(self) -> float | None:
+        return self.token_s[-1] - self.due_s if self.outcome == "finished" and self.token_s else None
 
-def meets_ttft(record: Record, slo: SLO) -> bool:
+    @property
+    def itl_s(self) -> list[float]:
+        """One for each time after the first that tokens came; several may come at once."""
+        return [b - a for a, b in pairwise(self.token_s) if b > a]
+
+
+def spread_over(token_s: Sequence[float], count: int) -> list[float]:
+    """The times of `count` tokens that came at the times `token_s`, of which some brought several or none.
+
+    First and last stay what they are, so TTFT and TPOT do not depend on who shared a moment with whom.
+    """
+    last = len(token_s) - 1
+    if last < 0 or count == len(token_s):
+        return list(token_s)
+    return [token_s[round(i * last / max(1, count - 1))] for i in range(count)]
+
+
+class Targets(Protocol):
+    """An SLO, or what is like one: seconds to the first token and for each later one."""
+
+    @property
+    def ttft_s(self) -> float: ...
+
+    @property
+    def tpot_s(self) -> float: ...
+
+
+def meets_ttft(record: Record, slo: Targets) -> bool:
     return record.outcome == "finished" and record.ttft_s is not None and record.ttft_s <= slo.ttft_s
 
 
-def meets_tpot(record: Record, slo: SLO) -> bool:
+def meets_tpot(record: Record, slo: Targets) -> bool:
     return record.outcome == "finished" and (record.tpot_s is None or record.tpot_s <= slo.tpot_s)
 
 
-def meets(record: Record, slo: SLO) -> bool:
+def meets(record: Record, slo: Targets) -> bool:
     return meets_ttft(record, slo) and meets_tpot(record, slo)
 
 
@@ -75,8 +110,9 @@ class Attained:
     both: float | None
 
 
-def attained(records: Sequence[Record], slo: SLO, over: Literal["offered", "admitted"]) -> Attained:
-    counted = [r for r in records if over == "offered" or r.outcome != "refused"]
+def attained(records: Sequence[Record], slo: Targets, over: Literal["offered", "admitted"]) -> Attained:
+    left_out = ("unfinished",) if over == "offered" else ("unfinished", "refused")
+    counted = [r for r in records if r.outcome not in left_out]
     n = len(counted)
     if not n:
         return Attained(0, None, None, None)
@@ -145,7 +181,7 @@ def tokens_between(records: Sequence[Record], begin_s: float, end_s: float) -> i
 
 
 def class_report(
-    records: Sequence[Record], service_class: str, window: tuple[float, float], slo: SLO | None = None
+    records: Sequence[Record], service_class: str, window: tuple[float, float], slo: Targets | None = None
 ) -> ClassReport:
     """Report on one class within [window[0], window[1]) seconds of the load."""
     seconds = window[1] - window[0]

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,16 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
+def ms(seconds: float | None) -> str:
+    """As a table shows it."""
+    return "-" if seconds is None else f"{1e3 * seconds:.4g}"
+
+
+def percent(share: float | None) -> str:
+    """As a table shows it."""
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
 def seconds_of(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
     """By `clock`; time.process_time and time.thread_time leave out what others did meanwhile."""
     began = clock()
@@ -108,8 +119,6 @@ def tree_busy_s(root: int) -> float:
 
 
 def machine() -> dict[str, Any]:
-    import torch
-
     names = {
         line.split(":")[1].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -119,5 +128,5 @@ def machine() -> dict[str, Any]:
         "cpu": ", ".join(sorted(names)),
         "cpus": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": version("torch"),
     }

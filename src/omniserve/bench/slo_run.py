@@ -11,10 +11,11 @@ from itertools import cycle
 from typing import Any
 
 from omniserve.bench.attainment import ClassReport, Record, class_report, due_between
-from omniserve.bench.load import Backlog, InProcess, Load, send_load
+from omniserve.bench.load import Backlog, InProcess, Load, Stream, send_load
 from omniserve.bench.measure import percentile
 from omniserve.bench.slo_variants import Variant, engine_settings
-from omniserve.bench.workloads import Arrival, BatchJobs, Lengths, at_rate, between, stream
+from omniserve.bench.workloads import Arrival, BatchJobs, Lengths, at_rate, between
+from omniserve.bench.workloads import stream as drawn_stream
 from omniserve.types import BEST_EFFORT, LATENCY_SENSITIVE, SLO
 
 SAMPLE_S = 0.5
@@ -45,7 +46,7 @@ class Traffic:
     def arrivals(self, rate: float, duration_s: float, seed: int) -> list[Arrival]:
         """One seed, one stream; of a trace, each seed has a part of its own while there is enough of it."""
         if self.trace is None:
-            return stream(self.lengths, rate, duration_s, seed, self.burstiness)
+            return drawn_stream(self.lengths, rate, duration_s, seed, self.burstiness)
         whole = at_rate(self.trace, rate)
         begin_s = (seed * duration_s) % max(whole[-1].at_s - duration_s, duration_s)
         return between(whole, begin_s, begin_s + duration_s)
@@ -174,14 +175,8 @@ def _load(trial: Trial, timing: Timing, traffic: Traffic, depth: int) -> Load:
         backlog = Backlog(LATENCY_SENSITIVE.name, depth, traffic.sizes(trial.seed))
     elif trial.jobs is not None:
         backlog = Backlog(BEST_EFFORT.name, depth, trial.jobs.draw(trial.seed))
-    return Load(
-        trial.sent(traffic, timing),
-        timing.total_s,
-        LATENCY_SENSITIVE.name,
-        backlog,
-        drain_s=timing.drain_s,
-        seed=trial.seed,
-    )
+    stream = Stream(LATENCY_SENSITIVE.name, trial.sent(traffic, timing))
+    return Load([stream], timing.total_s, backlog, drain_s=timing.drain_s, seed=trial.seed)
 
 
 async def _run(result: Result, load: Load, on_tick: Callable[[float], None] | None) -> None:

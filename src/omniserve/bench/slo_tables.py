@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from omniserve.bench.measure import ms, percent
 from omniserve.bench.slo_placement import CHOICES, WHOLE_BOX
 from omniserve.bench.slo_verdict import HARD, KEPT, NEAR, POINT, mean
 
@@ -19,7 +20,7 @@ def setup_lines(setup: Report) -> Iterator[str]:
         f"{setup['rate']:.2f}/s"
     )
     yield (
-        f"ls_only: p95 TTFT {_ms(setup['ttft_p95_s'])} ms, p95 TPOT {_ms(setup['tpot_p95_s'])} ms, "
+        f"ls_only: p95 TTFT {ms(setup['ttft_p95_s'])} ms, p95 TPOT {ms(setup['tpot_p95_s'])} ms, "
         f"P99 page use {setup['pages_p99']} pages ({setup['pages_p99'] * setup['page_size']} tokens)"
     )
 
@@ -35,7 +36,7 @@ def mixed_tables(report: Report) -> Iterator[Table | str]:
 def _mixed_table(table: Report) -> Table:
     slo, alone = table["slo"], table["be_alone_tokens_per_s"]
     result = Table(
-        title=f"SLO x{table['slo_factor']:g}: TTFT {_ms(slo['ttft_s'])} ms, TPOT {_ms(slo['tpot_s'])} ms; "
+        title=f"SLO x{table['slo_factor']:g}: TTFT {ms(slo['ttft_s'])} ms, TPOT {ms(slo['tpot_s'])} ms; "
         f"device memory x{table['memory_factor']:g} ({table['device_tokens']} tokens); BE context "
         f"{table['context'][0]} to {table['context'][1]}; BE alone {alone:.4g} tok/s",
         caption="* counts for its policy (better threads); ranges over seeds; P50, P99: means over seeds; "
@@ -56,12 +57,12 @@ def _mixed_row(row: Report) -> Sequence[str]:
         str(row["requests"]),
         _shares(row["offered"]),
         _shares(row["admitted"]),
-        f"{_ms(row['ttft']['p50'])}, {_ms(row['ttft']['p99'])}",
-        f"{_ms(row['tpot']['p50'])}, {_ms(row['tpot']['p99'])}",
+        f"{ms(row['ttft']['p50'])}, {ms(row['ttft']['p99'])}",
+        f"{ms(row['tpot']['p50'])}, {ms(row['tpot']['p99'])}",
         f"{mean(row['goodput']):.3g}",
         _range(row["be_tokens_per_s"]),
         _tokens(row["be_context"]),
-        _percent(row["harvest_share"]),
+        percent(row["harvest_share"]),
         "-" if ratio is None else f"{ratio:.2f}x",
     )
 
@@ -81,7 +82,7 @@ def verdict_line(table: Report) -> str:
         parts.append(f"{verdict['be_ratio']:.2f}x the BE tok/s of {verdict['best_baseline']}")
     if verdict["too_easy"]:
         parts.append(
-            f"THE LOAD IS TOO EASY: every baseline attains {_percent(verdict['hardest'])} or more, "
+            f"THE LOAD IS TOO EASY: every baseline attains {percent(verdict['hardest'])} or more, "
             f"one should fall below {HARD:.0%}"
         )
     return "; ".join(parts)
@@ -94,9 +95,9 @@ def arrival_tables(report: Report) -> Iterator[Table | str]:
     wait = report["wait"]
     result.add_row(
         str(report["chats"]),
-        _ms(report["ttft_alone_s"]),
-        f"{_ms(wait['p50'])}, {_ms(wait['p99'])}",
-        _ms(report["walk_bound_s"]),
+        ms(report["ttft_alone_s"]),
+        f"{ms(wait['p50'])}, {ms(wait['p99'])}",
+        ms(report["walk_bound_s"]),
         f"{report['be_tokens_per_s']:.4g}",
     )
     yield result
@@ -107,8 +108,8 @@ def arrival_tables(report: Report) -> Iterator[Table | str]:
 def overload_tables(report: Report) -> Iterator[Table | str]:
     slo = report["slo"]
     result = Table(
-        title=f"Overload: {report['rate']:.2f} requests/s, twice the capacity; TTFT {_ms(slo['ttft_s'])} ms, "
-        f"TPOT {_ms(slo['tpot_s'])} ms"
+        title=f"Overload: {report['rate']:.2f} requests/s, twice the capacity; TTFT {ms(slo['ttft_s'])} ms, "
+        f"TPOT {ms(slo['tpot_s'])} ms"
     )
     for name in (
         "",
@@ -124,10 +125,10 @@ def overload_tables(report: Report) -> Iterator[Table | str]:
         result.add_row(
             name,
             ", ".join(f"{count} {outcome}" for outcome, count in sorted(side["outcomes"].items())),
-            _percent(side["ttft_of_admitted"]),
-            _percent(side["both_of_offered"]),
+            percent(side["ttft_of_admitted"]),
+            percent(side["both_of_offered"]),
             f"{side['goodput']:.3g}",
-            f"{_ms(side['ttft']['p50'])}, {_ms(side['ttft']['p99'])}",
+            f"{ms(side['ttft']['p50'])}, {ms(side['ttft']['p99'])}",
             f"{side['be_tokens_per_s']:.4g}",
         )
     yield result
@@ -149,7 +150,7 @@ def placement_tables(report: Report) -> Iterator[Table | str]:
             f"x{spot['memory_factor']:g}",
             *(_choice(spot, name) for name in (*CHOICES, WHOLE_BOX)),
             spot["winner"],
-            _percent(spot["auto_share_of_winner"]),
+            percent(spot["auto_share_of_winner"]),
             "yes" if spot["is_near"] else "NO",
         )
     yield result
@@ -162,15 +163,7 @@ def placement_tables(report: Report) -> Iterator[Table | str]:
 
 def _choice(spot: Report, name: str) -> str:
     context, offered = spot["contexts"][name], mean(spot["offered"][name])
-    return f"{_range(spot['rates'][name])} [{_tokens(context)}, {_percent(offered)}]"
-
-
-def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{1e3 * seconds:.4g}"
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"
+    return f"{_range(spot['rates'][name])} [{_tokens(context)}, {percent(offered)}]"
 
 
 def _tokens(count: float | None) -> str:

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import count, takewhile
 from statistics import NormalDist
 
 from omniserve.errors import ConfigError
@@ -35,9 +36,13 @@ def arrival_times(
     """Seconds of arrivals at `rate` per second within `duration_s`.
 
     Gaps are gamma-distributed with shape `burstiness`, as in vLLM's benchmark: 1 is a Poisson stream, below 1
-    comes in bursts (squared coefficient of variation 1 / burstiness), above 1 is more even.
+    comes in bursts (squared coefficient of variation 1 / burstiness), above 1 is more even, infinity is one
+    request each 1 / rate seconds.
     """
     _check_positive("rate", rate)
+    if burstiness == math.inf:
+        yield from takewhile(lambda at_s: at_s < duration_s, (number / rate for number in count(1)))
+        return
     _check_positive("burstiness", burstiness)
     at_s = rng.gammavariate(burstiness, 1.0 / (rate * burstiness))
     while at_s < duration_s:
@@ -185,7 +190,7 @@ class BatchJobs:
             yield context - output, output
 
 
-def token_ids(seed: str, count: int, vocab_size: int) -> list[int]:
+def token_ids(seed: str, num_tokens: int, vocab_size: int) -> list[int]:
     """A prompt without meaning; two of different seeds share no prefix worth the name, so no cache helps."""
     rng = random.Random(seed)
-    return [rng.randrange(vocab_size) for _ in range(count)]
+    return [rng.randrange(vocab_size) for _ in range(num_tokens)]
