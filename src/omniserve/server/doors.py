@@ -68,7 +68,8 @@ class Doors:
         if not is_line and self.count(tier.is_best_effort) >= limit:
             kind = "best-effort" if tier.is_best_effort else "latency-sensitive"
             message = f"all {limit} places for {kind} requests are taken; try again later"
-            raise no_room(message, self._rng.uniform(*WHEN_FULL_S))
+            # A chat that came again in silence would be a new, timely arrival.
+            raise no_room(message, self._rng.uniform(*WHEN_FULL_S), may_retry=tier.is_best_effort)
 
     @contextmanager
     def enter(self, request_id: str, answer_id: str, tier: Tier, is_line: bool = False) -> Iterator[Guest]:

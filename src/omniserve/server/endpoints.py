@@ -20,6 +20,7 @@ from omniserve.server.errors import as_api_error
 from omniserve.server.fields import FieldLog
 from omniserve.server.generation import Generation, Run
 from omniserve.server.metrics import ServerMetrics
+from omniserve.server.prompts import check_counts
 from omniserve.server.tiers import BATCH_TIER, Tier, tier_of
 from omniserve.server.work import CHAT, Origin, Reader, Work
 
@@ -63,6 +64,7 @@ class Endpoints:
         started: Run | None = None
         try:
             with self.doors.enter(origin.request_id, origin.answer_id, tier, is_line):
+                check_counts(body, self.keeper.llm.acceptance.max_model_len)
                 work = self.reader.read(endpoint, body, tier, origin)
                 self.field_log.note(work.ignored)
                 started = self.generation.start(self.keeper.llm, work, origin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,12 +57,14 @@ def unavailable(message: str, code: str) -> ApiError:
     return ApiError(503, message, kind="server_error", code=code, headers={"retry-after": "2"})
 
 
-def no_room(message: str, retry_after_s: float) -> ApiError:
-    """The class has no room now; the request was not run."""
+def no_room(message: str, retry_after_s: float, may_retry: bool = True) -> ApiError:
+    """The class has no room now; the request was not run. may_retry: by itself, as the SDK would."""
     headers = {
         "retry-after-ms": str(round(retry_after_s * 1000)),
-        "retry-after": str(max(1, round(retry_after_s))),
+        "retry-after": str(math.ceil(retry_after_s)),
     }
+    if not may_retry:
+        headers |= NO_RETRY
     return ApiError(429, message, kind="rate_limit_error", code=RESOURCE_UNAVAILABLE, headers=headers)
 
 

@@ -12,6 +12,7 @@ import uuid
 from contextvars import ContextVar
 
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from omniserve.server.answers import send_failure
@@ -55,6 +56,8 @@ class Gate:
             if scope["path"] != UNBOUNDED:
                 bounded = _Bounded(receive, headers.get("content-length"), self._max_body_bytes)
             await self._app(scope, bounded, noted)
+        except ClientDisconnect:
+            pass  # in the middle of its body: nobody is left to tell, and nothing of ours failed
         except Exception as error:
             if not isinstance(error, ApiError):
                 logger.exception("%s %s failed", scope["method"], scope["path"])

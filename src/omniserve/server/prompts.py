@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from omniserve.engine.async_llm import AsyncLLM
 from omniserve.server.errors import CONTEXT_LENGTH_EXCEEDED, ApiError, invalid
-from omniserve.server.request_models import Message
+from omniserve.server.request_models import MAX_TEXTS, Message
 from omniserve.types import SamplingParams
 
 # Texts up to so many characters are tokenised at once: that takes less than handing them to a thread.
 SHORT_CHARS = 4096
+# Every new token is searched for these, on the event loop.
+MAX_WORDS = 256
 
 T = TypeVar("T")
 
@@ -43,6 +45,32 @@ class Tokenising:
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def check_counts(body: Mapping[str, Any], max_model_len: int) -> None:
+    """Refuse lists that no valid request holds, before each of their items is looked at.
+
+    To look at millions of them takes most of a second, in which no stream gets a token. Of anything else that
+    is wrong the checks of the request tell.
+    """
+    messages, prompt = body.get("messages"), body.get("prompt")
+    if isinstance(messages, list):  # templates make a token of each at least
+        _check_count("messages", len(messages), max_model_len, CONTEXT_LENGTH_EXCEEDED)
+    if isinstance(prompt, list):
+        are_ids = bool(prompt) and isinstance(prompt[0], int)
+        limit, code = (max_model_len, CONTEXT_LENGTH_EXCEEDED) if are_ids else (MAX_TEXTS, "invalid_value")
+        _check_count("prompt", len(prompt), limit, code)
+        for one in () if are_ids else prompt:
+            if isinstance(one, list):
+                _check_count("prompt", len(one), max_model_len, CONTEXT_LENGTH_EXCEEDED)
+    for name in ("stop", "bad_words"):
+        if isinstance(words := body.get(name), list):
+            _check_count(name, len(words), MAX_WORDS, "invalid_value")
+
+
+def _check_count(name: str, count: int, limit: int, code: str) -> None:
+    if count > limit:
+        raise invalid(name, f"{name}: {count} items are more than {limit}; send fewer", code)
 
 
 def check_chars(llm: AsyncLLM, num_chars: int, param: str) -> None:
