@@ -156,7 +156,7 @@ def settings_of(engine: str, model: Path) -> dict[str, Any]:
 
 
 def living_in(session: int) -> dict[int, str]:
-    """Processes of a session and what they do (T: stopped); ended ones that nobody asked after are left out."""
+    """Processes of a session and what they do (T: stopped), without ended ones that nobody asked after."""
     found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # ended meanwhile

@@ -56,7 +56,7 @@ _SHARED = (
     Field("logit_bias", "supported", "clamped to [-100, 100]"),
     Field("n", "supported", "prompts times n: at most 256 texts"),
     Field("seed", "supported", "the same text whatever else runs (docs/sampling.md)"),
-    Field("stop", "supported", "text or list of texts, any number"),
+    Field("stop", "supported", "text or list of texts, at most 256"),
     *_supported("top_k", "min_p", "repetition_penalty", "stop_token_ids", "min_tokens", note="as in vLLM"),
     *_supported("ignore_eos", "skip_special_tokens", "bad_words", note="as in vLLM"),
     Field("include_stop_str_in_output", "supported", "as in vLLM"),
