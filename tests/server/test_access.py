@@ -64,6 +64,8 @@ def test_without_an_admin_key_only_this_machine_administrates() -> None:
     for host in ("0.0.0.0", "::", "192.0.2.1", "gpu-box"):
         with pytest.raises(ApiError, match="--admin-key"):
             Keyring(ServerConfig(host=host)).admin(None)
+    with pytest.raises(ApiError, match="--admin-key"):  # clients with keys may be behind a proxy on this machine
+        Keyring(ServerConfig(api_keys=KEYS)).admin(None)
 
 
 def test_a_key_may_be_kept_to_tiers() -> None:

@@ -43,7 +43,7 @@ class Keyring:
     def __init__(self, config: ServerConfig) -> None:
         self._clients = [(_digest(key.key), _caller(key)) for key in config.api_keys]
         self._admin = None if config.admin_key is None else _digest(config.admin_key)
-        self._is_admin_open = config.admin_key is None and config.is_loopback
+        self._is_admin_open = config.admin_key is None and config.is_loopback and not config.api_keys
 
     def client(self, authorization: str | None) -> Caller:
         """Who sends this Authorization header; ApiError 401."""
