@@ -64,7 +64,9 @@ def test_without_an_admin_key_only_this_machine_administrates() -> None:
     for host in ("0.0.0.0", "::", "192.0.2.1", "gpu-box"):
         with pytest.raises(ApiError, match="--admin-key"):
             Keyring(ServerConfig(host=host)).admin(None)
-    with pytest.raises(ApiError, match="--admin-key"):  # clients with keys may be behind a proxy on this machine
+    with pytest.raises(
+        ApiError, match="--admin-key"
+    ):  # clients with keys may be behind a proxy on this machine
         Keyring(ServerConfig(api_keys=KEYS)).admin(None)
 
 

@@ -41,8 +41,8 @@ class ServerConfig:
     host, port         where it listens; port 0: any free one, which the log tells.
     served_model_name  names clients may use; none: the model's own.
     api_keys           keys of clients; none: everybody who can connect is served.
-    admin_key          key of /admin; None: /admin is open on a loopback address of a server without API keys, and
-                       not there on others.
+    admin_key          key of /admin; None: /admin is open on a loopback address of a server without API
+                       keys, and not there on others.
     state_dir          where files and batches are kept; None: there are none.
     queue_timeout_s, best_effort_queue_timeout_s
                        seconds that a latency-sensitive (best-effort) request may wait for its first token;
