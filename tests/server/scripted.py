@@ -13,6 +13,7 @@ import httpx
 from omniserve.config import EngineConfig
 from omniserve.engine.acceptance import Acceptance
 from omniserve.errors import EngineDeadError, OmniServeError
+from omniserve.server.metrics import ENGINE_NUMBERS
 from omniserve.server.run import Server, listen
 from omniserve.server.settings import ServerConfig
 from omniserve.types import CompletionOutput, RequestMetrics, RequestOutput, SamplingParams
@@ -20,6 +21,10 @@ from omniserve.types import CompletionOutput, RequestMetrics, RequestOutput, Sam
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
 PATIENCE_S = 60.0
+# What metrics take from an engine's statistics.
+STATS: dict[str, Any] = dict.fromkeys(ENGINE_NUMBERS, 0) | {
+    "pages": {"device_total": 8, "device_latency_sensitive": 2, "host_lanes": 3}
+}
 
 
 class ScriptedTokenizer:
@@ -98,7 +103,7 @@ class ScriptedLLM:
         return {"plans": []}
 
     async def stats(self) -> dict[str, Any]:
-        return {"num_refused": 0}
+        return dict(STATS)
 
     def close(self) -> None:
         """Called on another thread, when it is dead or the server ends."""

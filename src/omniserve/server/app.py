@@ -47,7 +47,7 @@ def make_endpoints(
     config: ServerConfig, engine_config: EngineConfig, keeper: EngineKeeper, names: Sequence[str]
 ) -> Endpoints:
     """The parts that a request passes. names: those of the model."""
-    metrics = ServerMetrics()
+    metrics = ServerMetrics(names[0])
     return Endpoints(
         keeper=keeper,
         doors=Doors(config),

@@ -3,6 +3,7 @@
 # No deferred annotations here: FastAPI reads those of routes that are made inside a function.
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter
@@ -10,6 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import PlainTextResponse, Response
 
 from omniserve import __version__
+from omniserve.errors import EngineDeadError
 from omniserve.server.answers import JsonBody
 from omniserve.server.endpoints import Endpoints
 from omniserve.server.errors import ApiError
@@ -41,6 +43,9 @@ def status_router(endpoints: Endpoints, names: Sequence[str]) -> APIRouter:
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
+        if endpoints.keeper.state == "ready":
+            with suppress(EngineDeadError):  # it died meanwhile: what it said last stands
+                endpoints.metrics.engine_state(await endpoints.keeper.llm.stats())
         return Response(endpoints.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
     @router.get("/v1/models")
