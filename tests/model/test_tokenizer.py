@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -219,3 +221,18 @@ def test_end_of_text_falls_back_to_the_tokenizers_own(tricky: Path) -> None:
 def test_a_folder_without_tokenizer_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"tokenizer\.json: cannot be read"):
         Tokenizer(tmp_path)
+
+
+def test_other_threads_run_while_a_long_text_is_tokenised(smollm2_path: Path) -> None:
+    tokenizer = Tokenizer(smollm2_path)
+    text = "The quick brown fox. " * 20_000
+    number = len(tokenizer.encode(text[:21]))
+    turns = 0
+    found: list[list[int]] = []
+    worker = threading.Thread(target=lambda: found.append(tokenizer.encode(text)))
+    worker.start()
+    while worker.is_alive():
+        turns += 1
+        time.sleep(0)
+    assert turns > 100, "a thread that is held up gets a turn or two"
+    assert len(found[0]) >= number * 20_000 * 0.8

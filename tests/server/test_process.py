@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -17,6 +18,7 @@ from server.processes import SMALL, Served, serving
 
 pytestmark = pytest.mark.slow
 
+NUM_DROPPED = 1000
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
@@ -109,3 +111,55 @@ def test_a_batch_runs_beside_chats_over_the_same_endpoints(tiny_model: Path, tmp
         assert server.get("/v1/files/unknown").status_code == 404
         server.process.send_signal(signal.SIGTERM)
         assert server.wait_ended() == 0, server.log
+
+
+def test_connections_dropped_at_random_while_a_batch_runs_leave_nothing_behind(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    body = {"model": "tiny", "messages": HELLO, "max_tokens": 40, "temperature": 0}
+    url = "/v1/chat/completions"
+    lines = [{"custom_id": str(i), "method": "POST", "url": url, "body": body} for i in range(100)]
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    rng = random.Random(3)
+
+    async def drop(server: Served, gate: asyncio.Semaphore) -> None:
+        host, port = server.base_url.removeprefix("http://").split(":")
+        sent = json.dumps(body | {"max_tokens": 200, "stream": rng.random() < 0.7}).encode()
+        head = f"POST {url} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(sent)}\r\n\r\n"
+        async with gate:
+            _, writer = await asyncio.open_connection(host, int(port))
+            writer.write((head.encode() + sent)[: rng.choice((20, 10_000, 10_000, 10_000))])
+            await asyncio.sleep(rng.random() * 0.2)
+            writer.transport.abort()
+
+    async def drop_all(server: Served) -> None:
+        gate = asyncio.Semaphore(64)
+        await asyncio.gather(*(drop(server, gate) for _ in range(NUM_DROPPED)))
+
+    def is_quiet() -> bool:
+        stats = server.get("/admin/stats").json()
+        pages = stats["pages"]
+        is_free = pages["device_free"] == pages["device_total"]
+        return is_free and not any(stats["requests"].values())
+
+    with serving(
+        str(tiny_model), "--served-model-name", "tiny", "--state-dir", str(tmp_path / "s"), *SMALL
+    ) as server:
+        with server.client() as client:
+            alone = client.chat.completions.create(**body).choices[0].message.content
+            num_open = len(os.listdir(f"/proc/{server.process.pid}/fd"))
+            file = client.files.create(file=("lines.jsonl", content), purpose="batch")
+            batch = client.batches.create(input_file_id=file.id, endpoint=url, completion_window="24h")
+            asyncio.run(drop_all(server))
+            server.wait_until(
+                lambda: client.batches.retrieve(batch.id).status == "completed", "it is through"
+            )
+            done = client.batches.retrieve(batch.id)
+            results = client.files.content(done.output_file_id).read().splitlines()
+        texts = [json.loads(line)["response"]["body"]["choices"][0]["message"]["content"] for line in results]
+        assert texts == [alone] * len(lines), "complete and right"
+        server.wait_until(is_quiet, "every page and request is given up")
+        server.wait_until(
+            lambda: len(os.listdir(f"/proc/{server.process.pid}/fd")) <= num_open, "and every descriptor"
+        )
+        assert "Traceback" not in server.log
