@@ -104,6 +104,21 @@ def test_a_queue_timeout_ends_with_the_first_token() -> None:
     asyncio.run(story())
 
 
+@pytest.mark.parametrize(("lowest", "asked", "used"), [(0, -7, 0), (0, 3, 3), (None, -7, -7)])
+def test_no_client_goes_before_all_others_unless_its_key_may(
+    lowest: int | None, asked: int, used: int
+) -> None:
+    key = ApiKey("sk-a", clamp=Clamp(lowest_priority=lowest))
+
+    async def story() -> None:
+        async with standing(before=9, api_keys=(key,)) as stand:
+            answer = await stand.chat(headers={"authorization": "Bearer sk-a"}, priority=asked)
+            assert answer.status_code == 200
+            assert stand.llm.asked[-1]["priority"] == used
+
+    asyncio.run(story())
+
+
 def test_headers_set_targets_within_every_clamp() -> None:
     key = ApiKey("sk-a", clamp=Clamp(tightest_ttft_s=2.0, loosest_tpot_s=0.5))
 

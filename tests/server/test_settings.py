@@ -72,11 +72,16 @@ def test_flags_that_are_lists_take_several_values() -> None:
 
 def test_keys_in_the_file_have_owners_tiers_and_clamps(file: Path) -> None:
     file.write_text(
-        "api-key: plain\napi-keys:\n- {key: k, owner: team, tiers: [flex], tightest-slo: {ttft-s: 2}}\n"
+        "api-key: plain\napi-keys:\n- {key: k, owner: team, tiers: [flex], tightest-slo: {ttft-s: 2}, "
+        "lowest-priority: 0}\n"
     )
     plain, rich = read("--config", str(file)).server.api_keys
     assert plain.key == "plain"
-    assert (rich.owner, rich.tiers, rich.clamp) == ("team", ("flex",), Clamp(tightest_ttft_s=2))
+    assert (rich.owner, rich.tiers, rich.clamp) == (
+        "team",
+        ("flex",),
+        Clamp(tightest_ttft_s=2, lowest_priority=0),
+    )
 
 
 def test_targets_and_their_clamp_make_the_class(file: Path) -> None:

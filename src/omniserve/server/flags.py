@@ -183,19 +183,22 @@ def _from_variables(known: Mapping[str, Setting], variables: Mapping[str, str]) 
 
 
 def _api_key(entry: object) -> ApiKey:
-    """An entry of `api-keys`: key, and owner, tiers, tightest-slo, loosest-slo if wanted."""
-    names = {"key", "owner", "tiers", "tightest-slo", "loosest-slo"}
+    """An entry of `api-keys`: key, and owner, tiers, bounds of targets and priority if wanted."""
+    names = {"key", "owner", "tiers", "tightest-slo", "loosest-slo", "lowest-priority"}
     if not isinstance(entry, dict) or "key" not in entry or set(entry) - names:
         raise ConfigError(
             f"{API_KEYS}: each entry has a key, and of {', '.join(sorted(names))} what it needs"
         )
     tightest, loosest = (_bounds(name, entry.get(name)) for name in ("tightest-slo", "loosest-slo"))
+    priority = entry.get("lowest-priority")
+    if priority is not None and type(priority) is not int:
+        raise ConfigError(f"{API_KEYS}: lowest-priority must be an integer, got {priority!r}")
     tiers = entry.get("tiers")
     return ApiKey(
         str(entry["key"]),
         entry.get("owner"),
         None if tiers is None else tuple(tiers),
-        Clamp(*tightest, *loosest),
+        Clamp(*tightest, *loosest, priority),
     )
 
 

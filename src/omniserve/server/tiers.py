@@ -46,12 +46,18 @@ def tier_of(asked: object) -> Tier:
 
 @dataclass(frozen=True, slots=True)
 class Clamp:
-    """Bounds of the targets that a client may ask for, in seconds; None: no bound."""
+    """Bounds of what a client may ask for, targets in seconds; None: no bound. A lower priority goes first."""
 
     tightest_ttft_s: float | None = None
     tightest_tpot_s: float | None = None
     loosest_ttft_s: float | None = None
     loosest_tpot_s: float | None = None
+    lowest_priority: int | None = None
+
+
+def priority_within(asked: int, clamps: tuple[Clamp, ...]) -> int:
+    """The priority that a request brings, no lower than any clamp allows."""
+    return max((asked, *(c.lowest_priority for c in clamps if c.lowest_priority is not None)))
 
 
 def targets(

@@ -18,7 +18,7 @@ from omniserve.server.request_models import (
     validated,
 )
 from omniserve.server.shapes import ChatShape, CompletionShape, Shape
-from omniserve.server.tiers import Tier, targets
+from omniserve.server.tiers import Tier, priority_within, targets
 from omniserve.types import SLO, SamplingParams, service_class_named
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -126,7 +126,7 @@ class Reader:
             "ignored": tuple(map(plain, ignored)),
             "slo": slo,
             "cache_salt": self._salt(asked.cache_salt, origin.caller),
-            "priority": asked.priority,
+            "priority": priority_within(asked.priority, origin.caller.clamps),
         }
 
     def _salt(self, asked: str | None, caller: Caller) -> str | None:
