@@ -46,7 +46,7 @@ def tier_of(asked: object) -> Tier:
 
 @dataclass(frozen=True, slots=True)
 class Clamp:
-    """Bounds of what a client may ask for, targets in seconds; None: no bound. A lower priority goes first."""
+    """Bounds of what a client may ask for, targets in seconds; None: no bound. Lower priorities go first."""
 
     tightest_ttft_s: float | None = None
     tightest_tpot_s: float | None = None
