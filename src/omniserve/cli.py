@@ -7,28 +7,22 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, asdict, fields, replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import asdict
 
 from omniserve import __version__
 from omniserve.commands import batch as batch_command
 from omniserve.commands import bench as bench_command
 from omniserve.commands import serve as serve_command
 from omniserve.commands import state as state_command
+from omniserve.commands.engine_flags import add_engine_flags, engine_settings
 from omniserve.config import EngineConfig
-from omniserve.errors import ConfigError, OmniServeError
+from omniserve.errors import OmniServeError
 from omniserve.types import (
-    BEST_EFFORT,
     DEFAULT_CLASSES,
-    LATENCY_SENSITIVE,
-    SLO,
     CompletionOutput,
     RequestOutput,
     SamplingParams,
 )
-
-# Settings that one flag cannot hold.
-NO_FLAG = ("classes",)
 
 # Exit statuses: 1 something went wrong while running, 2 the command line itself (argparse's own).
 EXIT_ERROR = 1
@@ -101,7 +95,7 @@ def _add_generate(generate: argparse.ArgumentParser) -> None:
     generate.add_argument(
         "--stats", action="store_true", help="engine statistics on standard error at the end"
     )
-    _add_settings(generate)
+    add_engine_flags(generate)
     generate.set_defaults(run=_generate)
 
 
@@ -109,45 +103,8 @@ def _add_profile(profile: argparse.ArgumentParser) -> None:
     profile.add_argument("--json", action="store_true", help="the whole profile on standard output")
     profile.add_argument("--plot", metavar="FILE", help="draw it to FILE (.svg, .png; needs matplotlib)")
     profile.add_argument("--refresh", action="store_true", help="measure again though a profile is cached")
-    _add_settings(profile)
+    add_engine_flags(profile)
     profile.set_defaults(run=_profile)
-
-
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    """One flag per field of EngineConfig, named like it, and the targets of the default class."""
-    group = parser.add_argument_group("engine settings")
-    hints = get_type_hints(EngineConfig)
-    for setting in fields(EngineConfig):
-        if setting.name in NO_FLAG:
-            continue
-        flag = "--" + setting.name.replace("_", "-")
-        group.add_argument(flag, default=argparse.SUPPRESS, **_flag_options(hints[setting.name], setting))
-    for name, what in (("ttft", "first token"), ("tpot", "each later token")):
-        help_text = f"target of latency-sensitive requests: seconds to the {what} (both or none)"
-        group.add_argument(f"--slo-{name}-s", type=float, metavar="SECONDS", help=help_text)
-
-
-def _flag_options(hint: Any, setting: Field[Any]) -> dict[str, Any]:
-    """What argparse is told about a field of type T, T | None or Literal[...]."""
-    kind = hint
-    if get_origin(hint) is not Literal and get_args(hint):
-        (kind,) = (k for k in get_args(hint) if k is not type(None))
-    shown = "automatic" if setting.default in (None, MISSING) else setting.default
-    if get_origin(kind) is Literal:
-        return {"choices": get_args(kind), "help": f"default: {shown}"}
-    if kind is bool:
-        return {"action": argparse.BooleanOptionalAction, "help": f"default: {shown}"}
-    return {"type": kind, "metavar": kind.__name__.upper(), "help": f"default: {shown}"}
-
-
-def _settings(options: argparse.Namespace) -> dict[str, Any]:
-    settings = {f.name: getattr(options, f.name) for f in fields(EngineConfig) if hasattr(options, f.name)}
-    ttft_s, tpot_s = options.slo_ttft_s, options.slo_tpot_s
-    if (ttft_s is None) != (tpot_s is None):
-        raise ConfigError("slo_ttft_s and slo_tpot_s: give both or none")
-    if ttft_s is not None:
-        settings["classes"] = (replace(LATENCY_SENSITIVE, slo=SLO(ttft_s, tpot_s)), BEST_EFFORT)
-    return settings
 
 
 def _generate(options: argparse.Namespace) -> int:
@@ -164,7 +121,7 @@ def _generate(options: argparse.Namespace) -> int:
         seed=options.sampling_seed,
         **{name: getattr(options, name) for name in names if hasattr(options, name)},
     )
-    with LLM(**_settings(options)) as llm:
+    with LLM(**engine_settings(options)) as llm:
         if options.chat:
             conversations = [[{"role": "user", "content": p}] for p in prompts]
             outputs = llm.chat(conversations, params, options.service_class)
@@ -204,7 +161,7 @@ def _demo(options: argparse.Namespace) -> int:
 def _profile(options: argparse.Namespace) -> int:
     from omniserve.engine.profile_report import run_profile
 
-    return run_profile(EngineConfig(**_settings(options)), options.json, options.plot, options.refresh)
+    return run_profile(EngineConfig(**engine_settings(options)), options.json, options.plot, options.refresh)
 
 
 def _bench_host(options: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from omniserve import cli
+from omniserve.commands.engine_flags import engine_settings
 from omniserve.config import EngineConfig
 from omniserve.errors import ConfigError
 from omniserve.types import SLO
@@ -40,12 +41,12 @@ def test_every_setting_is_a_flag() -> None:
     ],
 )
 def test_a_yes_or_no_setting_is_a_flag_without_a_value(flags: list[str], values: dict[str, bool]) -> None:
-    assert cli._settings(cli._parser().parse_args(["generate", "hello", *flags])) == values
+    assert engine_settings(cli._parser().parse_args(["generate", "hello", *flags])) == values
 
 
 def test_two_flags_set_the_targets_of_the_default_class() -> None:
     def settings(*flags: str) -> dict[str, object]:
-        return cli._settings(cli._parser().parse_args(["generate", "hello", *flags]))
+        return engine_settings(cli._parser().parse_args(["generate", "hello", *flags]))
 
     chat, batch = settings("--slo-ttft-s", "1.5", "--slo-tpot-s", "0.2")["classes"]  # type: ignore[misc]
     assert (chat.name, chat.slo, batch.slo) == ("latency_sensitive", SLO(1.5, 0.2), None)

@@ -7,12 +7,13 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omniserve.commands.engine_flags import add_engine_flags, engine_settings
+
 if TYPE_CHECKING:
     from omniserve.batch.records import BatchRecord
 
 
 def add_parser(commands: Any) -> None:
-    from omniserve.cli import _add_settings
 
     batch = commands.add_parser("batch", help="batch files in OpenAI's format, without a server")
     actions = batch.add_subparsers(required=True, metavar="ACTION")
@@ -21,14 +22,12 @@ def add_parser(commands: Any) -> None:
     run.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="results, in any order")
     run.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
     run.add_argument("--concurrency", type=int, default=64, metavar="N", help="lines in flight; default: 64")
-    _add_settings(run)
+    add_engine_flags(run)
     run.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
-    from omniserve.cli import _settings
-
-    return asyncio.run(_run_file(options, _settings(options)))
+    return asyncio.run(_run_file(options, engine_settings(options)))
 
 
 async def _run_file(options: argparse.Namespace, settings: dict[str, Any]) -> int:

@@ -6,14 +6,15 @@ import argparse
 from dataclasses import fields
 from typing import Any
 
+from omniserve.commands.engine_flags import add_engine_flags
+
 
 def add_parser(commands: Any) -> None:
-    from omniserve.cli import _add_settings
     from omniserve.server.flags import add_flags
 
     serve = commands.add_parser("serve", help="an OpenAI-compatible server for chat and batch work")
     add_flags(serve)
-    _add_settings(serve)
+    add_engine_flags(serve)
     serve.set_defaults(run=_run)
 
 

@@ -6,6 +6,7 @@ A chunk is made for every token of every stream, so its constant parts are encod
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -51,7 +52,7 @@ def usage_of(outputs: Sequence[RequestOutput], has_text: bool = True) -> dict[st
     }
 
 
-class Shape:
+class Shape(ABC):
     """Answers of one request. answer_id, model, tier: stated in it; num_top: likeliest tokens shown."""
 
     object_name: str
@@ -86,11 +87,11 @@ class Shape:
         """What precedes the first text of a choice."""
         return b""
 
-    def _whole_choice(self, text: Text) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _whole_choice(self, text: Text) -> dict[str, Any]: ...
 
-    def _choice(self, new: Text) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def _choice(self, new: Text) -> bytes: ...
 
 
 class ChatShape(Shape):
