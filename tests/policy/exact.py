@@ -35,7 +35,7 @@ class ExactModel:
     copy: float = 0.001
     sample: float = 0.0
     chunk: float = 0.0
-    gathered: float = 0.0
+    context_read: float = 0.0
     host_share: float = 0.0
 
     def observe(
@@ -61,7 +61,7 @@ class ExactModel:
             + self.copied * load.copied_tokens
             + self.sample * load.num_samples
             + self.chunk * load.num_chunks
-            + self.gathered * load.chunk_context
+            + self.context_read * load.chunk_context
         )
         return seconds * (1 + self.host_slowdown * host_is_busy)
 

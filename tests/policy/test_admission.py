@@ -160,7 +160,7 @@ def test_a_forecast_tells_each_prompt_its_own_end() -> None:
 def test_a_forecast_counts_chunks_logits_and_the_earlier_kv_of_prompts_that_go_on() -> None:
     scene = Scene()
     pending = [scene.prefilling(50, 20), scene.prefilling(60, 30), scene.waiting(100)]
-    model = ExactModel(walk=0.0, row=0.0, sample=0.001, chunk=0.01, gathered=0.0001)
+    model = ExactModel(walk=0.0, row=0.0, sample=0.001, chunk=0.01, context_read=0.0001)
     ahead = forecast(model, 0.0, WalkLoad(), pending, [20, 30, 0], tpot_s=9.0, max_tokens=1000)
     assert ahead.finish_s[-1] == pytest.approx(3 * 0.001 + 3 * 0.01 + (50 + 60) * 0.0001)
 
