@@ -10,14 +10,18 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Sequence
 
-# Parts of a walk that are corrected each on its own, then what a busy host adds to all of them.
+# Parts of a walk that are corrected each on its own, then what a busy host adds to all of them, then what the
+# moment does to all of them.
 PARTS = ("dense", "attention", "head", "other")
-_SIZE = len(PARTS) + 1
+_BUSY, _MOMENT = len(PARTS), len(PARTS) + 1
+_SIZE = len(PARTS) + 2
 
 # Standard deviations, relative to the fit. At the start: of a factor common to all parts, of each part's own,
 # of a busy host's. Per walk: how far they wander.
 _START_COMMON, _START_OWN, _START_BUSY = 0.2, 0.12, 0.15
-_WANDER_COMMON, _WANDER_OWN, _WANDER_BUSY = 0.02, 0.002, 0.004
+_WANDER_COMMON, _WANDER_OWN, _WANDER_BUSY = 0.005, 0.002, 0.004
+# The moment (a neighbour, a clock): how far it goes in a walk, in deviations of an error, and how much stays.
+_MOMENT_SPREAD, _MOMENT_STAYS = 1.5, 0.8
 _NOISE_AT_START = 0.03
 _LEAST_NOISE = 0.005
 _NOISE_STEP = 0.05  # the running median of errors moves by so much of itself
@@ -29,10 +33,10 @@ _LEAST_FACTOR, _MOST_FACTOR = 0.05, 50.0
 
 def _covariance(common: float, own: float, busy: float) -> list[list[float]]:
     parts = len(PARTS)
-    matrix = [[common**2] * parts + [0.0] for _ in range(parts)] + [[0.0] * _SIZE]
+    matrix = [[common**2] * parts + [0.0, 0.0] for _ in range(parts)] + [[0.0] * _SIZE for _ in range(2)]
     for i in range(parts):
         matrix[i][i] += own**2
-    matrix[parts][parts] = busy**2
+    matrix[_BUSY][_BUSY] = busy**2
     return matrix
 
 
@@ -48,7 +52,7 @@ class Correction:
     """
 
     def __init__(self) -> None:
-        self.factors = [1.0] * len(PARTS) + [0.0]
+        self.factors = [1.0] * len(PARTS) + [0.0, 0.0]
         self._start = _covariance(_START_COMMON, _START_OWN, _START_BUSY)
         self._wander = _covariance(_WANDER_COMMON, _WANDER_OWN, _WANDER_BUSY)
         self._covariance = [row[:] for row in self._start]
@@ -57,8 +61,8 @@ class Correction:
 
     def apply(self, parts: Sequence[float], share: float) -> float:
         """Corrected seconds of fitted parts (in the order of PARTS)."""
-        dense, attention, head, other, busy = self.factors
-        busy *= share
+        dense, attention, head, other, busy, moment = self.factors
+        busy = busy * share + moment
         return (
             max(_LEAST_FACTOR, dense + busy) * parts[0]
             + max(_LEAST_FACTOR, attention + busy) * parts[1]
@@ -69,15 +73,10 @@ class Correction:
     def observe(self, parts: Sequence[float], share: float, seconds: float) -> None:
         """Take in a measured time of these fitted parts."""
         fitted = sum(parts)
-        weights = [part / fitted for part in parts] + [share]
-        covariance = self._covariance
-        for row, wander in zip(covariance, self._wander, strict=True):
-            for j, more in enumerate(wander):
-                row[j] += more
-        self._bound()
+        weights = [part / fitted for part in parts] + [share, 1.0]
         error = seconds / fitted - sum(f * w for f, w in zip(self.factors, weights, strict=True))
         gain, variance = self._gain(weights)
-        limit = _OUTLIER * math.sqrt(variance)
+        limit, moment = _OUTLIER * math.sqrt(variance), None
         if abs(error) <= limit:
             self._outliers = 0
         else:
@@ -85,22 +84,43 @@ class Correction:
             self._outliers = side * (abs(self._outliers) + 1 if self._outliers * side > 0 else 1)
             if abs(self._outliers) < _NO_OUTLIER:
                 error = side * limit
+                moment = self.factors[_MOMENT]
             else:
                 self._outliers = 0
                 self._covariance = [row[:] for row in self._start]
                 gain, variance = self._gain(weights)
         self._note(abs(error))
         self._update(gain, variance, error)
+        if moment is not None:  # what an outlier met is over already
+            self.factors[_MOMENT] = moment
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """To the next walk: all wanders, and the moment passes."""
+        for row, wander in zip(self._covariance, self._wander, strict=True):
+            for j, more in enumerate(wander):
+                row[j] += more
+        self._bound()
+        self.factors[_MOMENT] *= _MOMENT_STAYS
+        for row in self._covariance:
+            row[_MOMENT] *= _MOMENT_STAYS
+        last = self._covariance[_MOMENT]
+        last[:] = [_MOMENT_STAYS * c for c in last]
+        last[_MOMENT] += (_MOMENT_SPREAD * self._noise) ** 2
 
     def _gain(self, weights: Sequence[float]) -> tuple[list[float], float]:
         """Covariance times weights, and the variance of an error."""
         gain = [sum(c * w for c, w in zip(row, weights, strict=True)) for row in self._covariance]
-        noise = max(_LEAST_NOISE, _MEDIAN_TO_DEVIATION * self._median_error)
-        return gain, sum(g * w for g, w in zip(gain, weights, strict=True)) + noise**2
+        return gain, sum(g * w for g, w in zip(gain, weights, strict=True)) + self._noise**2
+
+    @property
+    def _noise(self) -> float:
+        """Standard deviation of an error, relative to the fit."""
+        return max(_LEAST_NOISE, _MEDIAN_TO_DEVIATION * self._median_error)
 
     def _update(self, gain: Sequence[float], variance: float, error: float) -> None:
         for i, g in enumerate(gain):
-            low = _LEAST_FACTOR if i < len(PARTS) else _LEAST_FACTOR - 1
+            low = _LEAST_FACTOR if i < len(PARTS) else _LEAST_FACTOR - 1  # of those that are added
             self.factors[i] = min(_MOST_FACTOR, max(low, self.factors[i] + g * error / variance))
             row = self._covariance[i]
             for j, other in enumerate(gain):
@@ -110,7 +130,7 @@ class Correction:
         """No factor is less certain than at the start."""
         scale = [
             min(1.0, math.sqrt(self._start[i][i] / self._covariance[i][i]))
-            if self._covariance[i][i] > 0
+            if i != _MOMENT and self._covariance[i][i] > 0
             else 1.0
             for i in range(_SIZE)
         ]
