@@ -112,9 +112,11 @@ class EngineConfig:
                       exactness promise and marked (`metrics.is_exact` is False). Activations and KV stay in
                       `dtype`.
     device            "cpu" or "auto" (CUDA is not there yet: "cuda" is refused).
-    device_threads    threads of dense modules, prefill and LS attention; None: half of the cores, all
-                      of them when host_offload is "never".
-    host_threads      threads of host attention, on cores of their own; None: the remaining cores.
+    device_threads    threads of dense modules, prefill and LS attention; None: all of the cores when
+                      host_offload is "never" or predictions hold targets (both sides share them then), else
+                      half of them, or those that host_threads leaves.
+    host_threads      threads of host attention; None: all of the cores where the sides share them, else the
+                      remaining ones.
     device_memory_bytes, host_memory_bytes
                       KV memory of each side; None: shares of the cgroup's memory limit.
     host_mlock        keep the host's KV from being swapped out; refused: a warning, and on without.
@@ -292,8 +294,8 @@ def check_classes(classes: object) -> None:
 class CpuSplit:
     """Threads of each side and the CPUs they are pinned to; empty: not pinned.
 
-    Pinned sides do not overlap unless there is a single CPU. Under a CPU quota smaller than the affinity mask
-    nothing is pinned: every container of the machine would choose the same CPUs.
+    Where the sides overlap, the host's threads have the lower priority. Under a CPU quota smaller than the
+    affinity mask nothing is pinned: every container of the machine would choose the same CPUs.
     """
 
     device_threads: int
@@ -303,35 +305,31 @@ class CpuSplit:
 
 
 def split_cpus(config: EngineConfig, budget: CpuBudget | None = None) -> CpuSplit:
-    """Divide the usable CPUs between device and host.
+    """Divide the usable CPUs between device and host, or let them share.
 
-    Raises ConfigError when more threads are asked for than there are CPUs. On a single CPU both sides
-    share it: correct, but the host then takes device time.
+    Each side has its own CPUs, half of them where neither number is given. Where budgets are predicted both
+    have all: the host runs in what the device leaves, below its priority, and what it takes from the device
+    is part of the prediction. Two numbers that together exceed the CPUs share too, and so does one CPU.
+
+    Raises ConfigError when a side is to have more threads than there are CPUs.
     """
     budget = available_cpus() if budget is None else budget
     device, host = _threads(config, budget.count)
     if budget.count < len(budget.cpus):
         return CpuSplit(device, host, (), ())
-    cpus = budget.cpus
-    shared = device + host > budget.count
-    return CpuSplit(device, host, cpus[:device], cpus[:host] if shared else cpus[device : device + host])
+    return CpuSplit(device, host, budget.cpus[:device], budget.cpus[budget.count - host :])
 
 
 def _threads(config: EngineConfig, total: int) -> tuple[int, int]:
     """Threads of device and host on `total` CPUs."""
+    device, host = config.device_threads, config.host_threads
+    for name, wanted in (("device_threads", device), ("host_threads", host)):
+        if wanted is not None and wanted > total:
+            raise ConfigError(f"{name}: {wanted} asked for, {total} CPUs are available; lower it")
     if config.host_offload == "never":
-        wanted = config.device_threads or total
-        if wanted > total:
-            raise ConfigError(f"device_threads: {wanted} asked for, {total} CPUs are available")
-        return wanted, 0
-    if total == 1 and (config.device_threads or 1) == (config.host_threads or 1) == 1:
-        return 1, 1
-    host = config.host_threads
-    device = config.device_threads or (max(1, total // 2) if host is None else max(1, total - host))
-    host = host or max(1, total - device)
-    if device + host > total:
-        raise ConfigError(
-            f"device_threads + host_threads: {device} + {host} asked for, {total} CPUs are available; "
-            "lower one of them, or set host_offload='never'"
-        )
-    return device, host
+        return device or total, 0
+    if device is None and host is None and config.has_predicted_budget:
+        return total, total
+    if device is None:
+        device = max(1, total // 2 if host is None else total - host)
+    return device, host or max(1, total - device)

@@ -16,8 +16,9 @@ import pytest
 
 import omniserve
 from omniserve import LLM, ConfigError, EngineDeadError, ModelError, RequestError, SamplingParams
-from omniserve.config import CpuBudget, EngineConfig, split_cpus
+from omniserve.config import CpuBudget, CpuSplit, EngineConfig, split_cpus
 from omniserve.engine.async_llm import AsyncLLM
+from omniserve.types import DEFAULT_CLASSES, SLO
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
@@ -455,13 +456,26 @@ def budget(count: int, cpus: tuple[int, ...]) -> CpuBudget:
     return CpuBudget(count, cpus)
 
 
-def test_threads_never_exceed_the_cpus_and_sides_do_not_overlap() -> None:
+def test_threads_never_exceed_the_cpus_and_without_targets_sides_do_not_overlap() -> None:
     split = split_cpus(EngineConfig(), budget(5, (0, 1, 2, 3, 4)))
     assert (split.device_cpus, split.host_cpus) == ((0, 1), (2, 3, 4))
     assert split_cpus(EngineConfig(host_offload="never"), budget(2, (3, 5))).device_cpus == (3, 5)
     assert split_cpus(EngineConfig(device_threads=3), budget(4, (0, 1, 2, 3))).host_cpus == (3,)
-    with pytest.raises(ConfigError, match="device_threads"):
-        split_cpus(EngineConfig(device_threads=3, host_threads=2), budget(4, (0, 1, 2, 3)))
+    with pytest.raises(ConfigError, match="device_threads: 5 asked for, 4 CPUs"):
+        split_cpus(EngineConfig(device_threads=5), budget(4, (0, 1, 2, 3)))
+    with pytest.raises(ConfigError, match="host_threads: 5 asked for, 4 CPUs"):
+        split_cpus(EngineConfig(host_threads=5), budget(4, (0, 1, 2, 3)))
+
+
+def test_sides_share_all_cpus_where_predictions_hold_targets_or_two_numbers_say_so() -> None:
+    chat = replace(DEFAULT_CLASSES[0], slo=SLO(1.0, 0.1))
+    with_targets = EngineConfig(classes=(chat, *DEFAULT_CLASSES[1:]))
+    split = split_cpus(with_targets, budget(3, (0, 1, 2)))
+    assert split == CpuSplit(3, 3, (0, 1, 2), (0, 1, 2))
+    assert split_cpus(replace(with_targets, device_threads=2), budget(3, (0, 1, 2))).host_cpus == (2,)
+    assert split_cpus(replace(with_targets, calibrate="never"), budget(2, (0, 1))).host_cpus == (1,)
+    told = split_cpus(EngineConfig(device_threads=3, host_threads=2), budget(4, (0, 1, 2, 3)))
+    assert (told.device_cpus, told.host_cpus) == ((0, 1, 2), (2, 3)), "the host shares as few as it must"
 
 
 def test_one_cpu_is_shared_and_a_quota_pins_nobody() -> None:

@@ -85,6 +85,7 @@ def profile_key(
         "device_threads": split.device_threads,
         "host_threads": split.host_threads,
         "is_pinned": int(bool(split.device_cpus)),
+        "shared_cpus": len(set(split.device_cpus) & set(split.host_cpus)),
         "max_device_rows": profiled_rows(config),
         "max_lane_rows": config.max_lane_rows,
         "max_num_seqs": config.max_num_seqs,
