@@ -40,9 +40,7 @@ class Admission:
         return self.obstacle is None
 
 
-def admit(
-    state: State, request: Request, now: float, model: Prediction, terms: Terms, host_is_busy: float = 0.0
-) -> Admission:
+def admit(state: State, request: Request, now: float, model: Prediction, terms: Terms) -> Admission:
     """Decide on a request at its arrival, before it is part of the state. One without targets is admitted.
 
     Its `device_hashes`, where there are some, tell what of its prompt is cached.
@@ -63,13 +61,13 @@ def admit(
     prefill_tpot_s = tightest_tpot_s([*running, *pending[:-1]])
     done = [state.tokens_done(r) for r in pending]
     most_rows = terms.max_num_batched_tokens
-    ahead = forecast(model, host_is_busy, riding, pending, done, prefill_tpot_s, most_rows)
+    ahead = forecast(model, riding, pending, done, prefill_tpot_s, most_rows)
     tpot_s = min(prefill_tpot_s, tightest_tpot_s(pending[-1:]))
     stretch = 1.0 / (1.0 - terms.best_effort_share)
     finish = [s * stretch for s in ahead.finish_s]
     index = next(i for i, one in enumerate(pending) if one is request)
     ttft = now - request.arrival_s + finish[index]
-    tpot = model.bound_s(everyone, host_is_busy) * stretch
+    tpot = model.bound_s(everyone, 0.0) * stretch
     if not ahead.is_possible:  # beside the decodes not even one token of a prompt fits
         tpot = max(tpot, ahead.bound_s)
     obstacles: dict[Obstacle, bool] = {

@@ -43,11 +43,15 @@ def value_uses(
     decode_context: int,
     outputs_per_prompt_token: float,
     free_share: float,
+    open_s: float,
+    decoded_per_walk: float,
 ) -> Values:
     """Rates of the three uses in a walk that holds `load` already.
 
-    free_share: of the capacity to decode what is prefilled, the part not in use, 0 to 1. A prefill token
-    yields nothing now; its worth are the outputs that will follow from it, as far as there is room for them.
+    free_share: of the capacity to decode what is prefilled, the part not in use, 0 to 1. open_s: seconds that
+    best-effort work may add to the walk; decoded_per_walk: tokens that those who decode already bring in one.
+    A prefill token yields nothing now; its worth are the outputs that will follow from it, as far as there is
+    room for them and rows in the walks: who waits for a row already would only wait longer.
     """
     decoding, prefilling, piggyback = load.copy(), load.copy(), load.copy()
     for _ in range(PROBE_ROWS):
@@ -59,10 +63,13 @@ def value_uses(
     def row_s(more: WalkLoad) -> float:
         return max(LEAST_S, (model.walk_s(more, host_is_busy) - now_s) / PROBE_ROWS)
 
+    decode_s, lane_s = row_s(decoding), row_s(piggyback)
+    rows = max(0.0, open_s) / min(decode_s, lane_s)
+    free_rows = max(0.0, 1.0 - decoded_per_walk / rows) if rows > 0 else 0.0
     return Values(
-        prefill=outputs_per_prompt_token * free_share / row_s(prefilling),
-        decode=1.0 / row_s(decoding),
-        lane=1.0 / row_s(piggyback),
+        prefill=outputs_per_prompt_token * min(free_share, free_rows) / row_s(prefilling),
+        decode=1.0 / decode_s,
+        lane=1.0 / lane_s,
     )
 
 

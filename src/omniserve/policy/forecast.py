@@ -1,4 +1,8 @@
-"""When pending prefills will end: many walks, each filled as far as the running decodes' TPOT allows."""
+"""When pending prefills will end: many walks, each filled as far as the running decodes' TPOT allows.
+
+Beside an idle host, whatever it does now: a prompt that has no time to spare leaves best-effort work no rows,
+and lanes without rows have nothing to attend to.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,6 @@ def prefill_load(request: Request, done: int) -> int:
 
 def forecast(
     model: Prediction,
-    host_is_busy: float,
     decodes: WalkLoad,
     pending: Sequence[Request],
     done: Sequence[int],
@@ -62,12 +65,12 @@ def forecast(
 
     def fits(count: int) -> bool:
         load = walk(count)
-        return load.num_tokens <= max_tokens and model.bound_s(load, host_is_busy) <= tpot_s
+        return load.num_tokens <= max_tokens and model.bound_s(load, 0.0) <= tpot_s
 
     count, is_possible = _fewest(total, fits)
     load = walk(count)
-    walk_s = model.walk_s(load, host_is_busy)
-    bound_s = model.bound_s(load, host_is_busy)
+    walk_s = model.walk_s(load, 0.0)
+    bound_s = model.bound_s(load, 0.0)
     finish = []
     upto = upto_load = 0
     for own, own_load in zip(tokens, loads, strict=True):

@@ -12,11 +12,12 @@ from omniserve.policy.request import Request
 CATCH_UP = 0.5
 
 
-def token_due_s(request: Request) -> float:
+def token_due_s(request: Request, lent_gaps: float = 1.0) -> float:
     """When the next token is due, on the engine's clock; infinity without targets.
 
-    The first: `ttft_s` after arrival. Later ones: a gap of `tpot_s` after the last one, and not later than
-    the mean over all gaps allows, since that is what is measured.
+    The first: `ttft_s` after arrival. Later ones: `lent_gaps` gaps of `tpot_s` after the last one, and not
+    later than the mean over all gaps allows, since that is what is measured: only a request ahead of its mean
+    can wait longer than one gap.
     """
     if request.slo is None:
         return math.inf
@@ -24,13 +25,14 @@ def token_due_s(request: Request) -> float:
         return request.arrival_s + request.slo.ttft_s
     gap_s = request.slo.tpot_s
     by_mean = request.first_token_s + gap_s * request.num_out
-    by_gap = request.last_token_s + gap_s
+    by_gap = request.last_token_s + lent_gaps * gap_s
     return max(min(by_mean, by_gap), request.last_token_s + CATCH_UP * gap_s)
 
 
-def tightest(requests: Iterable[Request]) -> tuple[float, int | None]:
+def tightest(requests: Iterable[Request], lent_gaps: float = 1.0) -> tuple[float, int | None]:
     """The earliest due time, and whose it is; (infinity, None) when nobody has targets."""
-    return min(((token_due_s(r), r.id) for r in requests if r.slo is not None), default=(math.inf, None))
+    due = ((token_due_s(r, lent_gaps), r.id) for r in requests if r.slo is not None)
+    return min(due, default=(math.inf, None))
 
 
 def tightest_tpot_s(requests: Iterable[Request]) -> float:

@@ -26,6 +26,8 @@ from omniserve.policy.terms import Terms
 LEAST_CHUNK = 16
 # A budget of passes that one pass begins within, however long it takes: lanes always come on.
 ONE_PASS_S = 0.001
+# A prompt that would be late otherwise may use so many gaps of decodes that are ahead of their mean.
+MOST_LENT_GAPS = 4.0
 # A lane stays one for so many tokens: a copy is to pay, and nobody goes to and fro.
 MIN_STAY_TOKENS = 8
 
@@ -46,7 +48,7 @@ class SloPolicy:
         return SloBudget(self, state, now)
 
     def admit(self, state: State, request: Request, now: float) -> Admission:
-        return admit(state, request, now, self.model, self.terms, expected_share(state, self.model))
+        return admit(state, request, now, self.model, self.terms)
 
 
 def expected_share(state: State, model: Prediction) -> float:
@@ -81,22 +83,31 @@ class SloBudget:
         self.model, self.terms, self.rules = policy.model, policy.terms, policy.rules
         self.state, self.now, self.num_layers = state, now, state.limits.num_layers
         running = list(state.in_class(Phase.DEVICE, best_effort=False))
-        self.slack_s, self.tightest = self._slack(running)
         self.lanes = LaneFacts.of(state, self.model, self.terms)
         riding = WalkLoad()
         for request in running:
             riding.add_decode(request.kv_tokens + 1)
         self.busy = expected_share(state, self.model)
+        self.slack_s, self.tightest = self._slack(running, self._gap_with_margin(riding))
         self.spare_s = self._spare_of_prompts(riding, running)
+        self.chunk_slack_s = self.slack_s
+        if self.spare_s < 0.0:
+            self.chunk_slack_s = max(self.slack_s, self._slack(running, MOST_LENT_GAPS)[0])
         self.forced_s = 0.0  # what had to be done whatever it takes
         self.latency_sensitive_s = 0.0
         self.best_effort_s = min(self.slack_s, self.terms.walk_bound_s)
         self.values: Values | None = None
         self.lane_reserve_s = 0.0
 
-    def _slack(self, running: Sequence[Request]) -> tuple[float, int | None]:
-        due_s, request_id = tightest(running)
+    def _slack(self, running: Sequence[Request], lent_gaps: float) -> tuple[float, int | None]:
+        due_s, request_id = tightest(running, lent_gaps)
         return due_s - self.now, request_id
+
+    def _gap_with_margin(self, riding: WalkLoad) -> float:
+        """Gaps until a token is due whose request is ahead of its mean: walks are bounded with a margin, and
+        one that is expected to take a gap may come out longer when there is time in hand for that."""
+        expected_s = self.model.walk_s(riding, self.busy) if riding.num_tokens else 0.0
+        return self.bound_s(riding) / expected_s if expected_s > 0.0 else 1.0
 
     def _spare_of_prompts(self, riding: WalkLoad, running: Sequence[Request]) -> float:
         """Seconds by which the first tokens of all pending prompts could come later than forecast."""
@@ -108,7 +119,7 @@ class SloBudget:
         tpot_s = tightest_tpot_s([*running, *pending[:-1]])
         rows = self.terms.max_num_batched_tokens
         done = [self.state.tokens_done(r) for r in pending]
-        ahead = forecast(self.model, self.busy, riding, pending, done, tpot_s, rows)
+        ahead = forecast(self.model, riding, pending, done, tpot_s, rows)
         return min(
             tightest([r])[0] - self.now - finish_s
             for r, finish_s in zip(pending, ahead.finish_s, strict=True)
@@ -125,7 +136,7 @@ class SloBudget:
             return 0
         if not best_effort:
             self._note_decodes(load)
-        limit_s = self._limit_s("prefill") if best_effort else self.slack_s
+        limit_s = self._limit_s("prefill") if best_effort else self.chunk_slack_s
 
         def fits(count: int) -> bool:
             return self.bound_s(_with_chunk(load, start, count, count == remaining)) <= limit_s
@@ -164,10 +175,17 @@ class SloBudget:
         self._note_decodes(load)
         self._open_best_effort(load)
         first = self.state.first_best_effort(Phase.PREFILL) or self.state.first_best_effort(Phase.WAITING)
-        ratio = self.state.lengths.outputs_per_prompt_token(first) if first is not None else 0.0
-        context = self._decode_context(first)
-        free = self._free_share()
-        self.values = value_uses(self.model, self.busy, load, self.num_layers, context, ratio, free)
+        self.values = value_uses(
+            self.model,
+            self.busy,
+            load,
+            self.num_layers,
+            decode_context=self._decode_context(first),
+            outputs_per_prompt_token=self.state.lengths.outputs_per_prompt_token(first) if first else 0.0,
+            free_share=self._free_share(),
+            open_s=self.best_effort_s - self.latency_sensitive_s,
+            decoded_per_walk=self._decoded_per_walk(),
+        )
         self.lane_reserve_s = self._lane_reserve_s(load)
         return self.values.stages
 
@@ -178,6 +196,13 @@ class SloBudget:
         allowed_s = min(self.slack_s, self.terms.walk_bound_s, spare_s)
         owed_s = self.state.best_effort_debt_s
         self.best_effort_s = max(allowed_s, self.latency_sensitive_s + owed_s)
+
+    def _decoded_per_walk(self) -> float:
+        """Best-effort tokens that those who decode, or are about to, can be expected to bring in a walk: one
+        each on the device, of lanes as many as their rows make."""
+        on_device = (Phase.PREFILL, Phase.DEVICE, Phase.MOVING_OUT, Phase.MOVING_IN)
+        count = sum(1 for phase in on_device for _ in self.state.in_class(phase, best_effort=True))
+        return count + self._expected_lane_rows() / self.num_layers
 
     def _decode_context(self, first: Request | None) -> int:
         decoding = list(self.state.in_class(Phase.DEVICE, best_effort=True))
@@ -306,10 +331,12 @@ class SloBudget:
         whole = _with_lane_rows(load, lane_rows, self.num_layers)
         bound_s = self.bound_s(whole)
         is_shared = best_effort_rows or lane_rows or load.copied_tokens
-        allowed_s = self.best_effort_s if is_shared else self.slack_s
+        allowed_s = (
+            self.best_effort_s if is_shared else self.chunk_slack_s if load.num_chunks else self.slack_s
+        )
         explanation = Explanation(
             policy=self.rules.name,
-            slack_s=_finite(self.slack_s),
+            slack_s=_finite(self.chunk_slack_s),
             tightest=self.tightest,
             budget_s=_finite(max(allowed_s, self.forced_s)),
             best_effort_s=self.best_effort_s,

@@ -75,7 +75,7 @@ class PaperBudget(SloBudget):
     def may_return(self, load: WalkLoad, lane: Request) -> bool:
         return self._fits_best_effort(load, lane.kv_tokens + 1)
 
-    def _slack(self, running: Sequence[Request]) -> tuple[float, int | None]:
+    def _slack(self, running: Sequence[Request], lent_gaps: float) -> tuple[float, int | None]:
         targets = [(r.slo.tpot_s, r.id) for r in running if r.slo is not None]
         return min(targets, default=(float("inf"), None))
 
