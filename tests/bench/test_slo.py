@@ -167,11 +167,18 @@ def test_targets_and_admission_go_to_those_that_heed_them_alone() -> None:
 
 
 def test_only_baselines_without_host_attention_get_all_cores_as_well() -> None:
-    names = [v.name for v in variants(POLICIES, device_threads=1, all_threads=2)]
+    names = [v.name for v in variants(POLICIES, CpuSplit(1, 1, (), ()), all_threads=2)]
     assert [n for n in names if "2 threads" in n] == [
         f"{p}, 2 threads" for p in ("sarathi", "vllm_priority", "llumnix")
     ]
     assert len(names) == len(set(names)) == len(POLICIES) + 3
+
+
+def test_where_ours_shares_all_cores_nobody_runs_twice() -> None:
+    found = variants(POLICIES, CpuSplit(2, 2, (), ()), all_threads=2)
+    assert [v.policy for v in found] == list(POLICIES)
+    threads = {v.policy: engine_settings(v, None, None)["host_threads"] for v in found}
+    assert threads == {p: 2 if p in ("omniserve", "paper") else None for p in POLICIES}
 
 
 def test_ours_and_the_reference_always_run() -> None:

@@ -30,10 +30,10 @@ from omniserve.bench.slo_plan import Plan, Report
 from omniserve.bench.slo_plot import PLOTS
 from omniserve.bench.slo_run import Result, RunOne, Timing, Traffic, Trial, run_trial
 from omniserve.bench.slo_setup import measure_setup, reference_of
-from omniserve.bench.slo_variants import POLICIES, check_policies, variants
+from omniserve.bench.slo_variants import POLICIES, check_policies, split_with_targets, variants
 from omniserve.bench.traces import SHIPPED, read_trace
 from omniserve.bench.workloads import SHAREGPT, BatchJobs, resized
-from omniserve.config import EngineConfig, available_cpus, split_cpus
+from omniserve.config import EngineConfig, available_cpus
 from omniserve.errors import ConfigError, OmniServeError
 
 MIN_WIDTH = 170  # of the tables where the terminal does not say
@@ -63,8 +63,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     known, shipped = ", ".join(POLICIES), ", ".join(SHIPPED)
     add("--policies", nargs="+", default=list(POLICIES), help=f"of {known}; ours and ls_only always run")
     add("--duration", type=float, default=60.0, metavar="S", help="seconds of each run that count")
-    add("--warmup", type=float, default=15.0, metavar="S", help="seconds before that")
-    add("--drain", type=float, default=30.0, metavar="S", help="seconds the last requests may take beyond")
+    add(
+        "--warmup",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="seconds before: batch work finds its level",
+    )
+    add("--drain", type=float, default=60.0, metavar="S", help="seconds the last requests may take beyond")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--load-factor", type=float, default=0.5, help="rate as a share of the capacity")
     add("--rate", type=float, metavar="R", help="requests/s, in place of --load-factor")
@@ -75,7 +81,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--memory-factors", type=float, nargs="+", default=[1.25, 2.0, 4.0], help="times its P99 page use")
     add("--be-context", type=int, nargs=2, default=[256, 4096], metavar=("LOW", "HIGH"), help="tokens")
     add("--be-output-share", type=float, default=0.75, help="of a batch job's context that is generated")
-    add("--backlog", type=int, default=32, help="batch requests with the engine at all times")
+    add("--backlog", type=int, default=96, help="batch requests with the engine at all times")
     add("--no-tune", action="store_true", help="baselines with their defaults, not their best tunables")
     add("--quick", action="store_true", help="one seed, one cap, one pair of targets, short runs: no result")
     add("--json", type=Path, metavar="FILE", help="default: results/SCENARIO.json")
@@ -103,9 +109,9 @@ class Bench:
         self.policies = check_policies(options.policies)
         self.timing = Timing(options.warmup, options.duration, options.drain)
         self.traffic = make_traffic(options)
-        split = split_cpus(EngineConfig(model=options.model))
+        split = split_with_targets(options.model)
         self.device_threads, self.all_threads = split.device_threads, available_cpus().count
-        self.variants = variants(self.policies, self.device_threads, self.all_threads)
+        self.variants = variants(self.policies, split, self.all_threads)
         self.report: Report = {
             "scenario": options.scenario,
             "machine": machine(),

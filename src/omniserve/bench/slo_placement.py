@@ -34,7 +34,7 @@ WHOLE_BOX = "device, all cores"
 
 def num_placement_runs(plan: Plan) -> int:
     spots = sum(c <= plan.setup.memory(f).tokens for f in plan.memory_factors for c in CONTEXTS)
-    return spots * len(plan.seeds) * (len(CHOICES) + 1)
+    return spots * len(plan.seeds) * len(_choices(plan))
 
 
 def run_placement(plan: Plan, run_one: RunOne, save: Save) -> Report:
@@ -71,7 +71,8 @@ def _measure_spot(plan: Plan, memory: Memory, context: int, run_one: RunOne) -> 
 
 def _choices(plan: Plan) -> dict[str, Variant]:
     found = {name: replace(plan.ours, host_offload=offload) for name, offload in CHOICES.items()}
-    found[WHOLE_BOX] = replace(plan.ours, host_offload="never", device_threads=plan.all_threads)
+    if plan.ours.device_threads != plan.all_threads:
+        found[WHOLE_BOX] = replace(plan.ours, host_offload="never", device_threads=plan.all_threads)
     return found
 
 

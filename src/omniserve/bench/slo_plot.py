@@ -107,7 +107,8 @@ def plot_placement(report: Report, path: Path) -> None:
     panels = figure.subplots(1, max(1, len(memories)), squeeze=False, sharey=True)[0]
     for axes, memory in zip(panels, memories, strict=False):
         spots = [s for s in report["spots"] if s["memory_factor"] == memory]
-        for name, marker in zip((*CHOICES, WHOLE_BOX), MARKERS, strict=False):
+        shown = [name for name in (*CHOICES, WHOLE_BOX) if all(name in s["rates"] for s in spots)]
+        for name, marker in zip(shown, MARKERS, strict=False):
             rates = [mean(s["rates"][name]) for s in spots]
             style = "--" if name == WHOLE_BOX else "-"
             axes.plot([s["context"] for s in spots], rates, marker + style, label=name)

@@ -162,6 +162,9 @@ def placement_tables(report: Report) -> Iterator[Table | str]:
 
 
 def _choice(spot: Report, name: str) -> str:
+    """The device with all cores is measured only where another choice does not have them."""
+    if name not in spot["rates"]:
+        return "-"
     context, offered = spot["contexts"][name], mean(spot["offered"][name])
     return f"{_range(spot['rates'][name])} [{_tokens(context)}, {percent(offered)}]"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from omniserve.config import HostOffload
+from omniserve.config import CpuSplit, EngineConfig, HostOffload, split_cpus
 from omniserve.errors import ConfigError
 from omniserve.types import BEST_EFFORT, LATENCY_SENSITIVE, SLO
 
@@ -31,13 +31,15 @@ FIXED: dict[str, tuple[tuple[str, Any], ...]] = {"paper": (("reentry", "next_ite
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A policy as it runs. `extra`: further engine settings, (name, value) each."""
+    """A policy as it runs. host_threads: where it uses the host. extra: further engine settings, each
+    (name, value)."""
 
     policy: str
     device_threads: int
     host_offload: HostOffload
     extra: tuple[tuple[str, Any], ...] = ()
     admits_all: bool = False
+    host_threads: int | None = None
 
     @property
     def name(self) -> str:
@@ -64,6 +66,7 @@ def engine_settings(variant: Variant, device_memory_bytes: int | None, slo: SLO 
         "policy": variant.policy,
         "host_offload": variant.host_offload,
         "device_threads": variant.device_threads,
+        "host_threads": None if variant.host_offload == "never" else variant.host_threads,
         "device_memory_bytes": device_memory_bytes,
         "admission": "on" if variant.policy in SLO_AWARE and slo and not variant.admits_all else "off",
         **dict(variant.extra),
@@ -81,14 +84,22 @@ def check_policies(policies: Collection[str]) -> list[str]:
     return [p for p in POLICIES if p in {*policies, OURS, REFERENCE}]
 
 
-def variants(policies: Sequence[str], device_threads: int, all_threads: int) -> list[Variant]:
+def split_with_targets(model: str) -> CpuSplit:
+    """Threads that an engine which is told targets takes where it is told no numbers."""
+    some = replace(LATENCY_SENSITIVE, slo=SLO(1.0, 1.0))
+    return split_cpus(EngineConfig(model=model, classes=(some, BEST_EFFORT)))
+
+
+def variants(policies: Sequence[str], split: CpuSplit, all_threads: int) -> list[Variant]:
     """What competes: baselines without host attention run with our device threads and with all cores."""
     result = []
     for policy in policies:
         offload: HostOffload = "auto" if policy in WITH_HOST else "never"
-        first = Variant(policy, device_threads, offload, FIXED.get(policy, ()))
+        host_threads = split.host_threads if policy in WITH_HOST else None
+        fixed = FIXED.get(policy, ())
+        first = Variant(policy, split.device_threads, offload, fixed, host_threads=host_threads)
         result.append(first)
-        if policy not in WITH_HOST and policy != REFERENCE and all_threads != device_threads:
+        if policy not in WITH_HOST and policy != REFERENCE and all_threads != split.device_threads:
             result.append(replace(first, device_threads=all_threads))
     return result
 
