@@ -78,7 +78,7 @@ def spread(kind: str, timing: Timing, rate: float) -> Record:
 @pytest.fixture(autouse=True)
 def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slo, "available_cpus", lambda: CpuBudget(2, (0, 1)))
-    monkeypatch.setattr(slo, "split_cpus", lambda _: CpuSplit(1, 1, (0,), (1,)))
+    monkeypatch.setattr(slo, "split_with_targets", lambda _: CpuSplit(1, 1, (0,), (1,)))
 
 
 SMALL = ["--duration", "60", "--seeds", "0", "1", "--slo-factors", "1.5", "2", "--memory-factors", "4"]

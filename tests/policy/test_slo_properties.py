@@ -198,8 +198,7 @@ def test_the_guaranteed_share_of_best_effort_work_is_kept(
     scene = Scene()
     for _ in range(num_chats):
         scene.decoding(20, last_token_s=-100.0)
-    scene.waiting(100_000, best_effort=True)
-    scene.state.limits = replace(scene.state.limits, watermark_pages=0)
+    scene.waiting(60_000, best_effort=True)  # the device has pages for it
     policy = make_policy(model, **terms)
     total_s = had_s = 0.0
     for _ in range(60):
@@ -210,8 +209,9 @@ def test_the_guaranteed_share_of_best_effort_work_is_kept(
         total_s += plan.why.bound_s
         had_s += plan.why.bound_s - model.bound_s(load_of(alone, scene.state), plan.why.host_is_busy)
         scene.state.best_effort_debt_s = plan.best_effort_debt_s
-    smallest_s = model.bound_s(WalkLoad(), 0) + 300 * model.bound_s(WalkLoad(num_tokens=1, prefill_load=1), 0)
-    assert had_s >= share * total_s - smallest_s
+    first_row_s = model.bound_s(WalkLoad(num_tokens=1, prefill_load=1, num_chunks=1, num_samples=1), 0)
+    assert had_s >= share * total_s - 2 * first_row_s, "but for what is owed at the end"
+    assert had_s > 0
 
 
 @settings(max_examples=60, deadline=None)
