@@ -44,11 +44,11 @@ def _cpu_quota() -> float | None:
     """CPUs' worth of time; None: no limit."""
     quotas = []
     for folder in _cgroup_folders("cpu"):
-        together = (_read(folder / "cpu.max") or "").split()
-        apart = [_read(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
-        for quota, period in (together, apart):
-            if quota not in (None, "max", "-1"):
-                quotas.append(int(quota) / int(period))
+        quota, _, period = (_read(folder / "cpu.max") or "").partition(" ")
+        if not quota:  # v1
+            quota, period = (_read(folder / f"cpu.cfs_{name}_us") or "" for name in ("quota", "period"))
+        if period and quota not in ("", "max", "-1"):
+            quotas.append(int(quota) / int(period))
     return min(quotas, default=None)
 
 
