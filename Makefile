@@ -19,7 +19,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-parity test-kill test-native test-neon soak lint format types bench-batch bench-core bench-dense bench-host bench-peers bench-policy bench-prediction bench-slo clean distclean
+.PHONY: help setup demo test test-fast test-parity test-kill test-native test-neon soak lint format types bench-batch bench-core bench-dense bench-host bench-peers bench-policy bench-prediction bench-slo release-check clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -83,6 +83,9 @@ bench-prediction: setup  ## predicted against measured walks, on this machine le
 
 bench-slo: setup $(PLOTS)  ## targets kept and batch tokens made, beside the baselines (hours; FLAGS=--quick: minutes)
 	$(BIN)/python -m omniserve.bench.slo --plot results/slo.svg $(FLAGS)
+
+release-check: setup  ## sdist and wheel in dist/, tried out in an environment of their own (a few minutes)
+	$(BIN)/python scripts/release_check.py
 
 clean:  ## build outputs and caches, not the virtual environments
 	if [ -d build ]; then find build -mindepth 1 -maxdepth 1 ! -name peers -exec rm -rf {} +; fi

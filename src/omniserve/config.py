@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, TypeGuard, get_args
 
 from omniserve.errors import ConfigError
+from omniserve.machine import CpuBudget, available_cpus
 from omniserve.policy.baselines import PREDICTING, REFUSED, RULES
 from omniserve.policy.terms import walk_bound_s
 from omniserve.types import DEFAULT_CLASSES, ServiceClass
@@ -31,65 +30,6 @@ DEVICE_ROWS, DEVICE_ROWS_WITH_TARGETS = 64, 256
 # Limits of the native part.
 MAX_HOST_THREADS = 1024
 MAX_LANES = 1 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class CpuBudget:
-    """CPUs this process may use: how many at once, and which. `count` is below len(cpus) under a quota."""
-
-    count: int
-    cpus: tuple[int, ...]
-
-
-def available_cpus() -> CpuBudget:
-    """The affinity mask, siblings of one physical core side by side, and the cgroup's quota rounded down."""
-    cpus = tuple(sorted(os.sched_getaffinity(0), key=_core_of))
-    quota = _cgroup_cpu_quota()
-    return CpuBudget(len(cpus) if quota is None else min(len(cpus), max(1, int(quota))), cpus)
-
-
-def _core_of(cpu: int) -> tuple[int, int, int]:
-    """Sort key: package, physical core, CPU."""
-    folder = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
-    package, core = (_read(folder / name) or "0" for name in ("physical_package_id", "core_id"))
-    return (int(package), int(core), cpu)
-
-
-def memory_limit_bytes() -> int:
-    """The smaller of physical memory and every cgroup limit that applies, in bytes."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        for folder in _cgroup_folders():
-            text = _read(folder / name)
-            if text and text != "max":
-                limits.append(int(text))
-    return min(limits)
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return None
-
-
-def _cgroup_folders() -> list[Path]:
-    """The mount point and this process's own cgroup with all its ancestors."""
-    root = Path("/sys/fs/cgroup")
-    folders = [root]
-    for line in (_read(Path("/proc/self/cgroup")) or "").splitlines():
-        own = root / line.split(":", 2)[-1].lstrip("/")
-        folders += [p for p in (own, *own.parents) if p.is_relative_to(root) and p != root]
-    return folders
-
-
-def _cgroup_cpu_quota() -> float | None:
-    quotas = []
-    for folder in _cgroup_folders():
-        parts = (_read(folder / "cpu.max") or "max").split()
-        if len(parts) == 2 and parts[0] != "max":
-            quotas.append(int(parts[0]) / int(parts[1]))
-    return min(quotas, default=None)
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

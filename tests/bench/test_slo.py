@@ -20,8 +20,9 @@ from omniserve.bench.slo_setup import Memory
 from omniserve.bench.slo_variants import POLICIES, Variant, check_policies, engine_settings, tunings, variants
 from omniserve.bench.slo_verdict import Cell, judge
 from omniserve.bench.workloads import SHAREGPT, Arrival, BatchJobs
-from omniserve.config import CpuBudget, CpuSplit
+from omniserve.config import CpuSplit
 from omniserve.errors import OmniServeError
+from omniserve.machine import CpuBudget
 from omniserve.types import SLO
 
 LS, BE = "latency_sensitive", "best_effort"

@@ -16,8 +16,9 @@ import pytest
 
 import omniserve
 from omniserve import LLM, ConfigError, EngineDeadError, ModelError, RequestError, SamplingParams
-from omniserve.config import CpuBudget, CpuSplit, EngineConfig, split_cpus
+from omniserve.config import CpuSplit, EngineConfig, split_cpus
 from omniserve.engine.async_llm import AsyncLLM
+from omniserve.machine import CpuBudget
 from omniserve.types import DEFAULT_CLASSES, SLO
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import httpx
@@ -20,10 +20,18 @@ SMALL = ("--host-offload", "never", "--device-threads", "1", "--device-memory-by
 
 
 class Served:
-    """A server process, and what it wrote to standard error."""
+    """A server process, and what it wrote to standard error.
 
-    def __init__(self, *arguments: str, env: dict[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "omniserve.cli", "serve", "--port", "0", *arguments]
+    program: the `omniserve` to run, if not that of this environment.
+    """
+
+    def __init__(
+        self,
+        *arguments: str,
+        env: dict[str, str] | None = None,
+        program: Sequence[str] = (sys.executable, "-m", "omniserve.cli"),
+    ) -> None:
+        command = [*program, "serve", "--port", "0", *arguments]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
         self.lines: list[str] = []
         self.base_url = ""

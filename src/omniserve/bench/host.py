@@ -32,7 +32,7 @@ import omniserve._native as _native
 from omniserve.bench import host_memory
 from omniserve.bench.host_memory import NUM_KV_HEADS, PAGE_SIZE, TORCH_DTYPES, Arena, fill_pages
 from omniserve.bench.measure import Rounds, cpus_to_pin, pinned, seconds_of
-from omniserve.config import available_cpus
+from omniserve.machine import available_cpus
 
 CACHED_CONTEXT = 1024  # tokens, all of them in one page: of a case that stays in the first caches
 SDPA_BYTES = 8 << 20  # of one call: torch reads slower, and as fast with fewer lanes

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import omniserve._native as _native
-from omniserve.config import available_cpus, memory_limit_bytes
+from omniserve.machine import available_cpus, memory_limit_bytes
 
 PAGE_SIZE = 64  # tokens, the host's default
 NUM_KV_HEADS = 8

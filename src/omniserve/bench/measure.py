@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from omniserve.config import available_cpus
+from omniserve.machine import available_cpus
 
 
 class Spread:

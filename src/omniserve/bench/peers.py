@@ -44,8 +44,8 @@ from omniserve.bench.measure import cpus_to_pin, machine, write_json
 from omniserve.bench.peer_process import PeerError
 from omniserve.bench.peer_rounds import OURS, Case, Comparison, Contender
 from omniserve.bench.peer_tables import checks, failures, table
-from omniserve.config import available_cpus
 from omniserve.errors import ModelError
+from omniserve.machine import available_cpus
 from omniserve.model import smollm2
 
 SHORT_PROMPT_TOKENS = 10

@@ -33,8 +33,9 @@ from omniserve.bench.slo_setup import measure_setup, reference_of
 from omniserve.bench.slo_variants import POLICIES, check_policies, split_with_targets, variants
 from omniserve.bench.traces import SHIPPED, read_trace
 from omniserve.bench.workloads import SHAREGPT, BatchJobs, resized
-from omniserve.config import EngineConfig, available_cpus
+from omniserve.config import EngineConfig
 from omniserve.errors import ConfigError, OmniServeError
+from omniserve.machine import available_cpus
 
 MIN_WIDTH = 170  # of the tables where the terminal does not say
 MAX_LS_TOKENS = 4096  # of prompt and output together

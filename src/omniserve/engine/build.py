@@ -16,7 +16,6 @@ from omniserve.config import (
     HOST_MEMORY_SHARE,
     CpuSplit,
     EngineConfig,
-    memory_limit_bytes,
     split_cpus,
 )
 from omniserve.dtypes import DTYPES, dtype_name
@@ -26,6 +25,7 @@ from omniserve.engine.loop import Engine
 from omniserve.errors import ConfigError, ModelError
 from omniserve.host.supervisor import Host, HostSupervisor
 from omniserve.host.topology import num_partitions
+from omniserve.machine import memory_limit_bytes
 from omniserve.model.decoder import Decoder
 from omniserve.model.families import ModelConfig, read_model_config
 from omniserve.model.loading import load_decoder
