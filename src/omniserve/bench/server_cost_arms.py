@@ -63,8 +63,7 @@ class PythonApi:
         places = await run_load(load, self._ask)
         seconds, cpu_s = time.monotonic() - began_s, time.process_time() - began_cpu_s
         after = await self._llm.stats()
-        walk_s = (after["walk_s"] - before["walk_s"]) / (after["walks"] - before["walks"])
-        return Passage(places, seconds, cpu_s, 0.0, walk_s)
+        return Passage(places, seconds, cpu_s, 0.0, _walk_s(before, after))
 
     async def _ask(self, place: int, question: Question, token_s: list[float]) -> None:
         """A token without text, half a character, is no event here, as it is none of the server's."""
@@ -87,11 +86,10 @@ class Http:
         self._pid, self._base_url = pid, base_url
 
     async def carry(self, load: Load) -> Passage:
-        before, began_cpu_s = self._walks(), process_busy_s(self._pid)
+        before, began_cpu_s = self._stats(), process_busy_s(self._pid)
         findings = await asyncio.to_thread(self._asked, load)
-        cpu_s, after = process_busy_s(self._pid) - began_cpu_s, self._walks()
-        walk_s = (after["walk_s"] - before["walk_s"]) / (after["walks"] - before["walks"])
-        return Passage(findings.places, findings.seconds, cpu_s, findings.cpu_s, walk_s)
+        cpu_s, after = process_busy_s(self._pid) - began_cpu_s, self._stats()
+        return Passage(findings.places, findings.seconds, cpu_s, findings.cpu_s, _walk_s(before, after))
 
     def _asked(self, load: Load) -> Findings:
         address = urlsplit(self._base_url)
@@ -108,9 +106,14 @@ class Http:
             raise OmniServeError(f"the client ended with exit status {ended.returncode}")
         return msgspec.json.decode(ended.stdout, type=Findings)
 
-    def _walks(self) -> dict[str, float]:
-        text = httpx.get(f"{self._base_url}/metrics").text
-        return {name: float(n) for name, n in re.findall(r'^omniserve:engine\{name="(\w+)"\} (\S+)$', text, re.M)}
+    def _stats(self) -> dict[str, Any]:
+        found: dict[str, Any] = httpx.get(f"{self._base_url}/admin/stats").json()
+        return found
+
+
+def _walk_s(before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
+    """Mean seconds of the walks between two readings of AsyncLLM.stats()."""
+    return float((after["walk_s"] - before["walk_s"]) / (after["walks"] - before["walks"]))
 
 
 @contextmanager
