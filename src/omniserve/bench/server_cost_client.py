@@ -100,21 +100,17 @@ def request_of(question: Question) -> bytes:
             "stream": True,
         }
     ).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
-    return head.encode() + b"\r\n\r\n" + body
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: bench\r\ncontent-length: {len(body)}\r\n"
+    return head.encode() + b"content-type: application/json\r\n\r\n" + body
 
 
 async def run(task: Task) -> Findings:
     loop = asyncio.get_running_loop()
-    connections = [
-        (await loop.create_connection(Connection, task.host, task.port))[1] for _ in task.load
-    ]
+    connections = [(await loop.create_connection(Connection, task.host, task.port))[1] for _ in task.load]
 
     async def ask(place: int, question: Question, token_s: list[float]) -> None:
         await connections[place].ask(request_of(question), token_s)
 
-    gc.collect()
-    gc.freeze()
     began_s, began_cpu_s = time.monotonic(), time.process_time()
     places = await run_load(task.load, ask)
     findings = Findings(places, time.monotonic() - began_s, time.process_time() - began_cpu_s)
@@ -125,6 +121,8 @@ async def run(task: Task) -> Findings:
 
 def main() -> int:
     task = msgspec.json.decode(sys.stdin.buffer.read(), type=Task)
+    gc.collect()
+    gc.freeze()
     findings = uvloop.run(run(task))
     sys.stdout.buffer.write(msgspec.json.encode(findings))
     return 0

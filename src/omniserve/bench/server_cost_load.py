@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
 
 from omniserve.bench.measure import percentile
@@ -67,10 +68,16 @@ def make_load(size: Size, pool: Pool, seed: str) -> list[list[Question]]:
     load = []
     for place in range(size.num_streams):
         rng = random.Random(f"{seed} {place}")
-        lengths = [max(2, round(size.num_output * (0.5 + (i + 0.5) / size.num_each))) for i in range(size.num_each)]
+        lengths = [
+            max(2, round(size.num_output * (0.5 + (i + 0.5) / size.num_each))) for i in range(size.num_each)
+        ]
         rng.shuffle(lengths)
-        pauses = [2 * size.pause_s * (START_PAUSES if i == 0 else 1) * rng.random() for i in range(size.num_each)]
-        load.append([Question(p, pool.text(size.num_prompt, rng), n) for p, n in zip(pauses, lengths, strict=True)])
+        pauses = [
+            2 * size.pause_s * (START_PAUSES if i == 0 else 1) * rng.random() for i in range(size.num_each)
+        ]
+        load.append(
+            [Question(p, pool.text(size.num_prompt, rng), n) for p, n in zip(pauses, lengths, strict=True)]
+        )
     return load
 
 
@@ -90,13 +97,13 @@ async def run_load(load: Load, ask: Ask) -> list[list[Timing]]:
 
 
 def times(places: Sequence[Sequence[Timing]], walk_s: float) -> dict[str, float]:
-    """Seconds: `ttft`, and `tpot` of each request, `gap` between two texts of one, and `burst`: from the first
+    """Seconds: `ttft` and `tpot` of each request, `gap` between two texts of one, and `burst`: from the first
     text of a walk until its others came. Without the first and last request of each place, when not all
     places were busy."""
     kept = [timing for timings in places for timing in timings[1:-1]]
     ttft = [t.token_s[0] - t.sent_s for t in kept]
     tpot = [(t.token_s[-1] - t.token_s[0]) / (t.num_output - 1) for t in kept]
-    gaps = [b - a for t in kept for a, b in zip(t.token_s, t.token_s[1:], strict=False)]
+    gaps = [b - a for t in kept for a, b in pairwise(t.token_s)]
     bursts = _bursts(sorted(s for timings in places for t in timings for s in t.token_s), walk_s)
     found = {
         f"{name}_p{share}_s": percentile(values, share / 100)
@@ -109,7 +116,7 @@ def times(places: Sequence[Sequence[Timing]], walk_s: float) -> dict[str, float]
 def _bursts(moments: Sequence[float], walk_s: float) -> list[float]:
     """Of each text, how long after the first one of its walk it came."""
     found, first = [], moments[0]
-    for before, now in zip(moments, moments[1:], strict=False):
+    for before, now in pairwise(moments):
         if now - before > SAME_WALK_SHARE * walk_s:
             first = now
         found.append(now - first)
