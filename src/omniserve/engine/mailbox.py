@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 # So many items are handed over in one turn of the loop. What they set off can take milliseconds for all streams of
 # a walk; between turns the loop looks at its sockets, where new requests arrive.
-TURN = 8
+TURN = 4
 
 
 class Mailbox:
