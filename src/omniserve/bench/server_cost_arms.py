@@ -104,6 +104,8 @@ class Http:
         )
         if ended.returncode:
             raise OmniServeError(f"the client ended with exit status {ended.returncode}")
+        if not ended.stdout:
+            raise OmniServeError("the client ended without a word: something else ended it")
         return msgspec.json.decode(ended.stdout, type=Findings)
 
     def _stats(self) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-# So many items are handed over in one turn of the loop. What they set off can take milliseconds for all streams of
-# a walk; between turns the loop looks at its sockets, where new requests arrive.
+# So many items are handed over in one turn of the loop. What they set off takes milliseconds for all streams
+# of a walk; between turns the loop looks at its sockets, where new requests arrive.
 TURN = 4
 
 
