@@ -19,7 +19,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-parity test-kill test-native test-neon soak lint format types bench-batch bench-core bench-dense bench-host bench-peers bench-policy bench-prediction bench-slo release-check clean distclean
+.PHONY: help setup demo test test-fast test-parity test-kill test-native test-neon soak lint format types bench-batch bench-core bench-dense bench-host bench-peers bench-policy bench-prediction bench-server bench-slo release-check clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -80,6 +80,9 @@ bench-policy: setup  ## cost of a plan and of an admission (seconds; no model, n
 
 bench-prediction: setup  ## predicted against measured walks, on this machine left alone (several minutes)
 	$(BIN)/python -m omniserve.bench.prediction $(FLAGS)
+
+bench-server: setup  ## what HTTP adds to the Python API at 64 open streams (minutes)
+	$(BIN)/python -m omniserve.bench.server_cost $(FLAGS)
 
 bench-slo: setup $(PLOTS)  ## targets kept and batch tokens made, beside the baselines (hours; FLAGS=--quick: minutes)
 	$(BIN)/python -m omniserve.bench.slo --plot results/slo.svg $(FLAGS)

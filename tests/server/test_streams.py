@@ -7,6 +7,7 @@ import random
 
 import openai
 import pytest
+from starlette.types import Message
 
 from omniserve.server import answers
 from server.scripted import CHAT, HELLO, Stand, events, standing
@@ -27,6 +28,23 @@ def test_a_silent_stream_is_kept_open_by_comments(monkeypatch: pytest.MonkeyPatc
             assert "".join(texts) == "xxxx", "comments do not disturb events"
 
     asyncio.run(story())
+
+
+def test_the_last_events_and_the_end_of_the_answer_are_one_message() -> None:
+    async def story() -> list[Message]:
+        sent: list[Message] = []
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        stream = answers.EventStream(send, {})
+        await stream.push(b"data: 1\n\n")
+        await stream.close(b"data: [DONE]\n\n")
+        return sent
+
+    start, first, last = asyncio.run(story())
+    assert (start["status"], first["body"], first["more_body"]) == (200, b"data: 1\n\n", True)
+    assert last == {"type": "http.response.body", "body": b"data: [DONE]\n\n"}
 
 
 def test_an_engine_that_dies_in_mid_stream_is_told_in_the_stream() -> None:

@@ -99,16 +99,26 @@ def pinned(cpus: Sequence[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
+def _parent_and_ticks(process: int) -> tuple[int, int]:
+    """Of a process: who started it, and its CPU time so far. OSError once it has ended."""
+    # The command's name stands in brackets and may hold anything.
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[1]), int(fields[11]) + int(fields[12])
+
+
+def process_busy_s(process: int) -> float:
+    """CPU seconds so far of one process, all its threads; OSError once it has ended."""
+    return _parent_and_ticks(process)[1] / os.sysconf("SC_CLK_TCK")
+
+
 def tree_busy_s(root: int) -> float:
     """CPU seconds so far of process `root` and its living descendants."""
     parents, ticks = {}, {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             with suppress(OSError):  # ended meanwhile
-                # The command's name stands in brackets and may hold anything.
-                fields = (folder / "stat").read_text().rpartition(")")[2].split()
-                parents[int(folder.name)] = int(fields[1])
-                ticks[int(folder.name)] = int(fields[11]) + int(fields[12])
+                process = int(folder.name)
+                parents[process], ticks[process] = _parent_and_ticks(process)
 
     def is_descendant(process: int) -> bool:
         while process in parents and process != root:

@@ -10,10 +10,12 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 from omniserve.config import EngineConfig
 from omniserve.engine.acceptance import Acceptance, check_cache_salt, check_service
 from omniserve.engine.client import EngineClient
+from omniserve.engine.mailbox import Mailbox
 from omniserve.engine.messages import Token
 from omniserve.engine.progress import Progress
 from omniserve.errors import ConfigError, RequestError
@@ -63,6 +65,8 @@ class AsyncLLM:
         self._client = EngineClient(self.config, self.path)
         self._names = itertools.count()
         self._running: dict[str, Callable[[], None]] = {}
+        # Of the event loops on which requests run now.
+        self._mailboxes: WeakValueDictionary[asyncio.AbstractEventLoop, Mailbox] = WeakValueDictionary()
 
     @property
     def engine_pid(self) -> int:
@@ -179,9 +183,10 @@ class AsyncLLM:
         if name in self._running:
             raise RequestError("request_id", f"{name!r} is running already")
         loop, news = asyncio.get_running_loop(), asyncio.Queue[tuple[float, int, Token | Exception | None]]()
+        mailbox = self._mailboxes.setdefault(loop, Mailbox(loop))
 
         def listen(index: int, item: Token | Exception | None) -> None:
-            loop.call_soon_threadsafe(news.put_nowait, (time.monotonic(), index, item))
+            mailbox.put(news.put_nowait, (time.monotonic(), index, item))
 
         engine_ids: list[int] = []
 

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,14 @@ def _refusal(message: Refused) -> errors.RequestError:
     return errors.SloUnattainableError(message.message, message.predicted_ttft_s, message.target_ttft_s)
 
 
+def first_ones_first(tokens: Sequence[Token], unheard: Container[int]) -> list[Token]:
+    """Tokens of one walk; those of requests that have none yet come before the others.
+
+    Somebody waits for a first token. Who has had tokens can read them meanwhile, and a walk brings many.
+    """
+    return sorted(tokens, key=lambda token: token.request_id not in unheard)
+
+
 class EngineClient:
     """One engine process. A reader thread always reads, so a slow caller never stalls the engine.
 
@@ -78,6 +86,7 @@ class EngineClient:
         self._send_lock = threading.Lock()
         self._ids = itertools.count()
         self._listeners: dict[int, Listener] = {}
+        self._unheard: set[int] = set()  # requests without a token
         self._answers: dict[int, Future[dict[str, Any]]] = {}
         self._started: Future[EngineInfo] = Future()
         self._death: Exception | None = None
@@ -130,12 +139,14 @@ class EngineClient:
         with self._lock:
             self._raise_if_dead()
             self._listeners[request_id] = listener
+            self._unheard.add(request_id)
         self._send(message)
         return request_id
 
     def abort(self, request_id: int) -> None:
         """Forget a request; its listener hears nothing more. Unknown and finished ids are ignored."""
         with self._lock:
+            self._unheard.discard(request_id)
             is_running = self._listeners.pop(request_id, None) is not None and self._death is None
         if is_running:
             self._send(pack(Abort(request_id)))
@@ -200,10 +211,10 @@ class EngineClient:
     def _heed(self, message: FromEngine) -> None:
         match message:
             case Tokens(tokens=tokens):
-                for token in tokens:
-                    self._tell(token.request_id, token, is_last=token.finish_reason is not None)
+                ordered = first_ones_first(tokens, self._unheard)
+                self._tell([(t.request_id, t, t.finish_reason is not None) for t in ordered])
             case Refused(request_id=request_id):
-                self._tell(request_id, _refusal(message), is_last=True)
+                self._tell([(request_id, _refusal(message), True)])
             case Answer(question_id=question_id, answer=found):
                 with self._lock:
                     answer = self._answers.pop(question_id)
@@ -214,11 +225,17 @@ class EngineClient:
             case Failed(kind=kind, message=text):
                 self._death = getattr(errors, kind)(text)
 
-    def _tell(self, request_id: int, news: Token | Exception, is_last: bool) -> None:
+    def _tell(self, news: Sequence[tuple[int, Token | Exception, bool]]) -> None:
+        """Hand out news of requests, in order. True: it is the request's last."""
         with self._lock:
-            listener = self._listeners.pop(request_id, None) if is_last else self._listeners.get(request_id)
-        if listener is not None and not self._call(listener, news):
-            self.abort(request_id)
+            self._unheard.difference_update(request_id for request_id, _, _ in news)
+            listeners = [
+                self._listeners.pop(request_id, None) if is_last else self._listeners.get(request_id)
+                for request_id, _, is_last in news
+            ]
+        for listener, (request_id, item, _) in zip(listeners, news, strict=True):
+            if listener is not None and not self._call(listener, item):
+                self.abort(request_id)
 
     @staticmethod
     def _call(listener: Listener, news: Token | Exception) -> bool:

@@ -83,10 +83,13 @@ class EventStream:
     async def push(self, events: bytes) -> None:
         async with self._turn:
             if not self.has_started:
-                self.has_started = True
-                await self._send(start(200, SSE_HEADERS, self._headers))
+                await self._start()
             await self._send({"type": "http.response.body", "body": events, "more_body": True})
             self._last_s = self._loop.time()
+
+    async def _start(self) -> None:
+        self.has_started = True
+        await self._send(start(200, SSE_HEADERS, self._headers))
 
     async def fail(self, error: ApiError) -> None:
         """Tell of a failure, as an answer of its own or in the stream, and end."""
@@ -97,12 +100,14 @@ class EventStream:
             await self._send(start(error.status_code, JSON_HEADERS, headers))
             await self._send({"type": "http.response.body", "body": body})
             return
-        await self.push(b"data: " + msgspec.json.encode(error.body) + b"\n\n")
-        await self.close()
+        await self.close(b"data: " + msgspec.json.encode(error.body) + b"\n\n")
 
-    async def close(self) -> None:
+    async def close(self, events: bytes) -> None:
+        """End with these events: they and the end of the answer are one write."""
         await self._end_comments()
-        await self._send({"type": "http.response.body", "body": b""})
+        if not self.has_started:
+            await self._start()
+        await self._send({"type": "http.response.body", "body": events})
 
     def abandon(self) -> None:
         """Whatever became of the stream, leave nothing behind."""

@@ -79,7 +79,7 @@ async def respond(
         if stream is None:
             await send_json(send, 200, answer, headers)
         else:
-            await stream.close()
+            await stream.close(work.shape.last(run.usage))
     except ApiError as error:
         if stream is None:
             await send_failure(send, error)
@@ -99,7 +99,6 @@ async def _push_texts(stream: EventStream, work: Work, run: Run) -> None:
                 opened.add(text.index)
                 events = work.shape.opening(text.index) + events
             await stream.push(events)
-    await stream.push(work.shape.last(run.usage))
 
 
 def _headers(work: Work) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -164,6 +165,9 @@ async def run_server(config: ServerConfig, engine_config: EngineConfig, make: Ca
     host, port = listener.getsockname()[:2]
     warn_of_openness(config)
     server = Server(config, engine_config, make)
+    # Modules and routes stay. Looking through them for garbage would hold up every stream now and then.
+    gc.collect()
+    gc.freeze()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.stop)
