@@ -6,6 +6,7 @@
      +-- RequestError    one request is refused; nothing else is disturbed
      |    +-- SloUnattainableError  its targets, or those of others, could not be held; try again later
      +-- EngineDeadError the engine process is gone; every waiting caller gets this
+          +-- EngineGoneBeforeError  it was gone when the call came
 
 Messages name the field, the limit and the way out.
 """
@@ -49,3 +50,7 @@ class SloUnattainableError(RequestError):
 
 class EngineDeadError(OmniServeError):
     """The engine process has ended; requests in flight are lost to this caller."""
+
+
+class EngineGoneBeforeError(EngineDeadError):
+    """The engine process had ended before the request came to it, so that the request had no part in it."""

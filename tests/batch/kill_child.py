@@ -20,7 +20,7 @@ from omniserve.batch.errors import NotFoundError
 from omniserve.batch.files import Disk
 from omniserve.batch.limits import HOUR_S
 from omniserve.batch.records import BatchRecord
-from omniserve.batch.runner import LineResponse, RunnerSettings
+from omniserve.batch.runner import EngineGone, LineResponse, RunnerSettings
 from omniserve.batch.service import BatchService
 from omniserve.errors import RequestError
 
@@ -31,6 +31,8 @@ SIZES = {"completed": WHOLE, "cancelled": STOPPED, "expired": STOPPED}
 BAD = 5
 
 
+# The line whose engine dies the first time it runs.
+MORTAL = ("completed", 7)
 # Not a boundary but the middle of a write: half of the bytes are there.
 TORN = "torn write"
 
@@ -52,6 +54,7 @@ class LoggingRunner:
     """Answers by what the line says; writes down every start of a line before anything else."""
 
     def __init__(self, root: Path) -> None:
+        self._root = root
         self._log = os.open(root / "runs", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     async def run_line(
@@ -59,12 +62,18 @@ class LoggingRunner:
     ) -> LineResponse:
         os.write(self._log, f"{request_id}\n".encode())
         end, number = body["messages"][0]["content"].split()
+        if (end, int(number)) == MORTAL and self._runs(request_id) == 1:
+            raise EngineGone
         if end != "completed" and int(number) > ANSWERED:
             await asyncio.Event().wait()
         await asyncio.sleep(int(number) % 3 * 0.001)
         if int(number) % BAD == 0:
             return LineResponse(400, {"error": {"code": "bad"}})
         return LineResponse(200, {"text": f"{end} {number}"})
+
+
+    def _runs(self, request_id: str) -> int:
+        return (self._root / "runs").read_text().split().count(request_id)
 
 
 def input_of(end: str) -> bytes:

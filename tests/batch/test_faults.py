@@ -251,13 +251,19 @@ def test_a_store_of_a_newer_version_is_refused_and_left_alone(tmp_path: Path) ->
     assert path.read_bytes() == before
 
 
-def test_a_store_of_the_first_version_is_brought_up_to_date_with_everything_in_it(tmp_path: Path) -> None:
-    write_first_version(tmp_path)
+@pytest.mark.parametrize("version", range(1, len(MIGRATIONS)))
+def test_a_store_of_an_older_version_is_brought_up_to_date_with_everything_in_it(
+    tmp_path: Path, version: int
+) -> None:
+    write_older_version(tmp_path, version)
     store = Store(tmp_path, limits=LIMITS, now=Clock())
     assert store._database.db.execute("PRAGMA user_version").fetchone()[0] == len(MIGRATIONS)
     ended, running = (store.batches.get(OWNER, f"batch_{name}") for name in ("ended", "running"))
     assert (ended.status, ended.ended_at, running.ended_at) == (Status.CANCELLED, 50, None)
     assert [batch.id for batch in store.batches.open_batches()] == ["batch_running"]
+    assert [line.num_deaths for line in store.batches.unfinished(running.seq, 0, 9)] == [0, 0, 0]
+    store.batches.note_death(running.seq, 2)
+    assert [line.num_deaths for line in store.batches.unfinished(running.seq, 0, 9)] == [0, 1, 0]
     finish(store, running.seq)
     store.close()
 
@@ -265,7 +271,7 @@ def test_a_store_of_the_first_version_is_brought_up_to_date_with_everything_in_i
 def test_a_migration_that_is_interrupted_happened_wholly_or_not_at_all(
     tmp_path: Path, faults: Faults
 ) -> None:
-    write_first_version(tmp_path)
+    write_older_version(tmp_path, 1)
     faults.point, faults.error = "migrate.changed", BROKEN
     with pytest.raises(StorageError):
         Store(tmp_path, limits=LIMITS, at=faults)
@@ -276,13 +282,15 @@ def test_a_migration_that_is_interrupted_happened_wholly_or_not_at_all(
     Store(tmp_path, limits=LIMITS).close()
 
 
-def write_first_version(root: Path) -> None:
-    """As the first version left it: one batch that was cancelled, one under way with three lines."""
+def write_older_version(root: Path, version: int) -> None:
+    """As that version left it: one batch that was cancelled, one under way with three lines."""
     data, input_id = lines(3), "file-" + "a" * 32
     (root / "files").mkdir()
     (root / "files" / input_id).write_bytes(data)
     db = sqlite3.connect(root / "batches.sqlite")
-    db.executescript(MIGRATIONS[0] + "; PRAGMA user_version = 1")
+    for migration in MIGRATIONS[:version]:
+        db.executescript(migration)
+    db.execute(f"PRAGMA user_version = {version}")
     values = "'/v1/chat/completions', ?, '24h', 2000000000, ?, ?, 1, ?, ?, ?"
     columns = (
         "endpoint, input_file_id, completion_window, expires_at, output_file_id, error_file_id, created_at"
@@ -305,5 +313,7 @@ def write_first_version(root: Path) -> None:
         "VALUES (?, ?, 'in.jsonl', 'batch', ?, 1, 2000000000)",
         (input_id, OWNER, len(data)),
     )
+    if version >= 2:
+        db.execute("UPDATE batches SET ended_at = cancelled_at")
     db.commit()
     db.close()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from omniserve.batch.line_runner import EngineGone, LineResponse, is_not_now
+from omniserve.errors import EngineGoneBeforeError
 from omniserve.server.batch_lines import EndpointLines
 from server.scripted import CHAT, COMPLETIONS, HELLO, Stand, standing
 
@@ -68,9 +69,17 @@ def test_a_line_whose_engine_dies_is_not_finished() -> None:
             stand.llm.end.set()
             with pytest.raises(EngineGone):
                 await line
+
+    asyncio.run(story())
+
+
+def test_a_line_that_finds_no_engine_was_turned_away_and_had_no_part_in_its_end() -> None:
+    async def story() -> None:
+        async with standing() as stand:
+            stand.llm.refuse_with = EngineGoneBeforeError("the engine process was killed by signal 9")
+            assert is_not_now(await run(stand, BODY))
             stand.server.keeper._llm = None
-            with pytest.raises(EngineGone):
-                await run(stand, BODY)
+            assert is_not_now(await run(stand, BODY))
 
     asyncio.run(story())
 

@@ -151,20 +151,28 @@ class BatchStore:
     def unfinished(self, seq: int, after_number: int, limit: int) -> list[Line]:
         db, found, num_bytes = self._database.db, list[Line](), 0
         rows = db.execute(
-            "SELECT number, offset, length FROM lines "
+            "SELECT number, offset, length, num_deaths FROM lines "
             "WHERE batch = ? AND number > ? AND NOT is_finished ORDER BY number LIMIT ?",
             (seq, after_number, limit),
         ).fetchall()
         if not rows:
             return found
         with self._database.disk(), self._blobs.open(_by_seq(db, seq).input_file_id) as source:
-            for number, offset, length in rows:
+            for number, offset, length, num_deaths in rows:
                 source.seek(offset)
-                found.append(Line(number, source.read(length)))
+                found.append(Line(number, source.read(length), num_deaths))
                 num_bytes += length
                 if num_bytes >= MAX_PENDING_BYTES:
                     break
         return found
+
+    def note_death(self, seq: int, number: int) -> None:
+        """An engine ended while it had this line. Once this returns it is on disk, whatever happens."""
+        with self._database.writing() as db:
+            db.execute(
+                "UPDATE lines SET num_deaths = num_deaths + 1 WHERE batch = ? AND number = ?", (seq, number)
+            )
+        self._database.at("death.committed")
 
     def record(self, seq: int, results: Sequence[LineResult]) -> BatchRecord:
         """Make results count, all at once. A line that has a result already keeps it."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from omniserve.batch.records import BatchRecord, Line, LineResult
 from omniserve.batch.states import Status
+from omniserve.batch.suspicion import runs_alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +37,14 @@ class RunnerStatus:
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """A batch that has not ended. `last`: the line up to which the store was asked for more."""
+    """A batch that has not ended. `last`: the line up to which the store was asked for more.
+
+    `suspects`: lines that run alone, after all others.
+    """
 
     batch: BatchRecord
     pending: deque[Line] = field(default_factory=deque)
+    suspects: deque[Line] = field(default_factory=deque)
     last: int = 0
     is_all_fetched: bool = False
     running: dict[int, asyncio.Task[None]] = field(default_factory=dict)
@@ -52,6 +57,19 @@ class Job:
     def num_busy(self) -> int:
         """Lines started whose results are not recorded yet."""
         return len(self.running) + len(self.results) + self.num_flushing
+
+    def put(self, line: Line) -> None:
+        """Behind those that wait already."""
+        (self.suspects if runs_alone(line) else self.pending).append(line)
+
+    def put_back(self, line: Line) -> None:
+        """In front: a line that was taken and is to run another time."""
+        (self.suspects if runs_alone(line) else self.pending).appendleft(line)
+
+    @property
+    def waiting(self) -> deque[Line]:
+        """Where the next line to start comes from."""
+        return self.pending or self.suspects
 
     @property
     def may_start(self) -> bool:

@@ -24,7 +24,7 @@ class LineResponse:
 
 
 class EngineGone(Exception):
-    """The engine ended while it had the line: the line is not finished and runs again."""
+    """The engine ended while it had the line: the line is not finished, and may be what ended the engine."""
 
 
 class LineRunner(Protocol):

@@ -86,6 +86,7 @@ async def run_file(
         while not batch.has_ended:
             on_progress(batch)
             if watched.is_engine_gone:
+                await service.runner.drain()  # which lines were in it is on disk
                 raise EngineDeadError("the engine ended; start the same command again to go on")
             await asyncio.sleep(LOOK_S)
             batch = await service.batch(OWNER, batch.id)

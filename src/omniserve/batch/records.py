@@ -112,10 +112,11 @@ class NewBatch:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of an input; `number` counts from 1, `raw` is its JSON."""
+    """One line of an input; `number` counts from 1, `raw` is its JSON, `num_deaths`: of engines that had it."""
 
     number: int
     raw: bytes
+    num_deaths: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from typing import TypeVar
 
 from omniserve.batch.errors import StorageError
@@ -18,6 +19,7 @@ from omniserve.batch.line_runner import (
     EngineGone,
     LineResponse,
     LineRunner,
+    Request,
     decode_request,
     failure,
     is_not_now,
@@ -27,6 +29,7 @@ from omniserve.batch.records import BatchRecord, Line
 from omniserve.batch.results import answered, never_run, request_id_of
 from omniserve.batch.states import NEVER_RUN_CODE, Event, Status
 from omniserve.batch.store import Store
+from omniserve.batch.suspicion import given_up, is_given_up, runs_alone
 from omniserve.batch.writer import Writer
 
 __all__ = ["BatchRunner", "EngineGone", "LineResponse", "LineRunner", "RunnerSettings", "RunnerStatus"]
@@ -63,6 +66,7 @@ class BatchRunner:
         self._trouble: str | None = None
         self._pause_s, self._held_until_s = self._settings.first_pause_s, 0.0
         self._next_sweep_s = 0.0
+        self._is_suspect_running = False
         self._wake, self._has_results, self._is_idle = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._loops: list[asyncio.Task[None]] = []
 
@@ -246,7 +250,15 @@ class BatchRunner:
             job = await self._most_urgent()
             if job is None:
                 return
-            self._start(job, job.pending.popleft())
+            if not self._has_place(job.waiting[0]):
+                return
+            self._start(job, job.waiting.popleft())
+
+    def _has_place(self, line: Line) -> bool:
+        """A suspect has no other line beside it."""
+        if runs_alone(line):
+            return not any(job.running for job in self._jobs.values())
+        return not self._is_suspect_running
 
     @property
     def _is_backed_up(self) -> bool:
@@ -256,49 +268,68 @@ class BatchRunner:
     def _start(self, job: Job, line: Line) -> None:
         def ended(task: asyncio.Task[None]) -> None:
             del job.running[line.number]
+            self._is_suspect_running = False
             self._wake.set()
             self._note_idle()
 
         task = asyncio.create_task(self._run(job, line), name=request_id_of(job.batch.id, line.number))
         job.running[line.number] = task
+        self._is_suspect_running = runs_alone(line)
         self._pace.began(time.monotonic())
         task.add_done_callback(ended)
 
     async def _most_urgent(self) -> Job | None:
         """The batch to take the next line from."""
         for job in sorted(self._jobs.values(), key=urgency):
-            if job.may_start and not job.pending and not job.is_all_fetched:
+            while job.may_start and not job.pending and not job.is_all_fetched:
                 await self._fetch(job)
-            if job.may_start and job.pending:
+            if job.may_start and job.waiting:
                 return job
         return None
 
     async def _fetch(self, job: Job) -> None:
         count = max(16, self._settings.concurrency)
         lines = await self._do(self._store.batches.pending, job.batch.seq, job.last, count)
-        job.pending.extend(lines)
+        for line in lines:
+            job.put(line)
         job.is_all_fetched = not lines
         job.last = lines[-1].number if lines else job.last
         if not self._is_backed_up:
             self._trouble = None
 
     async def _run(self, job: Job, line: Line) -> None:
-        custom_id, response = await self._answer(job, line)
+        request = decode_request(line)
+        response: LineResponse | None = None
+        try:
+            if not is_given_up(line):
+                response = await self._answer(job, line, request)
+        except EngineGone:
+            line = await self._noted_death(job, line)
+        if is_given_up(line):
+            response = given_up(line)
         if response is None:
-            job.pending.appendleft(line)
+            job.put_back(line)
             self._hold()
             return
         status_code, body = response.status_code, response.body
-        job.results.append(answered(job.batch.id, line.number, custom_id, status_code, body))
+        job.results.append(answered(job.batch.id, line.number, request.custom_id, status_code, body))
         self._held_until_s, self._pause_s = 0.0, self._settings.first_pause_s
         self._has_results.set()
 
-    async def _answer(self, job: Job, line: Line) -> tuple[str, LineResponse | None]:
-        """custom_id and answer; None: the line was not run and is to be tried again."""
-        request = decode_request(line)
+    async def _noted_death(self, job: Job, line: Line) -> Line:
+        """The line with one more death, which is on disk before the line may run again."""
+        log.warning("line %d of %s was in an engine that died", line.number, job.batch.id)
+        try:
+            await self._do(self._store.batches.note_death, job.batch.seq, line.number)
+        except Exception:
+            log.exception("the death could not be recorded; it counts until the server ends")
+        return replace(line, num_deaths=line.num_deaths + 1)
+
+    async def _answer(self, job: Job, line: Line, request: Request) -> LineResponse | None:
+        """None: the line was not run and is to be tried again. EngineGone."""
         if request.body is None:
             message = "the body is not valid JSON in UTF-8"
-            return request.custom_id, failure(400, message, "invalid_request_error", "invalid_json")
+            return failure(400, message, "invalid_request_error", "invalid_json")
         seconds_left = max(0.0, job.batch.expires_at - self._now())
         request_id = request_id_of(job.batch.id, line.number)
         try:
@@ -306,12 +337,12 @@ class BatchRunner:
                 job.batch.endpoint, request.body, request_id, seconds_left
             )
         except EngineGone:
-            return request.custom_id, None
+            raise
         except Exception:
             log.exception("line %d of %s failed inside the server", line.number, job.batch.id)
             message = "the server failed while it ran this request"
             response = failure(500, message, "server_error", "internal_error")
-        return request.custom_id, None if is_not_now(response) else response
+        return None if is_not_now(response) else response
 
     def _hold(self) -> None:
         """Start no line for a while: there is no room, or no engine. A line that ends makes room again."""

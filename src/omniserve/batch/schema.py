@@ -72,8 +72,11 @@ UPDATE batches SET ended_at = coalesce(completed_at, failed_at, expired_at, canc
 CREATE INDEX batches_by_end ON batches (ended_at)
 """
 
+# Engines that died while they had a line.
+_DEATHS = "ALTER TABLE lines ADD COLUMN num_deaths INTEGER NOT NULL DEFAULT 0"
+
 # Version n is reached from n - 1 by the n-th of these. Never change one that was released; add another.
-MIGRATIONS: tuple[str, ...] = (_FIRST, _RETENTION)
+MIGRATIONS: tuple[str, ...] = (_FIRST, _RETENTION, _DEATHS)
 # A statement that waits for another connection's lock gives up then; only `state check` is ever another one.
 BUSY_TIMEOUT_S = 5.0
 

@@ -22,6 +22,7 @@ POINTS = (
     "create.committed",
     "validate.read",
     "validate.committed",
+    "death.committed",
     "record.output_synced",
     "record.errors_synced",
     "record.committing",

@@ -184,7 +184,7 @@ class EngineClient:
 
     def _raise_if_dead(self) -> None:
         if self._death is not None:
-            raise errors.EngineDeadError(str(self._death))
+            raise errors.EngineGoneBeforeError(str(self._death))
 
     def _send(self, message: bytes) -> None:
         # A lock of its own: while a sender waits for room in the socket, the reader must go on delivering.

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from omniserve.batch.line_runner import EngineGone, LineResponse
+from omniserve.errors import EngineDeadError, EngineGoneBeforeError
 from omniserve.server.auth import Caller
 from omniserve.server.endpoints import Endpoints
 from omniserve.server.errors import ApiError, invalid
@@ -22,7 +23,7 @@ class EndpointLines:
     async def run_line(
         self, endpoint: str, body: Mapping[str, Any], request_id: str, seconds_left: float
     ) -> LineResponse:
-        """EngineGone whenever the server cannot serve at all: the line is not finished."""
+        """EngineGone when the engine ended while it had the line, and only then."""
         prefix = "chatcmpl-" if endpoint == CHAT else "cmpl-"
         origin = Origin(
             caller=Caller(),
@@ -37,7 +38,8 @@ class EndpointLines:
             async with self._endpoints.run(endpoint, body, origin) as (_, run):
                 return LineResponse(200, await run.whole())
         except ApiError as error:
-            if error.status_code == 503:
+            cause = error.__cause__
+            if isinstance(cause, EngineDeadError) and not isinstance(cause, EngineGoneBeforeError):
                 raise EngineGone(error.message) from error
             return LineResponse(error.status_code, error.body)
 
