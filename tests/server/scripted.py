@@ -52,6 +52,7 @@ class ScriptedLLM:
         self.asked: list[dict[str, Any]] = []
         self.refuse_with: OmniServeError | None = None
         self.num_encoded = 0
+        self.silent_s = 0.0
 
     def encode(self, text: str) -> list[int]:
         self.num_encoded += 1

@@ -10,6 +10,7 @@ import pytest
 
 from omniserve.config import EngineConfig
 from omniserve.errors import SloUnattainableError
+from omniserve.server.engine_keeper import SILENT_S
 from omniserve.server.settings import ApiKey
 from omniserve.server.tiers import Clamp
 from omniserve.types import BEST_EFFORT, LATENCY_SENSITIVE, SLO, ServiceClass
@@ -177,6 +178,19 @@ def test_nothing_is_read_of_a_request_while_there_is_no_engine() -> None:
             assert error_of(answer) == (503, "engine_unavailable")
             assert (await stand.http.get("/ready")).status_code == 503
             assert (await stand.http.get("/health")).status_code == 200
+
+    asyncio.run(story())
+
+
+def test_an_engine_that_gives_no_sign_of_life_is_not_ready_and_the_server_lives() -> None:
+    async def story() -> None:
+        async with standing() as stand:
+            stand.llm.silent_s = SILENT_S
+            ready = await stand.http.get("/ready")
+            assert (ready.status_code, ready.json()["status"]) == (503, "unresponsive")
+            assert (await stand.http.get("/health")).status_code == 200
+            stand.llm.silent_s = 0.5
+            assert (await stand.http.get("/ready")).status_code == 200
 
     asyncio.run(story())
 

@@ -53,6 +53,36 @@ def test_an_engine_that_is_killed_takes_nothing_with_it_but_its_requests(tiny_mo
         asyncio.run(story(server))
 
 
+def test_an_engine_that_hangs_is_killed_and_started_again_and_the_server_answers_meanwhile(
+    tiny_model: Path,
+) -> None:
+    prompts = [[7] * 500] * 256  # more than a socket holds: an engine that does not read is no trouble
+
+    async def story(server: Served) -> None:
+        async with server.async_client() as client:
+            (pid,) = engine_pids(server)
+            os.kill(pid, signal.SIGSTOP)
+            asked = [
+                asyncio.create_task(client.completions.create(model="tiny", prompt=prompts, max_tokens=2))
+                for _ in range(3)
+            ]
+            server.wait_until(lambda: server.get("/ready").status_code == 503, "it is not ready")
+            assert server.get("/health").status_code == 200
+            assert server.get("/ready").json()["status"] in ("unresponsive", "restarting")
+            for task in asked:
+                with pytest.raises(openai.InternalServerError) as caught:
+                    await task
+                assert caught.value.code == "engine_unavailable"
+            server.wait_until(lambda: server.get("/ready").status_code == 200, "another engine")
+            assert (await client.completions.create(model="tiny", prompt="Hello", max_tokens=2)).usage
+            assert len(engine_pids(server)) == 2
+            assert "gave no sign of life for 8 s and was killed" in server.log
+
+    hang = ("--engine-hang-timeout", "8")
+    with serving(str(tiny_model), "--served-model-name", "tiny", *hang, *SMALL) as server:
+        asyncio.run(story(server))
+
+
 def test_a_server_answers_while_it_loads_and_stops_in_good_order(tiny_model: Path) -> None:
     with serving(str(tiny_model), *SMALL, ready=False) as server:
         server.wait_listening()

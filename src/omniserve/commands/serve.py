@@ -29,5 +29,10 @@ def _run(options: argparse.Namespace) -> int:
     settings = read_settings(options)
     set_up_logs(settings.log_level)
     engine = {f.name: getattr(settings.engine, f.name) for f in fields(settings.engine)}
-    uvloop.run(run_server(settings.server, settings.engine, lambda: AsyncLLM(**engine)))
+    hang_timeout_s = settings.server.engine_hang_timeout_s or None
+
+    def make() -> AsyncLLM:
+        return AsyncLLM(hang_timeout_s=hang_timeout_s, **engine)
+
+    uvloop.run(run_server(settings.server, settings.engine, make))
     return 0

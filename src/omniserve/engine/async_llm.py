@@ -55,14 +55,17 @@ class AsyncLLM:
     """An engine for asyncio callers. `submit` yields the growing output of one request.
 
     Settings are those of `omniserve.config.EngineConfig`. The constructor blocks until the engine is up.
+    hang_timeout_s: an engine that gives no sign of life for so many seconds is killed; None: never.
     """
 
-    def __init__(self, model: str = "smollm2-135m", **settings: Any) -> None:
+    def __init__(
+        self, model: str = "smollm2-135m", hang_timeout_s: float | None = None, **settings: Any
+    ) -> None:
         self.config = make_config({"model": model, **settings})
         is_real = self.config.load_format != "dummy"
         self.path = ensure_model(self.config.model, self.config.revision, with_weights=is_real)
         self.tokenizer = load_tokenizer(self.path, is_required=is_real)
-        self._client = EngineClient(self.config, self.path)
+        self._client = EngineClient(self.config, self.path, hang_timeout_s)
         self._names = itertools.count()
         self._running: dict[str, Callable[[], None]] = {}
         # Of the event loops on which requests run now.
@@ -71,6 +74,11 @@ class AsyncLLM:
     @property
     def engine_pid(self) -> int:
         return self._client.pid
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the engine's last sign of life, of which there is one every second."""
+        return self._client.silent_s
 
     @property
     def startup_s(self) -> float:

@@ -142,6 +142,7 @@ def make_engine(
     max_model_len: int,
     split: CpuSplit,
     arrivals: Callable[[], bool] = lambda: False,
+    on_layer: Callable[[], None] = lambda: None,
     host: Callable[..., Host] = HostSupervisor,
     host_partitions: int | None = None,
     latency: LearningPrediction | None = None,
@@ -162,6 +163,7 @@ def make_engine(
         max_lanes=config.max_lanes,
         reentry=config.reentry,
         arrivals=arrivals,
+        on_layer=on_layer,
     )
     the_host: Host | None = None
     kv_dtype_there: str | None = None
@@ -278,8 +280,16 @@ def device_decoder(config: EngineConfig, split: CpuSplit, path: Path) -> Decoder
     )
 
 
-def load_engine(config: EngineConfig, path: Path, arrivals: Callable[[], bool] = lambda: False) -> Engine:
-    """Load the checkpoint in `path` and build an engine, this process pinned to the device's CPUs."""
+def load_engine(
+    config: EngineConfig,
+    path: Path,
+    arrivals: Callable[[], bool] = lambda: False,
+    on_layer: Callable[[], None] = lambda: None,
+) -> Engine:
+    """Load the checkpoint in `path` and build an engine, this process pinned to the device's CPUs.
+
+    arrivals, on_layer: as for CpuExecutor.
+    """
     model = read_model_config(path)
     max_model_len = model_len(config, model)
     dtype = choose_dtype(config, model)
@@ -291,4 +301,4 @@ def load_engine(config: EngineConfig, path: Path, arrivals: Callable[[], bool] =
         from omniserve.engine.calibration import ensure_profile  # it builds an engine itself
 
         latency = ensure_profile(config, decoder, split, max_model_len)
-    return make_engine(config, decoder, max_model_len, split, arrivals, latency=latency)
+    return make_engine(config, decoder, max_model_len, split, arrivals, on_layer, latency=latency)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import select
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from omniserve.engine.acceptance import Acceptance
 from omniserve.engine.messages import (
     Abort,
     Add,
+    Alive,
     Answer,
     AskExplanations,
     AskStats,
@@ -35,11 +38,15 @@ from omniserve.engine.messages import (
     from_engine_decoder,
     pack,
 )
+from omniserve.engine.outbox import Outbox
 from omniserve.types import SLO, SamplingParams
 
 Listener = Callable[[Token | Exception], None]
 # How long a closing engine may take to end by itself before it is killed.
 CLOSE_TIMEOUT_S = 5.0
+# An interpreter on a busy machine may take so long until it gives its first sign of life.
+FIRST_SIGN_S = 60.0
+SILENT_SLICES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +78,13 @@ class EngineClient:
     the process has ended, or was told to.
     """
 
-    def __init__(self, config: EngineConfig, path: Path) -> None:
-        """Start the engine and wait until it is up; raises ConfigError, ModelError or EngineDeadError."""
+    def __init__(self, config: EngineConfig, path: Path, hang_timeout_s: float | None = None) -> None:
+        """Start the engine and wait until it is up; raises ConfigError, ModelError or EngineDeadError.
+
+        hang_timeout_s: an engine that gives no sign of life for so long is killed; None: never.
+        """
+        self._hang_timeout_s = hang_timeout_s
+        self._heard_s: float | None = None
         self._socket, theirs = socket.socketpair()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "omniserve.engine.process", str(theirs.fileno())],
@@ -83,7 +95,7 @@ class EngineClient:
         )
         theirs.close()
         self._lock = threading.Lock()
-        self._send_lock = threading.Lock()
+        self._outbox = Outbox(self._socket)
         self._ids = itertools.count()
         self._listeners: dict[int, Listener] = {}
         self._unheard: set[int] = set()  # requests without a token
@@ -91,7 +103,7 @@ class EngineClient:
         self._started: Future[EngineInfo] = Future()
         self._death: Exception | None = None
         self.death: Future[str] = Future()
-        self._is_closing = False
+        self._is_closing = self._was_hung = False
         self._reader = threading.Thread(target=self._read, name="omniserve-reader", daemon=True)
         self._reader.start()
         self._send(pack(Start(config, str(path))))
@@ -104,6 +116,11 @@ class EngineClient:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the last sign of life, of which there is one every second."""
+        return 0.0 if self._heard_s is None else time.monotonic() - self._heard_s
 
     # ------------------------------------------------------------ calls
 
@@ -178,6 +195,7 @@ class EngineClient:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._outbox.close()
         if threading.current_thread() is not self._reader:
             self._reader.join()
         self._socket.close()
@@ -187,9 +205,7 @@ class EngineClient:
             raise errors.EngineGoneBeforeError(str(self._death))
 
     def _send(self, message: bytes) -> None:
-        # A lock of its own: while a sender waits for room in the socket, the reader must go on delivering.
-        with self._send_lock, contextlib.suppress(OSError):  # the reader thread tells everybody of the end
-            self._socket.sendall(message)
+        self._outbox.put(message)  # the reader thread tells everybody of the end
 
     # ------------------------------------------------------------ reader thread
 
@@ -203,10 +219,33 @@ class EngineClient:
             self._die()
 
     def _receive(self) -> bytes:
+        """What the engine sends next; empty when it has ended, if need be by our hand."""
+        self._wait_for_input()
         try:
-            return self._socket.recv(1 << 20)
+            data = self._socket.recv(1 << 20)
         except OSError:
             return b""
+        self._heard_s = time.monotonic()
+        return data
+
+    def _wait_for_input(self) -> None:
+        """Kill an engine that is silent for too long.
+
+        Its silence is measured in slices: when this process was stopped along with the engine, only one of
+        them seems silent.
+        """
+        if self._hang_timeout_s is None:
+            return
+        limit_s = self._hang_timeout_s
+        if self._heard_s is None:
+            limit_s = max(limit_s, FIRST_SIGN_S)
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        for _ in range(SILENT_SLICES):
+            if poll.poll(1000 * limit_s / SILENT_SLICES):
+                return
+        self._was_hung = True
+        self._process.kill()
 
     def _heed(self, message: FromEngine) -> None:
         match message:
@@ -222,6 +261,8 @@ class EngineClient:
                     answer.set_result(found)
             case Ready(acceptance=acceptance, startup_s=startup_s):
                 self._started.set_result(EngineInfo(acceptance, startup_s))
+            case Alive():
+                pass
             case Failed(kind=kind, message=text):
                 self._death = getattr(errors, kind)(text)
 
@@ -266,6 +307,11 @@ class EngineClient:
     def _obituary(self) -> str:
         if self._is_closing:
             return "the engine was closed"
+        if self._was_hung:
+            return (
+                f"the engine process (pid {self._process.pid}) gave no sign of life for "
+                f"{self._hang_timeout_s:g} s and was killed; its requests are lost, start it again"
+            )
         try:
             status = self._process.wait(timeout=1.0)
         except subprocess.TimeoutExpired:

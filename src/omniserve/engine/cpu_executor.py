@@ -50,13 +50,18 @@ class CpuExecutor:
         reentry: Reentry,
         arrivals: Callable[[], bool] = lambda: False,
         host_is_gone: Callable[[], bool] = lambda: False,
+        on_layer: Callable[[], None] = lambda: None,
     ) -> None:
-        """max_rows: device rows of one walk. arrivals: whether work waits outside, asked after every pass."""
+        """max_rows: device rows of one walk. arrivals: whether work waits outside, asked after every pass.
+
+        on_layer: called after every layer of a walk.
+        """
         self.decoder = decoder
         self.attention = attention
         self.reentry = reentry
         self.arrivals = arrivals
         self.host_is_gone = host_is_gone
+        self.on_layer = on_layer
         self.max_lane_rows = max_lane_rows
         self.records: dict[int, Record] = {}
         self.lanes = LaneArrays(max_lanes)
@@ -240,6 +245,7 @@ class CpuExecutor:
             rows = n + num_lanes
             x = decoder.post_attention(layer, self._attn[:rows], self._x[:rows])
             self._x[:rows].copy_(x)
+            self.on_layer()
         if segment is None:
             return 0, 0, 0
         segment.port.end_walk()

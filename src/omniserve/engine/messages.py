@@ -61,6 +61,10 @@ class Ready(msgspec.Struct, tag=True):
     startup_s: float
 
 
+class Alive(msgspec.Struct, tag=True):
+    """A sign of life: the engine goes on, though it has nothing to tell."""
+
+
 class Failed(msgspec.Struct, tag=True):
     """The engine ends. `kind` is the name of an error class of omniserve.errors."""
 
@@ -107,7 +111,7 @@ class Answer(msgspec.Struct, tag=True):
 
 
 ToEngine = Start | Add | Abort | AskStats | AskExplanations
-FromEngine = Ready | Failed | Refused | Tokens | Answer
+FromEngine = Ready | Alive | Failed | Refused | Tokens | Answer
 
 _encoder = msgspec.msgpack.Encoder()
 to_engine_decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

@@ -21,6 +21,7 @@ from omniserve.engine.loop import Engine, StepOutput
 from omniserve.engine.messages import (
     Abort,
     Add,
+    Alive,
     Answer,
     AskExplanations,
     AskStats,
@@ -36,6 +37,7 @@ from omniserve.engine.messages import (
     pack,
     to_engine_decoder,
 )
+from omniserve.engine.pulse import Pulse
 from omniserve.engine.records import ChosenToken
 from omniserve.errors import OmniServeError, RequestError, SloUnattainableError
 
@@ -61,6 +63,9 @@ class Channel:
         except (BrokenPipeError, ConnectionResetError):
             self.is_closed = True
 
+    def send_sign(self) -> None:
+        self.send(Alive())
+
     def receive(self) -> Iterator[ToEngine]:
         """Messages of one read; blocks when nothing has arrived."""
         try:
@@ -85,15 +90,17 @@ class Channel:
 class EngineLoop:
     """Feeds commands to an Engine and its tokens to the channel. Ids outside are the caller's own."""
 
-    def __init__(self, engine: Engine, channel: Channel) -> None:
+    def __init__(self, engine: Engine, channel: Channel, pulse: Pulse | None = None) -> None:
         self.engine = engine
         self.channel = channel
+        self._pulse = pulse or Pulse(channel.send_sign)
         self._engine_ids: dict[int, int] = {}
         self._caller_ids: dict[int, int] = {}
 
     def run(self) -> None:
         """Serve until the channel closes."""
         while not self.channel.is_closed:
+            self._pulse.beat()
             while self.channel.has_input() and not self.channel.is_closed:
                 for message in self.channel.receive():
                     self._heed(message)
@@ -158,12 +165,13 @@ class EngineLoop:
         self.channel.send(Tokens(tokens))
 
 
-def _start(channel: Channel, began: float) -> Engine:
-    from omniserve.engine.build import load_engine  # torch: only once the settings are here
-
+def _start(channel: Channel, pulse: Pulse, began: float) -> Engine:
     (message,) = channel.receive()
     assert isinstance(message, Start)
-    engine = load_engine(message.config, Path(message.path), arrivals=channel.has_input)
+    with pulse.by_itself():
+        from omniserve.engine.build import load_engine  # torch, which takes its time
+
+        engine = load_engine(message.config, Path(message.path), channel.has_input, pulse.beat)
     channel.send(Ready(engine.acceptance, time.monotonic() - began))
     return engine
 
@@ -174,10 +182,11 @@ def main(arguments: list[str]) -> int:
     # Ctrl-C reaches the whole process group; the caller decides what it means and closes the socket.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=int(arguments[0])))
+    pulse = Pulse(channel.send_sign)
     engine: Engine | None = None
     try:
-        engine = _start(channel, began)
-        EngineLoop(engine, channel).run()
+        engine = _start(channel, pulse, began)
+        EngineLoop(engine, channel, pulse).run()
     except OmniServeError as error:
         channel.send(Failed(type(error).__name__, str(error)))
         return 1

@@ -19,6 +19,8 @@ State = Literal["loading", "ready", "restarting", "stopped"]
 # twice as many each time.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 STEADY_S = 60.0
+# An engine that is alive gives a sign every second.
+SILENT_S = 5.0
 
 
 class EngineKeeper:
@@ -30,6 +32,11 @@ class EngineKeeper:
         self.state: State = "loading"
         self._is_stopping = False
         self.num_restarts = 0
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether the engine that runs gives no sign of life; it is killed if it stays so for long."""
+        return self._llm is not None and self._llm.silent_s >= SILENT_S
 
     @property
     def llm(self) -> AsyncLLM:

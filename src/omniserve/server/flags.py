@@ -86,6 +86,7 @@ _SERVER = (
     Setting("batch-concurrency", int, "lines of batches in flight; default: 64"),
     Setting("max-body-bytes", int, "of a request, uploads aside; default: 16 MiB"),
     Setting("grace", float, "seconds that chats may take to end after SIGTERM; default: 30"),
+    Setting("engine-hang-timeout", float, "seconds of silence of an engine that is killed; default: 60"),
 )
 _TARGETS = tuple(
     Setting(f"slo-{bound}{which}-s", float, f"{what} {unit} that a request may ask for by header")
@@ -101,6 +102,7 @@ _SECONDS = {
     "queue_timeout": "queue_timeout_s",
     "best_effort_queue_timeout": "best_effort_queue_timeout_s",
     "grace": "grace_s",
+    "engine_hang_timeout": "engine_hang_timeout_s",
 }
 
 

@@ -1,6 +1,7 @@
 """/health, /ready, /version, /metrics, /v1/models: what this server is, and whether it serves."""
 
 # No deferred annotations here: FastAPI reads those of routes that are made inside a function.
+import asyncio
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,6 +16,9 @@ from omniserve.errors import EngineDeadError
 from omniserve.server.answers import JsonBody
 from omniserve.server.endpoints import Endpoints
 from omniserve.server.errors import ApiError
+
+# What the engine may take to tell its statistics: it does so between two walks.
+STATS_S = 5.0
 
 
 def status_router(endpoints: Endpoints, names: Sequence[str]) -> APIRouter:
@@ -32,9 +36,13 @@ def status_router(endpoints: Endpoints, names: Sequence[str]) -> APIRouter:
         """The process lives and answers; whether it can serve is /ready's affair."""
         return {"status": "ok"}
 
-    @router.get("/ready", responses={503: {"description": "loading, restarting or stopping"}})
+    @router.get("/ready", responses={503: {"description": "loading, restarting, unresponsive or stopping"}})
     async def ready() -> JsonBody:
-        state = "stopping" if endpoints.doors.is_draining else endpoints.keeper.state
+        state: str = endpoints.keeper.state
+        if endpoints.doors.is_draining:
+            state = "stopping"
+        elif endpoints.keeper.is_silent:
+            state = "unresponsive"
         return JsonBody({"status": state}, 200 if state == "ready" else 503)
 
     @router.get("/version")
@@ -44,8 +52,10 @@ def status_router(endpoints: Endpoints, names: Sequence[str]) -> APIRouter:
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         if endpoints.keeper.state == "ready":
-            with suppress(EngineDeadError):  # it died meanwhile: what it said last stands
-                endpoints.metrics.engine_state(await endpoints.keeper.llm.stats())
+            # It died meanwhile, or hangs: what it said last stands.
+            with suppress(EngineDeadError, TimeoutError):
+                async with asyncio.timeout(STATS_S):
+                    endpoints.metrics.engine_state(await endpoints.keeper.llm.stats())
         return Response(endpoints.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
     @router.get("/v1/models")

@@ -53,6 +53,9 @@ class ServerConfig:
     batch_concurrency  lines of batches in flight.
     max_body_bytes     of a request, uploads of files excepted.
     grace_s            seconds that chats may take to end after SIGTERM.
+    engine_hang_timeout_s
+                       an engine that gives no sign of life for so many seconds is killed and started again;
+                       0: never.
     """
 
     host: str = "127.0.0.1"
@@ -68,6 +71,7 @@ class ServerConfig:
     batch_concurrency: int = 64
     max_body_bytes: int = 16 * MIB
     grace_s: float = 30.0
+    engine_hang_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
         if type(self.port) is not int or not 0 <= self.port < 65536:
@@ -82,6 +86,11 @@ class ServerConfig:
                 raise ConfigError(f"{name}: must be a number of seconds above 0, got {value!r}")
         if not is_number(self.grace_s) or not 0 <= self.grace_s < 86400:
             raise ConfigError(f"grace_s: must be a number of seconds in [0, 86400), got {self.grace_s!r}")
+        hang_s = self.engine_hang_timeout_s
+        if not is_number(hang_s) or not (hang_s == 0 or 2 <= hang_s < 86400):
+            raise ConfigError(
+                f"engine_hang_timeout_s: must be 0 (never) or a number of seconds in [2, 86400), got {hang_s!r}"
+            )
         if self.admin_key is not None and not (self.admin_key and self.admin_key.isascii()):
             raise ConfigError("admin_key: must be ASCII text that is not empty")
         keys = [key.key for key in self.api_keys]
