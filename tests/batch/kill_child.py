@@ -58,7 +58,7 @@ class LoggingRunner:
         self._log = os.open(root / "runs", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     async def run_line(
-        self, endpoint: str, body: Mapping[str, Any], request_id: str, seconds_left: float
+        self, owner: str, endpoint: str, body: Mapping[str, Any], request_id: str, seconds_left: float
     ) -> LineResponse:
         os.write(self._log, f"{request_id}\n".encode())
         end, number = body["messages"][0]["content"].split()

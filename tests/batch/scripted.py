@@ -37,7 +37,7 @@ class ScriptedRunner:
         self.num_now = self.most = 0
 
     async def run_line(
-        self, endpoint: str, body: Mapping[str, Any], request_id: str, seconds_left: float
+        self, owner: str, endpoint: str, body: Mapping[str, Any], request_id: str, seconds_left: float
     ) -> LineResponse:
         text = body["messages"][0]["content"]
         self.runs[text] += 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +12,11 @@ import pytest
 from omniserve.batch.line_runner import EngineGone, LineResponse, is_not_now
 from omniserve.errors import EngineGoneBeforeError
 from omniserve.server.batch_lines import EndpointLines
+from omniserve.server.settings import ApiKey
+from omniserve.server.tiers import Clamp
 from server.scripted import CHAT, COMPLETIONS, HELLO, Stand, standing
 
+OWNER = "anonymous"
 BODY = {"model": "tiny", "messages": HELLO, "max_tokens": 3}
 
 
@@ -20,7 +25,7 @@ def lines(stand: Stand) -> EndpointLines:
 
 
 async def run(stand: Stand, body: dict[str, Any], endpoint: str = CHAT, left_s: float = 60.0) -> LineResponse:
-    return await lines(stand).run_line(endpoint, body, "batch_req_7", left_s)
+    return await lines(stand).run_line(OWNER, endpoint, body, "batch_req_7", left_s)
 
 
 def test_a_line_is_answered_as_the_endpoint_would_as_best_effort_work() -> None:
@@ -88,7 +93,8 @@ def test_lines_take_no_place_of_flex_requests_and_wait_while_those_are_paused() 
     async def story() -> None:
         async with standing(max_best_effort_requests=1) as stand:
             waiting = [
-                asyncio.create_task(lines(stand).run_line(CHAT, BODY, f"batch_req_{i}", 9)) for i in "ab"
+                asyncio.create_task(lines(stand).run_line(OWNER, CHAT, BODY, f"batch_req_{i}", 9))
+                for i in "ab"
             ]
             await stand.until(lambda: len(stand.llm.running) == 2)
             stand.llm.go.set()
@@ -96,6 +102,41 @@ def test_lines_take_no_place_of_flex_requests_and_wait_while_those_are_paused() 
             assert [(await line).status_code for line in waiting] == [200, 200]
             await stand.http.post("/admin/best_effort/pause")
             assert is_not_now(await run(stand, BODY))
+
+    asyncio.run(story())
+
+
+def test_lines_of_a_batch_are_their_owners_own_requests(tmp_path: Path) -> None:
+    keys = (
+        ApiKey("sk-a", clamp=Clamp(lowest_priority=5)),
+        ApiKey("sk-b", owner="team"),
+        ApiKey("sk-c", owner="team", clamp=Clamp(lowest_priority=-3)),
+    )
+
+    async def story() -> None:
+        async with standing(before=9, api_keys=keys, state_dir=tmp_path / "state") as stand:
+
+            async def asked(key: str) -> tuple[dict[str, Any], dict[str, Any]]:
+                """What a line of a batch of that key came with, and a request of it."""
+                auth = {"authorization": f"Bearer {key}"}
+                body = BODY | {"priority": -9}
+                line = {"custom_id": "1", "method": "POST", "url": CHAT, "body": body}
+                form = {"file": ("in.jsonl", json.dumps(line).encode())}
+                sent = await stand.http.post("/v1/files", files=form, data={"purpose": "batch"}, headers=auth)
+                new = {"input_file_id": sent.json()["id"], "endpoint": CHAT, "completion_window": "24h"}
+                count = len(stand.llm.asked)
+                await stand.http.post("/v1/batches", json=new, headers=auth)
+                await stand.until(lambda: len(stand.llm.asked) > count)
+                await stand.chat(headers=auth, priority=-9, service_tier="flex")
+                return stand.llm.asked[-2], stand.llm.asked[-1]
+
+            salts = set()
+            for key, priority in (("sk-a", 5), ("sk-b", -3), ("sk-c", -3)):
+                line, chat = await asked(key)
+                assert line["salt"] == chat["salt"], "a batch finds what its owner's chats have cached"
+                assert line["priority"] == priority, "and no batch goes before all others"
+                salts.add(line["salt"])
+            assert len(salts) == 2, "that of one owner tells another nothing"
 
     asyncio.run(story())
 

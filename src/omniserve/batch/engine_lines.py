@@ -30,7 +30,7 @@ class EngineLines:
         self._llm = llm
 
     async def run_line(
-        self, endpoint: str, body: Mapping[str, Any], request_id: str, seconds_left: float
+        self, owner: str, endpoint: str, body: Mapping[str, Any], request_id: str, seconds_left: float
     ) -> LineResponse:
         try:
             ids, params = self._request(endpoint, body)

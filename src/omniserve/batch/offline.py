@@ -45,10 +45,10 @@ class _Watched:
         self.is_engine_gone = False
 
     async def run_line(
-        self, endpoint: str, body: Mapping[str, Any], request_id: str, seconds_left: float
+        self, owner: str, endpoint: str, body: Mapping[str, Any], request_id: str, seconds_left: float
     ) -> LineResponse:
         try:
-            return await self._line_runner.run_line(endpoint, body, request_id, seconds_left)
+            return await self._line_runner.run_line(owner, endpoint, body, request_id, seconds_left)
         except EngineGone:
             self.is_engine_gone = True
             raise

@@ -334,7 +334,7 @@ class BatchRunner:
         request_id = request_id_of(job.batch.id, line.number)
         try:
             response = await self._line_runner.run_line(
-                job.batch.endpoint, request.body, request_id, seconds_left
+                job.batch.owner, job.batch.endpoint, request.body, request_id, seconds_left
             )
         except EngineGone:
             raise

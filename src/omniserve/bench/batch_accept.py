@@ -36,7 +36,7 @@ class _Idle:
     """The service is paused: no line comes here."""
 
     async def run_line(
-        self, endpoint: str, body: Mapping[str, Any], request_id: str, seconds_left: float
+        self, owner: str, endpoint: str, body: Mapping[str, Any], request_id: str, seconds_left: float
     ) -> LineResponse:
         raise AssertionError("a line was started while the service was paused")
 

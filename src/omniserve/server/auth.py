@@ -54,6 +54,11 @@ class Keyring:
             raise _refused(authorization, "an API key")
         return found
 
+    def owner(self, name: str) -> Caller:
+        """Of lines of batches: which of an owner's keys made them is not kept, so all their bounds hold."""
+        clamps = (clamp for _, key in self._clients if key.owner == name for clamp in key.clamps)
+        return Caller(name, clamps=tuple(clamps))
+
     def admin(self, authorization: str | None) -> Caller:
         """The operator; ApiError 401, or 404 where there is nothing to administrate from outside."""
         if self._admin is None:
@@ -68,9 +73,13 @@ class Keyring:
         return found
 
 
+def owner_of(key: ApiKey) -> str:
+    """The owner of what a key makes; never the key itself, which must not reach the disk."""
+    return "key-" + _digest(key.key).hex()[:32] if key.owner is None else key.owner
+
+
 def _caller(key: ApiKey) -> Caller:
-    owner = "key-" + _digest(key.key).hex()[:32] if key.owner is None else key.owner
-    return Caller(owner, key.tiers, (key.clamp,))
+    return Caller(owner_of(key), key.tiers, (key.clamp,))
 
 
 def _digest(key: str) -> bytes:

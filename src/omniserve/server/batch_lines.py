@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from omniserve.batch.line_runner import EngineGone, LineResponse
@@ -15,18 +15,22 @@ from omniserve.server.work import CHAT, FIELDS, Origin
 
 
 class EndpointLines:
-    """A LineRunner. The tier of a line is that of batches, whatever its body says."""
+    """A LineRunner. The tier of a line is that of batches, whatever its body says.
 
-    def __init__(self, endpoints: Endpoints) -> None:
-        self._endpoints = endpoints
+    caller_of: an owner as it would call itself, so that prefixes are cached and priorities bounded as those
+    of its other requests.
+    """
+
+    def __init__(self, endpoints: Endpoints, caller_of: Callable[[str], Caller] = Caller) -> None:
+        self._endpoints, self._caller_of = endpoints, caller_of
 
     async def run_line(
-        self, endpoint: str, body: Mapping[str, Any], request_id: str, seconds_left: float
+        self, owner: str, endpoint: str, body: Mapping[str, Any], request_id: str, seconds_left: float
     ) -> LineResponse:
         """EngineGone when the engine ended while it had the line, and only then."""
         prefix = "chatcmpl-" if endpoint == CHAT else "cmpl-"
         origin = Origin(
-            caller=Caller(),
+            caller=self._caller_of(owner),
             headers={},
             arrived_s=time.monotonic(),
             request_id=request_id,

@@ -19,6 +19,7 @@ from omniserve.config import EngineConfig
 from omniserve.engine.async_llm import AsyncLLM
 from omniserve.errors import ConfigError
 from omniserve.server.app import make_app, make_endpoints
+from omniserve.server.auth import Keyring
 from omniserve.server.batch_lines import EndpointLines
 from omniserve.server.engine_keeper import EngineKeeper
 from omniserve.server.errors import unavailable
@@ -69,7 +70,7 @@ class Server:
     def _batch_service(self, state_dir: Path, names: Sequence[str]) -> BatchService:
         return BatchService(
             state_dir,
-            EndpointLines(self.endpoints),
+            EndpointLines(self.endpoints, Keyring(self._config).owner),
             settings=RunnerSettings(concurrency=self._config.batch_concurrency),
             is_known_model=lambda name: name in names,
         )
