@@ -13,8 +13,8 @@ from batch.scripted import SETTINGS, ScriptedRunner
 from batch.stand import jsonl, line, lines
 from omniserve.batch.offline import run_file, work_folder
 from omniserve.batch.records import BatchRecord
-from omniserve.batch.runner import EngineGone, LineResponse
-from omniserve.errors import ConfigError, EngineDeadError, RequestError
+from omniserve.batch.runner import LineResponse
+from omniserve.errors import ConfigError, RequestError
 
 
 def run(folder: Path, runner: ScriptedRunner, data: bytes, overwrite: bool = False) -> BatchRecord:
@@ -40,14 +40,35 @@ def test_every_line_has_its_result_in_the_one_output(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl"}
 
 
-def test_a_run_goes_on_where_the_engine_died(tmp_path: Path) -> None:
-    async def die(text: str, run: int) -> LineResponse | None:
-        if int(text.split()[1]) > 8:
-            raise EngineGone
+def interrupt(folder: Path, count: int, num_done: int) -> None:
+    """A run of `count` lines that ends when `num_done` of them are done, which is as far as it gets."""
+
+    async def stick(text: str, run: int) -> LineResponse | None:
+        if int(text.split()[1]) > num_done:
+            await asyncio.Event().wait()
         return None
 
-    with pytest.raises(EngineDeadError, match="start the same command again"):
-        run(tmp_path, ScriptedRunner(die), lines(20))
+    async def main() -> None:
+        is_far = asyncio.Event()
+
+        def look(batch: BatchRecord) -> None:
+            if batch.status == "in_progress" and batch.completed == num_done:
+                is_far.set()
+
+        source = folder / "in.jsonl"
+        source.write_bytes(lines(count))
+        made = run_file(source, folder / "out.jsonl", ScriptedRunner(stick), SETTINGS, on_progress=look)
+        running = asyncio.create_task(made)
+        await is_far.wait()
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+    asyncio.run(main())
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    interrupt(tmp_path, 20, 8)
     assert not (tmp_path / "out.jsonl").exists()
     after = ScriptedRunner()
     run(tmp_path, after, lines(20))
@@ -56,11 +77,7 @@ def test_a_run_goes_on_where_the_engine_died(tmp_path: Path) -> None:
 
 
 def test_unfinished_work_on_another_input_is_not_mixed_up(tmp_path: Path) -> None:
-    async def die(text: str, run: int) -> LineResponse | None:
-        raise EngineGone
-
-    with pytest.raises(EngineDeadError):
-        run(tmp_path, ScriptedRunner(die), lines(3))
+    interrupt(tmp_path, 3, 0)
     with pytest.raises(ConfigError, match="another input"):
         run(tmp_path, ScriptedRunner(), lines(4))
     assert work_folder(tmp_path / "out.jsonl").exists()

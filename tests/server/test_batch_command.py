@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,17 @@ def completion(custom_id: str, model: str, **fields: Any) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_batch_file_is_run_by_the_engine(tiny_llama: TinyLlama, tmp_path: Path) -> None:
-    model = str(tiny_llama())
+    tiny = tiny_llama()
+    model = str(tiny)
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_bytes(
         jsonl(
             [
                 completion("plain", model),
                 completion("two", model, n=2, temperature=1, seed=3),
-                completion("strange", model, logit_bias={"1": 5}),
+                completion("biased", model, logit_bias={"7": 100}),
+                completion("scored", tiny.name, echo=True, logprobs=1, max_tokens=0),
+                completion("strange", model, suffix="end"),
                 completion("long", model, max_tokens=10**6),
             ]
         )
@@ -42,12 +47,35 @@ def test_a_batch_file_is_run_by_the_engine(tiny_llama: TinyLlama, tmp_path: Path
     results = {one["custom_id"]: one["response"] for one in map(json.loads, output.read_text().splitlines())}
     with LLM(model=model, device_threads=1, host_threads=1) as llm:
         (expected,) = llm.generate([PROMPT], SamplingParams(max_tokens=5, temperature=0.0))
+        biased = llm.tokenizer.decode([7] * 5)
     assert results["plain"]["body"]["choices"][0]["text"] == expected.text
     assert results["plain"]["body"]["usage"]["completion_tokens"] == len(expected.token_ids)
     assert len(results["two"]["body"]["choices"]) == 2
     refused = {name: one for name, one in results.items() if one["status_code"] == 400}
     assert set(refused) == {"strange", "long"}
-    assert "logit_bias" in refused["strange"]["body"]["error"]["message"]
+    assert refused["strange"]["body"]["error"]["code"] == "unsupported_parameter"
+    assert refused["long"]["body"]["error"]["code"] == "context_length_exceeded"
+    assert results["biased"]["body"]["choices"][0]["text"] == biased
+    assert results["scored"]["body"]["choices"][0]["text"] == PROMPT
+
+
+@pytest.mark.slow
+def test_a_batch_file_of_a_model_that_does_not_start_is_told_so_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(jsonl([completion("one", "no/such-model")]))
+    assert main(["batch", "run", str(source), "-o", str(output), "--model", "no/such-model"]) == 1
+    assert "no/such-model" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl"}
+
+
+def test_a_batch_file_is_run_without_loading_an_http_server() -> None:
+    parts = "batch_lines", "endpoints", "engine_keeper", "model_names"
+    modules = ", ".join(f"omniserve.server.{part}" for part in parts)
+    code = f"import sys, {modules}; print(sorted({{'fastapi', 'uvicorn'}} & set(sys.modules)))"
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert made.stdout.strip() == "[]"
 
 
 def test_state_check_says_what_is_there_and_fails_on_damage(

@@ -8,7 +8,8 @@ from pathlib import Path
 from omniserve.config import EngineConfig
 from omniserve.engine.async_llm import AsyncLLM
 from omniserve.server import fields
-from omniserve.server.app import make_app, make_endpoints
+from omniserve.server.app import make_app
+from omniserve.server.endpoints import make_endpoints
 from omniserve.server.engine_keeper import EngineKeeper
 from omniserve.server.request_models import ChatRequest, CompletionRequest
 from omniserve.server.settings import ServerConfig

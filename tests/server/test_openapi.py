@@ -14,7 +14,8 @@ from schemathesis import checks
 from omniserve.batch.service import BatchService
 from omniserve.config import EngineConfig
 from omniserve.engine.async_llm import AsyncLLM
-from omniserve.server.app import make_app, make_endpoints
+from omniserve.server.app import make_app
+from omniserve.server.endpoints import make_endpoints
 from omniserve.server.engine_keeper import EngineKeeper
 from omniserve.server.settings import ServerConfig
 from server.processes import SMALL, Served, serving

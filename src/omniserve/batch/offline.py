@@ -10,17 +10,16 @@ import asyncio
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from omniserve.batch.files import Disk
 from omniserve.batch.limits import ENDPOINTS, Limits, Quota
 from omniserve.batch.records import BatchRecord, NewBatch
-from omniserve.batch.runner import EngineGone, LineResponse, LineRunner, RunnerSettings
+from omniserve.batch.runner import LineRunner, RunnerSettings
 from omniserve.batch.service import BatchService
 from omniserve.batch.states import Status
-from omniserve.errors import ConfigError, EngineDeadError, RequestError
+from omniserve.errors import ConfigError, RequestError
 
 OWNER = "offline"
 # Nobody waits: a window that ends after everybody has gone.
@@ -37,23 +36,6 @@ def work_folder(output: Path) -> Path:
     return output.with_name(f".{output.name}.state")
 
 
-class _Watched:
-    """A line runner whose engine is not started again when it ends: that is told to the one who waits."""
-
-    def __init__(self, line_runner: LineRunner) -> None:
-        self._line_runner = line_runner
-        self.is_engine_gone = False
-
-    async def run_line(
-        self, owner: str, endpoint: str, body: Mapping[str, Any], request_id: str, seconds_left: float
-    ) -> LineResponse:
-        try:
-            return await self._line_runner.run_line(owner, endpoint, body, request_id, seconds_left)
-        except EngineGone:
-            self.is_engine_gone = True
-            raise
-
-
 async def run_file(
     source: Path,
     output: Path,
@@ -66,15 +48,14 @@ async def run_file(
     """Run every line of `source`; `output` appears when all have a result, errors among them.
 
     ConfigError: the output is there already, or the work that lies there is of another input. RequestError:
-    the input is bad. EngineDeadError: the engine ended; run it again to go on.
+    the input is bad. Cancelled, or interrupted in whatever way, it goes on when it is called again.
     """
     folder = work_folder(output)
     if output.exists() and not folder.exists() and not overwrite:
         raise ConfigError(f"{output} exists; name another output, or say --overwrite")
-    watched = _Watched(line_runner)
     service = BatchService(
         folder,
-        watched,
+        line_runner,
         settings=settings,
         limits=LIMITS,
         quota_of=lambda owner: QUOTA,
@@ -85,9 +66,6 @@ async def run_file(
         batch = await _found_or_created(service, source, folder)
         while not batch.has_ended:
             on_progress(batch)
-            if watched.is_engine_gone:
-                await service.runner.drain()  # which lines were in it is on disk
-                raise EngineDeadError("the engine ended; start the same command again to go on")
             await asyncio.sleep(LOOK_S)
             batch = await service.batch(OWNER, batch.id)
         on_progress(batch)

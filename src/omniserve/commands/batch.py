@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,9 @@ from omniserve.commands.engine_flags import add_engine_flags, engine_settings
 
 if TYPE_CHECKING:
     from omniserve.batch.records import BatchRecord
+
+# An engine that ends is started again; after so many starts in a row that failed, the run ends.
+MAX_FAILED_STARTS = 3
 
 
 def add_parser(commands: Any) -> None:
@@ -27,36 +31,61 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    return asyncio.run(_run_file(options, engine_settings(options)))
-
-
-async def _run_file(options: argparse.Namespace, settings: dict[str, Any]) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from omniserve.batch.engine_lines import EngineLines
-    from omniserve.batch.offline import run_file
-    from omniserve.batch.runner import RunnerSettings
-    from omniserve.engine.async_llm import AsyncLLM
-
-    llm = await asyncio.to_thread(lambda: AsyncLLM(**settings))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    try:
-        with Progress(*columns) as progress:
-            task = progress.add_task(options.input.name, total=None)
+    with Progress(*columns) as progress:
+        task = progress.add_task(options.input.name, total=None)
 
-            def show(batch: BatchRecord) -> None:
-                progress.update(task, total=batch.total or None, completed=batch.total - batch.num_left)
+        def show(batch: BatchRecord) -> None:
+            progress.update(task, total=batch.total or None, completed=batch.total - batch.num_left)
 
-            batch = await run_file(
-                options.input,
-                options.output,
-                EngineLines(llm),
-                RunnerSettings(concurrency=options.concurrency),
-                options.overwrite,
-                show,
-                is_known_model=lambda name: name in (llm.config.model, llm.path.name),
-            )
-    finally:
-        await asyncio.to_thread(llm.close)
+        batch = asyncio.run(_run_file(options, engine_settings(options), show))
     print(f"{options.output}: {batch.completed} lines completed, {batch.failed} failed")
     return 0
+
+
+async def _run_file(
+    options: argparse.Namespace, settings: dict[str, Any], show: Callable[[BatchRecord], None]
+) -> BatchRecord:
+    """Lines are answered by the code of the server's endpoints, without HTTP."""
+    from omniserve.batch.offline import run_file
+    from omniserve.batch.runner import RunnerSettings
+    from omniserve.engine.async_llm import AsyncLLM, make_config
+    from omniserve.server.batch_lines import EndpointLines
+    from omniserve.server.endpoints import make_endpoints
+    from omniserve.server.engine_keeper import EngineKeeper
+    from omniserve.server.model_names import own_name
+    from omniserve.server.settings import ServerConfig
+
+    config, engine_config = ServerConfig(), make_config(settings)
+    hang_timeout_s = config.engine_hang_timeout_s
+    keeper = EngineKeeper(lambda: AsyncLLM(hang_timeout_s=hang_timeout_s, **settings), MAX_FAILED_STARTS)
+    names = (own_name(engine_config), engine_config.model)
+    endpoints = make_endpoints(config, engine_config, keeper, names)
+
+    async def run() -> BatchRecord:
+        await keeper.wait_up()
+        return await run_file(
+            options.input,
+            options.output,
+            EndpointLines(endpoints),
+            RunnerSettings(concurrency=options.concurrency),
+            options.overwrite,
+            show,
+            is_known_model=lambda name: name in names,
+        )
+
+    engine, running = asyncio.create_task(keeper.run()), asyncio.create_task(run())
+    try:
+        await asyncio.wait((engine, running), return_when=asyncio.FIRST_COMPLETED)
+        if engine.done():
+            await engine  # which raises what keeps it from running
+        return await running
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await keeper.stop()
+        endpoints.generation.close()
+        engine.cancel()
+        await asyncio.gather(engine, return_exceptions=True)

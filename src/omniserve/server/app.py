@@ -14,19 +14,13 @@ from starlette.responses import Response
 
 from omniserve import __version__
 from omniserve.batch.service import BatchService
-from omniserve.config import EngineConfig
 from omniserve.errors import RequestError
 from omniserve.server.answers import error_answer
 from omniserve.server.auth import Caller, Keyring
 from omniserve.server.batch_errors import add_batch_error_handlers
-from omniserve.server.doors import Doors
 from omniserve.server.endpoints import Endpoints
-from omniserve.server.engine_keeper import EngineKeeper
 from omniserve.server.errors import as_api_error
-from omniserve.server.fields import FieldLog
 from omniserve.server.gate import Gate
-from omniserve.server.generation import Generation
-from omniserve.server.metrics import ServerMetrics
 from omniserve.server.request_models import ChatRequest, CompletionRequest, ErrorBody, as_invalid
 from omniserve.server.routes_admin import admin_router
 from omniserve.server.routes_batches import batches_router
@@ -34,28 +28,12 @@ from omniserve.server.routes_files import files_router
 from omniserve.server.routes_status import status_router
 from omniserve.server.routes_text import text_router
 from omniserve.server.settings import ServerConfig
-from omniserve.server.work import Reader
 
 SCHEMA_REF = "#/components/schemas/{model}"
 _ERROR = {
     "description": "What went wrong",
     "content": {"application/json": {"schema": {"$ref": SCHEMA_REF.format(model="ErrorBody")}}},
 }
-
-
-def make_endpoints(
-    config: ServerConfig, engine_config: EngineConfig, keeper: EngineKeeper, names: Sequence[str]
-) -> Endpoints:
-    """The parts that a request passes. names: those of the model."""
-    metrics = ServerMetrics(names[0])
-    return Endpoints(
-        keeper=keeper,
-        doors=Doors(config),
-        reader=Reader(names, engine_config, is_shared=bool(config.api_keys)),
-        generation=Generation(config, metrics),
-        metrics=metrics,
-        field_log=FieldLog(),
-    )
 
 
 def make_app(

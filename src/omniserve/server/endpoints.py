@@ -9,11 +9,12 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from omniserve.config import EngineConfig
 from omniserve.server.doors import Doors
 from omniserve.server.engine_keeper import EngineKeeper
 from omniserve.server.errors import as_api_error
@@ -21,6 +22,7 @@ from omniserve.server.fields import FieldLog
 from omniserve.server.generation import Generation, Run
 from omniserve.server.metrics import ServerMetrics
 from omniserve.server.prompts import check_counts
+from omniserve.server.settings import ServerConfig
 from omniserve.server.tiers import BATCH_TIER, Tier, tier_of
 from omniserve.server.work import CHAT, Origin, Reader, Work
 
@@ -91,3 +93,18 @@ class Endpoints:
         num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
         duration_s = time.monotonic() - origin.arrived_s
         self.metrics.finished(tier.service_class, reason, num_prompt, num_out, duration_s)
+
+
+def make_endpoints(
+    config: ServerConfig, engine_config: EngineConfig, keeper: EngineKeeper, names: Sequence[str]
+) -> Endpoints:
+    """The parts that a request passes. names: those of the model."""
+    metrics = ServerMetrics(names[0])
+    return Endpoints(
+        keeper=keeper,
+        doors=Doors(config),
+        reader=Reader(names, engine_config, is_shared=bool(config.api_keys)),
+        generation=Generation(config, metrics),
+        metrics=metrics,
+        field_log=FieldLog(),
+    )

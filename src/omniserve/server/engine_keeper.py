@@ -24,10 +24,14 @@ SILENT_S = 5.0
 
 
 class EngineKeeper:
-    """`run` it as a task. make: starts an engine, blocking; called on a thread of its own each time."""
+    """`run` it as a task. make: starts an engine, blocking; called on a thread of its own each time.
 
-    def __init__(self, make: Callable[[], AsyncLLM]) -> None:
-        self._make = make
+    max_failed_starts: so many in a row, after the first engine, end `run`; None: it tries for ever.
+    """
+
+    def __init__(self, make: Callable[[], AsyncLLM], max_failed_starts: int | None = None) -> None:
+        self._make, self._max_failed_starts = make, max_failed_starts
+        self._is_up = asyncio.Event()
         self._llm: AsyncLLM | None = None
         self.state: State = "loading"
         self._is_stopping = False
@@ -47,17 +51,19 @@ class EngineKeeper:
         return self._llm
 
     async def run(self) -> None:
-        """Until it is cancelled. Raises what the very first start failed with."""
-        pause_s = 0.0
+        """Until it is cancelled. Raises what the very first start failed with, and the last of too many."""
+        pause_s, num_failed = 0.0, 0
         while True:
             began_s = time.monotonic()
             try:
                 llm = await self._start()
             except Exception as error:
-                if self.state == "loading":
+                num_failed += 1
+                if self.state == "loading" or num_failed == self._max_failed_starts:
                     raise
                 logger.error("the engine did not start: %s", error)
             else:
+                num_failed = 0
                 await self._serve(llm)
             if self._is_stopping:
                 return
@@ -68,8 +74,13 @@ class EngineKeeper:
             pause_s = min(LONGEST_PAUSE_S, 2 * pause_s or FIRST_PAUSE_S)
             self.num_restarts += 1
 
+    async def wait_up(self) -> None:
+        """Until the first engine is up."""
+        await self._is_up.wait()
+
     async def _serve(self, llm: AsyncLLM) -> None:
         self._llm, self.state = llm, "ready"
+        self._is_up.set()
         logger.info("the engine is up after %.1f s (pid %d)", llm.startup_s, llm.engine_pid)
         try:
             why = await llm.wait_ended()

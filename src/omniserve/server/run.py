@@ -18,11 +18,13 @@ from omniserve.batch.service import BatchService
 from omniserve.config import EngineConfig
 from omniserve.engine.async_llm import AsyncLLM
 from omniserve.errors import ConfigError
-from omniserve.server.app import make_app, make_endpoints
+from omniserve.server.app import make_app
 from omniserve.server.auth import Keyring
 from omniserve.server.batch_lines import EndpointLines
+from omniserve.server.endpoints import make_endpoints
 from omniserve.server.engine_keeper import EngineKeeper
 from omniserve.server.errors import unavailable
+from omniserve.server.model_names import model_names
 from omniserve.server.settings import ServerConfig
 
 logger = logging.getLogger("omniserve.server")
@@ -33,14 +35,6 @@ CLOSE_S = 3
 # request that is just being sent on it is lost.
 KEEP_ALIVE_S = 75
 BACKLOG = 4096
-
-
-def model_names(config: ServerConfig, engine_config: EngineConfig) -> tuple[str, ...]:
-    """Names that clients may use. Of a model in a local folder: the folder's, not its place."""
-    if config.served_model_name:
-        return config.served_model_name
-    model = engine_config.model
-    return (Path(model).resolve().name if Path(model).exists() else model,)
 
 
 class _Http(uvicorn.Server):
