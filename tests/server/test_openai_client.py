@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+from pathlib import Path
+
 import openai
 import pytest
 
@@ -57,9 +59,11 @@ def test_streams_run_beside_each_other(server: Served) -> None:
     assert len(set(asyncio.run(all_of_them()))) == 1
 
 
-def test_models_are_the_served_names(client: openai.OpenAI) -> None:
+def test_models_are_the_served_names(client: openai.OpenAI, tiny_model: Path) -> None:
     assert [m.id for m in client.models.list()] == ["tiny", "alias"]
     assert client.models.retrieve("alias").owned_by == "omniserve"
+    card = client.models.retrieve("alias").model_dump()
+    assert (card["root"], card["parent"], card["max_model_len"]) == (tiny_model.name, None, 512)
     with pytest.raises(openai.NotFoundError, match="does not exist") as caught:
         client.models.retrieve("gpt-9")
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")

@@ -37,12 +37,19 @@ _ERROR = {
 
 
 def make_app(
-    config: ServerConfig, endpoints: Endpoints, names: Sequence[str], batches: BatchService | None
+    config: ServerConfig,
+    endpoints: Endpoints,
+    names: Sequence[str],
+    batches: BatchService | None,
+    root: str | None = None,
 ) -> FastAPI:
-    """batches: None on a server without a state directory, which has no files and batches."""
+    """batches: None on a server without a state directory, which has no files and batches.
+
+    names: of the model; root: its own name, where it is served under others.
+    """
     app = FastAPI(title="OmniServe", version=__version__, docs_url=None, redoc_url=None)
     app.include_router(text_router(endpoints))
-    app.include_router(status_router(endpoints, names))
+    app.include_router(status_router(endpoints, names, root or names[0]))
     app.include_router(admin_router(endpoints, batches))
     if batches is not None:
         for router in (files_router, batches_router):

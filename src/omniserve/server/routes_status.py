@@ -21,12 +21,14 @@ from omniserve.server.errors import ApiError
 STATS_S = 5.0
 
 
-def status_router(endpoints: Endpoints, names: Sequence[str]) -> APIRouter:
+def status_router(endpoints: Endpoints, names: Sequence[str], root: str) -> APIRouter:
+    """names: those that the model is served under; root: its own."""
     router = APIRouter(tags=["status"])
     created = int(time.time())
 
     def card(name: str) -> dict[str, Any]:
         shown: dict[str, Any] = {"id": name, "object": "model", "created": created, "owned_by": "omniserve"}
+        shown |= {"root": root, "parent": None}
         if endpoints.keeper.state == "ready":
             shown["max_model_len"] = endpoints.keeper.llm.acceptance.max_model_len
         return shown

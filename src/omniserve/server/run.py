@@ -24,7 +24,7 @@ from omniserve.server.batch_lines import EndpointLines
 from omniserve.server.endpoints import make_endpoints
 from omniserve.server.engine_keeper import EngineKeeper
 from omniserve.server.errors import unavailable
-from omniserve.server.model_names import model_names
+from omniserve.server.model_names import model_names, own_name
 from omniserve.server.settings import ServerConfig
 
 logger = logging.getLogger("omniserve.server")
@@ -57,7 +57,7 @@ class Server:
         names = model_names(config, engine_config)
         self.endpoints = make_endpoints(config, engine_config, self.keeper, names)
         self.batches = None if config.state_dir is None else self._batch_service(config.state_dir, names)
-        self._app = make_app(config, self.endpoints, names, self.batches)
+        self._app = make_app(config, self.endpoints, names, self.batches, own_name(engine_config))
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
 
