@@ -77,6 +77,19 @@ def test_a_key_may_be_kept_to_tiers() -> None:
     asyncio.run(story())
 
 
+@pytest.mark.parametrize("own", ["default", "auto"])
+def test_a_key_that_may_have_the_default_tier_may_leave_the_choice_and_ask_for_no_other(own: str) -> None:
+    async def story() -> None:
+        async with standing(before=9, api_keys=(ApiKey("sk-a", tiers=(own,)),)) as stand:
+            for asked in (None, "auto", "default"):
+                assert (await stand.chat(headers=bearer("sk-a"), service_tier=asked)).status_code == 200
+            for asked in ("priority", "fast", "scale", "flex"):
+                refused = await stand.chat(headers=bearer("sk-a"), service_tier=asked)
+                assert refused.json()["error"]["code"] == "tier_not_allowed"
+
+    asyncio.run(story())
+
+
 def test_cached_prefixes_are_not_shared_between_owners() -> None:
     async def story() -> None:
         async with standing(before=9, api_keys=(ApiKey("sk-a"), ApiKey("sk-b"))) as stand:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from omniserve.server.errors import ApiError
 from omniserve.server.settings import ApiKey, ServerConfig
-from omniserve.server.tiers import Clamp
+from omniserve.server.tiers import AUTO, DEFAULT, Clamp
 
 # Of files and batches on a server without keys.
 NOBODY = "anonymous"
@@ -25,12 +25,14 @@ class Caller:
     clamps: tuple[Clamp, ...] = ()
     is_admin: bool = False
 
-    def check_tier(self, stated: str) -> None:
-        """ApiError 403 when this caller's key may not use that tier."""
-        if self.tiers is not None and stated not in self.tiers:
+    def check_tier(self, asked: str) -> None:
+        """ApiError 403 when this caller's key may not ask for that tier. To leave the choice is to ask for the
+        default one."""
+        same = {DEFAULT, AUTO} if asked in (DEFAULT, AUTO) else {asked}
+        if self.tiers is not None and same.isdisjoint(self.tiers):
             raise ApiError(
                 403,
-                f"service_tier: this API key may use {', '.join(self.tiers)}, not {stated}",
+                f"service_tier: this API key may use {', '.join(self.tiers)}, not {asked}",
                 kind="permission_error",
                 param="service_tier",
                 code="tier_not_allowed",

@@ -61,7 +61,7 @@ class Endpoints:
         """
         is_line = origin.window_s is not None
         tier = BATCH_TIER if is_line else tier_of(body.get("service_tier"))
-        origin.caller.check_tier(tier.stated)
+        origin.caller.check_tier(tier.asked)
         self.metrics.arrived(tier.service_class)
         started: Run | None = None
         try:

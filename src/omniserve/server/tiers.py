@@ -7,23 +7,18 @@ from dataclasses import dataclass
 from omniserve.server.errors import invalid
 from omniserve.types import BEST_EFFORT, LATENCY_SENSITIVE, SLO, ServiceClass
 
-FLEX = "flex"
-# What the answer says for each tier of latency-sensitive requests.
-LATENCY_SENSITIVE_TIERS = {
-    "default": "default",
-    "auto": "default",
-    "priority": "priority",
-    "fast": "fast",
-    "scale": "scale",
-}
+FLEX, DEFAULT, AUTO = "flex", "default", "auto"
+# All of them are served alike, as the one that the answer then states.
+LATENCY_SENSITIVE_TIERS = (DEFAULT, AUTO, "priority", "fast", "scale")
 TIERS = (*LATENCY_SENSITIVE_TIERS, FLEX)
 
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """The service class of a request, and the tier that its answer states."""
+    """The service class of a request, the tier it asked for, and the one that it got, which its answer states."""
 
     service_class: str
+    asked: str
     stated: str
 
     @property
@@ -31,17 +26,17 @@ class Tier:
         return self.service_class == BEST_EFFORT.name
 
 
-BATCH_TIER = Tier(BEST_EFFORT.name, FLEX)
+BATCH_TIER = Tier(BEST_EFFORT.name, FLEX, FLEX)
 
 
 def tier_of(asked: object) -> Tier:
     """ApiError 400 naming the tiers when it is none of them."""
     if asked == FLEX:
         return BATCH_TIER
-    name = "default" if asked is None else asked
+    name = DEFAULT if asked is None else asked
     if not isinstance(name, str) or name not in LATENCY_SENSITIVE_TIERS:
         raise invalid("service_tier", f"service_tier: {asked!r:.80} is none of {', '.join(TIERS)}")
-    return Tier(LATENCY_SENSITIVE.name, LATENCY_SENSITIVE_TIERS[name])
+    return Tier(LATENCY_SENSITIVE.name, name, DEFAULT)
 
 
 @dataclass(frozen=True, slots=True)
