@@ -27,6 +27,7 @@ from batch.stand import (
     upload,
     validate,
 )
+from omniserve.batch.records import BatchRecord
 from omniserve.batch.errors import ConflictError, NotFoundError, QuotaError, StateError, TooLargeError
 from omniserve.batch.limits import Quota
 from omniserve.batch.results import never_run
@@ -225,6 +226,40 @@ def test_an_owner_may_keep_so_much(store: Store) -> None:
     store.batches.create(OWNER, new_batch(file), quota)
     with pytest.raises(QuotaError, match="wait for one or cancel one"):
         store.batches.create(OWNER, new_batch(file), quota)
+
+
+def test_an_owner_may_keep_so_many_files(store: Store) -> None:
+    quota = Quota(max_files=1)
+    file = upload(store, lines(1), quota=quota)
+    with pytest.raises(QuotaError, match="keeps 1 files of at most 1; delete some first"):
+        upload(store, lines(1), quota=quota)
+    upload(store, lines(1), owner="bert", quota=quota)
+    store.files.delete(OWNER, file.id)
+    upload(store, lines(1), quota=quota)
+
+
+def test_an_owner_may_have_so_many_lines_under_way(store: Store) -> None:
+    quota = Quota(max_open_lines=5)
+
+    def validated(count: int) -> BatchRecord:
+        batch = store.batches.create(OWNER, new_batch(upload(store, lines(count))), quota)
+        found = store.batches.validation(batch)
+        while not found.advance():
+            pass
+        found.close()
+        return store.batches.validated(batch.seq, found, quota)
+
+    first = validated(4)
+    over = validated(2)
+    assert (first.status, over.status) == ("in_progress", "failed")
+    (error,) = over.errors
+    assert error.code == "line_quota_exceeded"
+    assert "2 lines, and 4 of this key's other batches" in error.message
+    assert validated(1).status == "in_progress"
+    with pytest.raises(QuotaError, match="as many as there may be, 5; wait"):
+        validated(1)
+    store.batches.record(first.seq, [result(first, 1), result(first, 2)])
+    assert validated(2).status == "in_progress", "what is done does not count"
 
 
 def test_a_state_directory_has_one_writer(store: Store, root: Path) -> None:

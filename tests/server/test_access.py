@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+from omniserve.batch.limits import Quota
 from omniserve.errors import ConfigError
 from omniserve.server import auth
 from omniserve.server.auth import Keyring
 from omniserve.server.errors import ApiError
 from omniserve.server.run import warn_of_openness
 from omniserve.server.settings import ApiKey, ServerConfig
-from server.scripted import STATS, standing
+from server.scripted import CHAT, STATS, standing
 
 KEYS = (ApiKey("sk-a"), ApiKey("sk-b", owner="b", tiers=("flex",)))
 
@@ -86,6 +89,31 @@ def test_a_key_that_may_have_the_default_tier_may_leave_the_choice_and_ask_for_n
             for asked in ("priority", "fast", "scale", "flex"):
                 refused = await stand.chat(headers=bearer("sk-a"), service_tier=asked)
                 assert refused.json()["error"]["code"] == "tier_not_allowed"
+
+    asyncio.run(story())
+
+
+def test_a_key_keeps_to_its_quota_and_others_to_theirs(tmp_path: Path) -> None:
+    keys = (ApiKey("sk-a", quota=Quota(max_files=1, max_open_lines=0)), ApiKey("sk-b"))
+
+    async def story() -> None:
+        async with standing(api_keys=keys, state_dir=tmp_path / "state") as stand:
+
+            async def upload(key: str) -> httpx.Response:
+                form = {"file": ("in.jsonl", b"{}")}
+                return await stand.http.post(
+                    "/v1/files", files=form, data={"purpose": "batch"}, headers=bearer(key)
+                )
+
+            file_id = (await upload("sk-a")).json()["id"]
+            new = {"input_file_id": file_id, "endpoint": CHAT, "completion_window": "24h"}
+            batch = await stand.http.post("/v1/batches", json=new, headers=bearer("sk-a"))
+            for refused, param in ((await upload("sk-a"), "file"), (batch, "input_file_id")):
+                error = refused.json()["error"]
+                assert (refused.status_code, error["code"]) == (429, "insufficient_quota")
+                assert error["param"] == param
+                assert refused.headers["x-should-retry"] == "false"
+            assert [(await upload("sk-b")).status_code for _ in range(2)] == [200, 200]
 
     asyncio.run(story())
 

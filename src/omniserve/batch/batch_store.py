@@ -71,6 +71,12 @@ class BatchStore:
                     f"{quota.max_open_batches} batches of this key have not ended, no more may be open; "
                     "wait for one or cancel one",
                 )
+            if _num_open_lines(db, owner) >= quota.max_open_lines:
+                raise QuotaError(
+                    "input_file_id",
+                    f"lines of this key's batches without a result are as many as there may be, "
+                    f"{quota.max_open_lines}; wait until some are done or cancel a batch",
+                )
             db.execute(f"INSERT INTO batches ({', '.join(values)}) VALUES ({marks})", tuple(values.values()))
         self._database.at("create.committed")
         return self.get(owner, batch_id)
@@ -118,14 +124,14 @@ class BatchStore:
             source = self._blobs.open(batch.input_file_id)
         return Validation(source, batch.endpoint, self._limits, is_known_model)
 
-    def validated(self, seq: int, found: Validation) -> BatchRecord:
+    def validated(self, seq: int, found: Validation, quota: Quota | None = None) -> BatchRecord:
         """Take in every line of a good input at once, or say why it is bad. Not of a cancelled batch."""
         self._database.at("validate.read")
         with self._database.writing() as db:
             batch = _by_seq(db, seq)
             if batch.status is Status.VALIDATING:
-                if found.errors:
-                    errors = json.dumps([asdict(error) for error in found.errors])
+                if problems := found.errors or _too_many(db, batch.owner, found, quota or Quota()):
+                    errors = json.dumps([asdict(error) for error in problems])
                     db.execute(
                         "UPDATE batches SET errors = ?, model = ? WHERE seq = ?", (errors, found.model, seq)
                     )
@@ -325,6 +331,23 @@ def _only_unfinished(db: sqlite3.Connection, seq: int, results: Sequence[LineRes
     wanted = {row[0] for row in rows}
     first = {result.number: result for result in reversed(results) if result.number in wanted}
     return list(first.values())
+
+
+def _num_open_lines(db: sqlite3.Connection, owner: str) -> int:
+    query = f"SELECT coalesce(sum(total - completed - failed), 0) FROM batches WHERE owner = ? AND {OPEN}"
+    return int(db.execute(query, (owner,)).fetchone()[0])
+
+
+def _too_many(db: sqlite3.Connection, owner: str, found: Validation, quota: Quota) -> list[LineError]:
+    """What is wrong with a good input whose owner has too many lines under way."""
+    count, others = len(found.numbers), _num_open_lines(db, owner)
+    if count + others <= quota.max_open_lines:
+        return []
+    message = (
+        f"{count} lines, and {others} of this key's other batches without a result, exceed the "
+        f"{quota.max_open_lines} that a key may have; wait until some are done, or split the file"
+    )
+    return [LineError("line_quota_exceeded", message)]
 
 
 def _by_seq(db: sqlite3.Connection, seq: int) -> BatchRecord:

@@ -72,7 +72,12 @@ class FileStore:
 
     def _check_quota(self, owner: str, quota: Quota, num_bytes: int) -> None:
         db = self._database.db
-        used = db.execute("SELECT coalesce(sum(bytes), 0) FROM files WHERE owner = ?", (owner,)).fetchone()[0]
+        query = "SELECT coalesce(sum(bytes), 0), count(*) FROM files WHERE owner = ?"
+        used, count = db.execute(query, (owner,)).fetchone()
+        if count >= quota.max_files:
+            raise QuotaError(
+                "file", f"this key keeps {count} files of at most {quota.max_files}; delete some first"
+            )
         used += db.execute(
             f"SELECT coalesce(sum(output_bytes + error_bytes), 0) FROM batches WHERE owner = ? AND {OPEN}",
             (owner,),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from omniserve.errors import RequestError
+from omniserve.errors import ConfigError, RequestError
 
 HOUR_S = 3600
 DAY_S = 24 * HOUR_S
@@ -36,10 +36,19 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """Of one owner: bytes of all its files, results included, and batches that have not ended."""
+    """Of one owner: bytes and number of all its files, results included; batches that have not ended, and lines
+    of them that have no result yet."""
 
     max_bytes: int = 20 * 1024**3
+    max_files: int = 10_000
     max_open_batches: int = 100
+    max_open_lines: int = 5_000_000
+
+    def __post_init__(self) -> None:
+        for name in (one.name for one in fields(self)):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise ConfigError(f"quota: {name} must be an integer of at least 0, got {value!r}")
 
 
 def window_seconds(text: object) -> int:

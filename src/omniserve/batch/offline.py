@@ -26,7 +26,7 @@ OWNER = "offline"
 WINDOW_S = 100 * 365 * 86400
 # The limits of a service do not concern one's own files; what a line takes in memory does (about 200 bytes).
 LIMITS = Limits(max_lines=10**7, max_file_bytes=1 << 40, reserve_bytes=0, retention_s=WINDOW_S)
-QUOTA = Quota(max_bytes=1 << 50)
+QUOTA = Quota(max_bytes=1 << 50, max_open_lines=10**7)
 LOOK_S = 0.1
 COPY_BYTES = 1024**2
 

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from omniserve.batch.errors import StorageError
 from omniserve.batch.jobs import Job, RunnerSettings, RunnerStatus, urgency
+from omniserve.batch.limits import Quota
 from omniserve.batch.line_runner import (
     EngineGone,
     LineResponse,
@@ -56,10 +57,11 @@ class BatchRunner:
         settings: RunnerSettings | None = None,
         now: Callable[[], float] = time.time,
         is_known_model: Callable[[str], bool] = lambda name: True,
+        quota_of: Callable[[str], Quota] = lambda owner: Quota(),
     ) -> None:
         self._store, self._writer, self._line_runner = store, writer, line_runner
         self._settings, self._now = settings or RunnerSettings(), now
-        self._is_known_model = is_known_model
+        self._is_known_model, self._quota_of = is_known_model, quota_of
         self._jobs: dict[int, Job] = {}
         self._pace = Pace()
         self._is_paused, self._is_stale = False, True
@@ -213,7 +215,8 @@ class BatchRunner:
         try:
             while not await self._do(found.advance):
                 pass
-            job.batch = await self._do(batches.validated, job.batch.seq, found)
+            quota = self._quota_of(job.batch.owner)
+            job.batch = await self._do(batches.validated, job.batch.seq, found, quota)
         finally:
             found.close()
         if job.batch.has_ended:

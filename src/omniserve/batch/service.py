@@ -72,7 +72,9 @@ class BatchService:
     ) -> None:
         self._store = Store(root, limits=limits, now=now, disk=disk, at=at)
         self._writer, self._quota_of = Writer(), quota_of
-        self.runner = BatchRunner(self._store, self._writer, line_runner, settings, now, is_known_model)
+        self.runner = BatchRunner(
+            self._store, self._writer, line_runner, settings, now, is_known_model, quota_of
+        )
 
     @property
     def limits(self) -> Limits:

@@ -7,6 +7,7 @@ import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from omniserve.batch.limits import Quota
 from omniserve.server.errors import ApiError
 from omniserve.server.settings import ApiKey, ServerConfig
 from omniserve.server.tiers import AUTO, DEFAULT, Clamp
@@ -44,6 +45,8 @@ class Keyring:
 
     def __init__(self, config: ServerConfig) -> None:
         self._clients = [(_digest(key.key), _caller(key)) for key in config.api_keys]
+        quotas = ((owner_of(key), key.quota) for key in config.api_keys)
+        self._quotas = {owner: quota for owner, quota in quotas if quota is not None}
         self._admin = None if config.admin_key is None else _digest(config.admin_key)
         self._is_admin_open = config.admin_key is None and config.is_loopback and not config.api_keys
 
@@ -60,6 +63,9 @@ class Keyring:
         """Of lines of batches: which of an owner's keys made them is not kept, so all their bounds hold."""
         clamps = (clamp for _, key in self._clients if key.owner == name for clamp in key.clamps)
         return Caller(name, clamps=tuple(clamps))
+
+    def quota(self, owner: str) -> Quota:
+        return self._quotas.get(owner, Quota())
 
     def admin(self, authorization: str | None) -> Caller:
         """The operator; ApiError 401, or 404 where there is nothing to administrate from outside."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from omniserve.batch.limits import Quota
 from omniserve.config import EngineConfig
 from omniserve.errors import ConfigError
 from omniserve.server.settings import ApiKey, ServerConfig
@@ -185,8 +186,8 @@ def _from_variables(known: Mapping[str, Setting], variables: Mapping[str, str]) 
 
 
 def _api_key(entry: object) -> ApiKey:
-    """An entry of `api-keys`: key, and owner, tiers, bounds of targets and priority if wanted."""
-    names = {"key", "owner", "tiers", "tightest-slo", "loosest-slo", "lowest-priority"}
+    """An entry of `api-keys`: key, and owner, tiers, bounds of targets and priority, and a quota if wanted."""
+    names = {"key", "owner", "tiers", "tightest-slo", "loosest-slo", "lowest-priority", "quota"}
     if not isinstance(entry, dict) or "key" not in entry or set(entry) - names:
         raise ConfigError(
             f"{API_KEYS}: each entry has a key, and of {', '.join(sorted(names))} what it needs"
@@ -201,7 +202,15 @@ def _api_key(entry: object) -> ApiKey:
         entry.get("owner"),
         None if tiers is None else tuple(tiers),
         Clamp(*tightest, *loosest, priority),
+        None if entry.get("quota") is None else _quota(entry["quota"]),
     )
+
+
+def _quota(entry: object) -> Quota:
+    names = {f.name.replace("_", "-"): f.name for f in fields(Quota)}
+    if not isinstance(entry, dict) or set(entry) - set(names):
+        raise ConfigError(f"{API_KEYS}: quota maps some of {', '.join(names)} to integers")
+    return Quota(**{names[name]: value for name, value in entry.items()})
 
 
 def _bounds(name: str, entry: object) -> tuple[float | None, float | None]:

@@ -62,9 +62,11 @@ class Server:
         self._hurry = asyncio.Event()
 
     def _batch_service(self, state_dir: Path, names: Sequence[str]) -> BatchService:
+        keyring = Keyring(self._config)
         return BatchService(
             state_dir,
-            EndpointLines(self.endpoints, Keyring(self._config).owner),
+            EndpointLines(self.endpoints, keyring.owner),
+            quota_of=keyring.quota,
             settings=RunnerSettings(concurrency=self._config.batch_concurrency),
             is_known_model=lambda name: name in names,
         )

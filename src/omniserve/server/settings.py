@@ -6,6 +6,7 @@ import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from omniserve.batch.limits import Quota
 from omniserve.config import is_number
 from omniserve.errors import ConfigError
 from omniserve.server.tiers import TIERS, Clamp
@@ -18,13 +19,14 @@ class ApiKey:
     """One key: whose files and batches it sees, which tiers it may use, and bounds of its own targets.
 
     owner: keys of one owner see the same files and batches; None: the key is an owner of its own.
-    tiers: None: all of them.
+    tiers: None: all of them. quota: of its owner; None: that of everybody.
     """
 
     key: str = field(repr=False)
     owner: str | None = None
     tiers: tuple[str, ...] | None = None
     clamp: Clamp = field(default_factory=Clamp)
+    quota: Quota | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.key, str) or not self.key or not self.key.isascii():
@@ -96,6 +98,13 @@ class ServerConfig:
         keys = [key.key for key in self.api_keys]
         if len(set(keys)) < len(keys) or self.admin_key in keys:
             raise ConfigError("api_keys, admin_key: each key may be given once")
+        quotas: dict[str, Quota] = {}
+        for one in self.api_keys:
+            if one.owner is not None and one.quota is not None:
+                if quotas.setdefault(one.owner, one.quota) != one.quota:
+                    raise ConfigError(
+                        f"api_keys: keys of owner {one.owner!r} have different quotas; give the quota with one"
+                    )
         for name in self.served_model_name:
             if not isinstance(name, str) or not name:
                 raise ConfigError("served_model_name: each must be text that is not empty")
