@@ -16,7 +16,14 @@ from engine.driver import BE, LS, Arrival, assert_exact, build_engine, run
 from omniserve.config import EngineConfig
 from omniserve.engine.client import _refusal
 from omniserve.engine.loop import Engine
-from omniserve.engine.messages import Add, AskExplanations, MessageBuffer, from_engine_decoder, pack
+from omniserve.engine.messages import (
+    Add,
+    AskAdmission,
+    AskExplanations,
+    MessageBuffer,
+    from_engine_decoder,
+    pack,
+)
 from omniserve.engine.process import Channel, EngineLoop
 from omniserve.engine.refusal import refusal_text
 from omniserve.errors import RequestError, SloUnattainableError
@@ -204,6 +211,32 @@ def test_a_refusal_reaches_the_caller_as_the_same_error(engine: Engine) -> None:
     assert answer.answer["refusals"][0]["service_class"] == LS  # type: ignore[union-attr]
     ours.close()
     theirs.close()
+
+
+def test_what_cannot_have_its_targets_whatever_its_prompt_is_is_refused_before_that_is_known(
+    engine: Engine,
+) -> None:
+    engine.check_arrival(400, 4, LS)
+    engine.check_arrival(1, None, LS, slo=SLO(0.02, 1.0))
+    assert engine.history.num_refused == 0, "most of the prompt may be cached"
+    with pytest.raises(SloUnattainableError, match="first token would be late") as caught:
+        engine.check_arrival(1, 4, LS, slo=SLO(0.5, 1.0), arrived_s=99.0)
+    assert (caught.value.target_ttft_s, engine.history.num_refused) == (0.5, 1)
+    assert engine.is_idle, "nothing of it is left"
+    ours, theirs = socket.socketpair()
+    EngineLoop(engine, Channel(theirs))._heed(AskAdmission(8, 1, 4, LS, SLO(0.5, 1.0), 99.0))
+    (body,) = MessageBuffer().feed(ours.recv(1 << 16))
+    answer = from_engine_decoder.decode(body).answer  # type: ignore[union-attr]
+    assert SloUnattainableError(**answer).target_ttft_s == 0.5
+    ours.close()
+    theirs.close()
+
+
+def test_without_a_prefix_cache_the_least_length_of_a_prompt_counts(tiny_subject: TinySubject) -> None:
+    for engine in engines(tiny_subject, enable_prefix_caching=False):
+        engine.check_arrival(100, 4, LS, slo=SLO(0.2, 1.0))
+        with pytest.raises(SloUnattainableError):
+            engine.check_arrival(400, 4, LS, slo=SLO(0.2, 1.0))
 
 
 def test_targets_and_classes_survive_the_way_to_the_engine() -> None:

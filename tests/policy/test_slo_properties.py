@@ -259,3 +259,25 @@ def test_nobody_goes_to_and_fro(data: st.DataObject, model: Prediction) -> None:
         for move in world.plans[-1].moves:
             if isinstance(move, SwapIn) and move.request_id not in coming:
                 assert stayed[move.request_id] >= 8, "it has just come"
+
+
+@given(scene=scenes(), model=models, slo=slos, data=st.data())
+def test_what_is_refused_of_the_least_prompt_is_refused_of_every_longer_one(
+    scene: Scene, model: Prediction, slo: SLO, data: st.DataObject
+) -> None:
+    policy, arrival_s = make_policy(model), data.draw(st.floats(-2.0, 0.0))
+    is_cached = data.draw(st.booleans(), label="some of it may be cached")
+    least = 1 if is_cached else data.draw(st.integers(1, 50), label="tokens at least")
+    early = policy.admit(scene.state, scene.newcomer(least, slo, arrival_s), 0.0)
+    longer = scene.newcomer(data.draw(st.integers(least, 400), label="tokens"), slo, arrival_s)
+    if is_cached:
+        device = scene.state.device
+        count = data.draw(st.integers(0, min(longer.num_prompt // device.page_size, device.num_free)))
+        longer.device_hashes = [b"%d" % number for number in range(count)]
+        pages = device.allocate(count)
+        for page, page_hash in zip(pages, longer.device_hashes, strict=True):
+            device.register(page, page_hash)
+        device.release(pages)
+    exact = policy.admit(scene.state, longer, 0.0)
+    if early.refuses_longer:
+        assert exact.obstacle is not None

@@ -12,7 +12,7 @@ import httpx
 
 from omniserve.config import EngineConfig
 from omniserve.engine.acceptance import Acceptance
-from omniserve.errors import EngineDeadError, OmniServeError
+from omniserve.errors import EngineDeadError, OmniServeError, SloUnattainableError
 from omniserve.server.metrics import ENGINE_NUMBERS
 from omniserve.server.run import Server, listen
 from omniserve.server.settings import ServerConfig
@@ -53,6 +53,15 @@ class ScriptedLLM:
         self.refuse_with: OmniServeError | None = None
         self.num_encoded = 0
         self.silent_s = 0.0
+        self.foreseen: list[int] = []
+
+    async def check_arrival(
+        self, num_prompt: int, max_tokens: int | None, service_class: str, arrived_s: float,
+        slo: Any = None, priority: int = 0,
+    ) -> None:  # fmt: skip
+        self.foreseen.append(num_prompt)
+        if isinstance(self.refuse_with, SloUnattainableError):
+            raise self.refuse_with
 
     def encode(self, text: str) -> list[int]:
         self.num_encoded += 1

@@ -14,7 +14,7 @@ from omniserve.server.engine_keeper import SILENT_S
 from omniserve.server.settings import ApiKey
 from omniserve.server.tiers import Clamp
 from omniserve.types import BEST_EFFORT, LATENCY_SENSITIVE, SLO, ServiceClass
-from server.scripted import CHAT, standing
+from server.scripted import CHAT, COMPLETIONS, standing
 
 CHAT_CLASS = ServiceClass("latency_sensitive", 0, False, SLO(1.0, 0.1), loosest=SLO(10.0, 1.0))
 WITH_TARGETS = EngineConfig(classes=(CHAT_CLASS, BEST_EFFORT))
@@ -77,6 +77,31 @@ def test_a_chat_that_would_miss_its_target_is_told_at_once_and_not_to_retry() ->
             metrics = (await stand.http.get("/metrics")).text
             labels = 'reason="slo_unattainable",service_class="latency_sensitive"'
             assert f"omniserve:refused_total{{{labels}}} 2.0" in metrics
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_long_chat_that_would_be_refused_whatever_its_tokens_are_is_never_tokenised(stream: bool) -> None:
+    long = {"messages": [{"role": "user", "content": "x" * 2050}] * 2, "max_tokens": 3, "stream": stream}
+
+    async def story() -> None:
+        async with standing(WITH_TARGETS, before=9) as stand:
+            stand.llm.refuse_with = SloUnattainableError("its first token would be late", 2.5, 1.0)
+            refused = await stand.chat(**long)
+            assert error_of(refused) == (429, "slo_unattainable")
+            assert refused.headers["x-should-retry"] == "false"
+            assert (stand.llm.num_encoded, stand.llm.asked) == (0, []), "neither tokenised nor sent"
+            assert stand.llm.foreseen == [1], "a template may leave out all the rest"
+            text = {"prompt": "x" * 4100, "stream": stream}
+            assert error_of(await stand.http.post(COMPLETIONS, json=text)) == (429, "slo_unattainable")
+            assert (stand.llm.num_encoded, stand.llm.foreseen.pop()) == (0, 4100)
+            stand.llm.refuse_with = None
+            fits = {"messages": [{"role": "user", "content": "x" * 4090}], "max_tokens": 3}
+            assert (await stand.chat(**fits)).status_code == 200
+            assert len(stand.llm.foreseen) == 1, "tokenising a short text costs less than asking"
+            await stand.chat(**long, service_tier="flex")
+            assert len(stand.llm.foreseen) == 1, "best-effort work has no targets"
 
     asyncio.run(story())
 

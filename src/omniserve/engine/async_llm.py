@@ -18,11 +18,11 @@ from omniserve.engine.client import EngineClient
 from omniserve.engine.mailbox import Mailbox
 from omniserve.engine.messages import Token
 from omniserve.engine.progress import Progress
-from omniserve.errors import ConfigError, RequestError
+from omniserve.errors import ConfigError, RequestError, SloUnattainableError
 from omniserve.model.sources import ensure_model
 from omniserve.model.tokenizer import load_tokenizer
 from omniserve.seeds import derive_seed
-from omniserve.types import SLO, Prompt, RequestOutput, SamplingParams
+from omniserve.types import SLO, Prompt, RequestOutput, SamplingParams, service_class_named
 
 Message = Mapping[str, Any]
 
@@ -135,6 +135,28 @@ class AsyncLLM:
         """Raise RequestError when the engine would refuse this request, whatever else it has to do."""
         check_service(self.config, service_class, slo, completion_window_s)
         self._checked_bad_words(prompt, params, cache_salt)
+
+    async def check_arrival(
+        self,
+        num_prompt: int,
+        max_tokens: int | None,
+        service_class: str,
+        arrived_s: float,
+        slo: SLO | None = None,
+        priority: int = 0,
+    ) -> None:
+        """Raise SloUnattainableError for a request that `stream` would refuse for its targets whatever its
+        prompt is, of `num_prompt` tokens at least: worth asking before a long prompt is tokenised.
+
+        The engine answers between two walks; where nothing is promised, nobody is asked.
+        """
+        kind = service_class_named(service_class, self.config.classes)
+        if self.config.admission == "off" or kind.slo_of(slo) is None:
+            return
+        asked = num_prompt, max_tokens, service_class, slo, arrived_s, priority
+        found = await asyncio.wrap_future(self._client.foresee(*asked))
+        if found:
+            raise SloUnattainableError(**found)
 
     def _checked_bad_words(
         self, prompt: Sequence[int], params: SamplingParams, cache_salt: str | None

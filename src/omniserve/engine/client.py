@@ -25,6 +25,7 @@ from omniserve.engine.messages import (
     Add,
     Alive,
     Answer,
+    AskAdmission,
     AskExplanations,
     AskStats,
     Failed,
@@ -170,13 +171,29 @@ class EngineClient:
 
     def stats(self) -> Future[dict[str, Any]]:
         """The engine's statistics, as soon as it answers."""
-        return self._ask(AskStats)
+        return self._ask(lambda question_id: AskStats(question_id))
 
     def explain(self) -> Future[dict[str, Any]]:
         """Why the engine's last plans are as they are, and its last refusals, as soon as it answers."""
-        return self._ask(AskExplanations)
+        return self._ask(lambda question_id: AskExplanations(question_id))
 
-    def _ask(self, question: type[AskStats | AskExplanations]) -> Future[dict[str, Any]]:
+    def foresee(
+        self,
+        num_prompt: int,
+        max_tokens: int | None,
+        service_class: str,
+        slo: SLO | None,
+        arrived_s: float | None,
+        priority: int,
+    ) -> Future[dict[str, Any]]:
+        """Why a request of at least `num_prompt` tokens would be refused: fields of SloUnattainableError, or
+        nothing."""
+        asked = num_prompt, max_tokens, service_class, slo, arrived_s, priority
+        return self._ask(lambda question_id: AskAdmission(question_id, *asked))
+
+    def _ask(
+        self, question: Callable[[int], AskStats | AskExplanations | AskAdmission]
+    ) -> Future[dict[str, Any]]:
         answer: Future[dict[str, Any]] = Future()
         question_id = next(self._ids)
         with self._lock:

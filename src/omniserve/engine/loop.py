@@ -10,17 +10,15 @@ from typing import Any
 
 from omniserve.config import EngineConfig, Quantization
 from omniserve.engine.acceptance import Acceptance, check_cache_salt, check_service
+from omniserve.engine.choosing import make_chooser
 from omniserve.engine.executor import Executor
 from omniserve.engine.history import History
 from omniserve.engine.page_hashes import PageHashes
 from omniserve.engine.records import Record
-from omniserve.engine.refusal import refusal_text
+from omniserve.engine.refusal import refusal_of, refusal_text
 from omniserve.errors import SloUnattainableError
 from omniserve.host.supervisor import Host
-from omniserve.model.sampling import Chooser
-from omniserve.model.token_rules import TokenRules
 from omniserve.policy.budget import Policy
-from omniserve.policy.explanation import Refusal
 from omniserve.policy.latency import LearningPrediction
 from omniserve.policy.latency_model import load_of
 from omniserve.policy.plan import NewToken, Plan, Step, StepResult
@@ -28,7 +26,7 @@ from omniserve.policy.request import Limits, Phase, Request
 from omniserve.policy.scheduler import schedule
 from omniserve.policy.state import State
 from omniserve.seeds import derive_seed
-from omniserve.types import SLO, SamplingParams
+from omniserve.types import SLO, SamplingParams, ServiceClass
 
 # Longest sleep without any event: a net under lost wake-ups, not a polling interval.
 MAX_SLEEP_S = 1.0
@@ -117,22 +115,9 @@ class Engine:
         self.acceptance.check(prompt, params, bad_words)
         check_cache_salt(cache_salt)
         max_tokens = self.acceptance.max_tokens(prompt, params)
-        arrived_s = self._clock() if arrived_s is None else arrived_s
-        request_id = self._next_id
-        request = Request(
-            request_id,
-            kind.rank,
-            kind.best_effort,
-            len(prompt),
-            max_tokens,
-            len(prompt),
-            service_class=kind.name,
-            slo=kind.slo_of(slo),
-            arrival_s=arrived_s,
-            deadline_s=None if completion_window_s is None else arrived_s + completion_window_s,
-            priority=priority,
-        )
-        self._next_id += 1  # a refused request keeps its number
+        sizes = len(prompt), max_tokens
+        request = self._new_request(kind, *sizes, slo, arrived_s, priority, completion_window_s)
+        request_id = request.id
         # Prompt logprobs need the logits of every prompt token: such a prompt takes nothing from the cache.
         if self.config.enable_prefix_caching and params.prompt_logprobs is None:
             sizes = (self.state.limits.page_size, self.state.limits.host_page_size)
@@ -140,13 +125,14 @@ class Engine:
             self._hashes[request_id] = device, host
             self._extend_hashes(request, prompt)
         self._refuse_unattainable(request)
+        seed = derive_seed(self.config.seed, request_id + 1) if params.seed is None else params.seed
         self.executor.add(
             Record(
                 request_id,
                 list(prompt),
                 len(prompt),
                 max_tokens,
-                self._chooser(request_id, prompt, params, bad_words),
+                make_chooser(self.acceptance, prompt, params, bad_words, seed),
                 self.acceptance.stop_ids(params),
                 params.prompt_logprobs,
             )
@@ -154,30 +140,68 @@ class Engine:
         self.state.add(request)
         return request_id
 
-    def _refuse_unattainable(self, request: Request) -> None:
-        """Raise SloUnattainableError, and remember it, when admission says no."""
+    def check_arrival(
+        self,
+        num_prompt: int,
+        max_tokens: int | None,
+        service_class: str,
+        slo: SLO | None = None,
+        arrived_s: float | None = None,
+        priority: int = 0,
+    ) -> None:
+        """Raise SloUnattainableError for a request that `add` would refuse whatever its prompt is.
+
+        Before anybody has looked at the prompt: `num_prompt` tokens are the fewest that it can have.
+        max_tokens: None: not known.
+        """
+        kind = check_service(self.config, service_class, slo, None)
+        if self.config.enable_prefix_caching:
+            num_prompt = 1  # all but the last of them may be there already
+        request = self._new_request(kind, num_prompt, max_tokens or 1, slo, arrived_s, priority)
+        self._refuse_unattainable(request, is_least=True)
+
+    def _new_request(
+        self,
+        kind: ServiceClass,
+        num_prompt: int,
+        max_tokens: int,
+        slo: SLO | None,
+        arrived_s: float | None,
+        priority: int,
+        window_s: float | None = None,
+    ) -> Request:
+        """With a number of its own, which it keeps if it is refused."""
+        request_id, self._next_id = self._next_id, self._next_id + 1
+        arrived_s = self._clock() if arrived_s is None else arrived_s
+        return Request(
+            request_id,
+            kind.rank,
+            kind.best_effort,
+            num_prompt,
+            max_tokens,
+            num_prompt,
+            service_class=kind.name,
+            slo=kind.slo_of(slo),
+            arrival_s=arrived_s,
+            deadline_s=None if window_s is None else arrived_s + window_s,
+            priority=priority,
+        )
+
+    def _refuse_unattainable(self, request: Request, is_least: bool = False) -> None:
+        """Raise SloUnattainableError, and remember it, when admission says no.
+
+        is_least: the prompt may be longer, and what is not refused for sure is not refused.
+        """
         if self.config.admission == "off":
             return
         now = self._clock()
         verdict = self.policy.admit(self.state, request, now)
-        if verdict.obstacle is None:
+        if verdict.obstacle is None or (is_least and not verdict.refuses_longer):
             return
-        assert verdict.predicted_ttft_s is not None, "a refusal has its reasons"
-        assert verdict.target_ttft_s is not None, "a request without targets is admitted"
         self._hashes.pop(request.id, None)
-        self.history.note_refusal(
-            Refusal(
-                now,
-                request.id,
-                request.service_class,
-                verdict.obstacle,
-                verdict.predicted_ttft_s,
-                verdict.target_ttft_s,
-                verdict.predicted_tpot_s,
-                verdict.target_tpot_s,
-            )
-        )
-        raise SloUnattainableError(refusal_text(verdict), verdict.predicted_ttft_s, verdict.target_ttft_s)
+        refusal = refusal_of(verdict, request, now)
+        self.history.note_refusal(refusal)
+        raise SloUnattainableError(refusal_text(verdict), refusal.predicted_ttft_s, refusal.target_ttft_s)
 
     def _extend_hashes(self, request: Request, tokens: Sequence[int]) -> None:
         if request.id in self._hashes:
@@ -185,34 +209,6 @@ class Engine:
             request.device_hashes += device.extend(tokens)
             if request.best_effort:  # others never move to the host
                 request.host_hashes += host.extend(tokens)
-
-    def _chooser(
-        self,
-        request_id: int,
-        prompt: Sequence[int],
-        params: SamplingParams,
-        bad_words: Sequence[Sequence[int]],
-    ) -> Chooser:
-        rules = TokenRules(
-            prompt=prompt,
-            logit_bias=params.logit_bias,
-            bad_words=bad_words,
-            min_tokens=params.min_tokens,
-            # The model's own end of text too where it is ignored: such a text has not come to an end.
-            stop_ids=self.acceptance.stop_ids(params).union(self.acceptance.eos_token_ids),
-            repetition_penalty=params.repetition_penalty,
-            presence_penalty=params.presence_penalty,
-            frequency_penalty=params.frequency_penalty,
-        )
-        return Chooser(
-            temperature=params.temperature,
-            seed=derive_seed(self.config.seed, request_id + 1) if params.seed is None else params.seed,
-            top_k=params.top_k,
-            top_p=params.top_p,
-            min_p=params.min_p,
-            rules=None if rules.is_empty else rules,
-            num_logprobs=params.logprobs,
-        )
 
     def abort(self, request_id: int) -> bool:
         """Forget a request; its device pages are free now. False when it has already ended."""

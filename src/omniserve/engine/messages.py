@@ -54,6 +54,18 @@ class AskExplanations(msgspec.Struct, tag=True):
     question_id: int
 
 
+class AskAdmission(msgspec.Struct, tag=True):
+    """Would a request be refused for its targets whatever its prompt is? See Engine.check_arrival."""
+
+    question_id: int
+    num_prompt: int
+    max_tokens: int | None
+    service_class: str
+    slo: SLO | None = None
+    arrived_s: float | None = None
+    priority: int = 0
+
+
 class Ready(msgspec.Struct, tag=True):
     """The engine is up: what it accepts, and the seconds it took."""
 
@@ -104,13 +116,13 @@ class Tokens(msgspec.Struct, tag=True):
 
 
 class Answer(msgspec.Struct, tag=True):
-    """To AskStats or AskExplanations."""
+    """To AskStats, AskExplanations or AskAdmission; to the last: empty, or the fields of Refused."""
 
     question_id: int
     answer: dict[str, Any]
 
 
-ToEngine = Start | Add | Abort | AskStats | AskExplanations
+ToEngine = Start | Add | Abort | AskStats | AskExplanations | AskAdmission
 FromEngine = Ready | Alive | Failed | Refused | Tokens | Answer
 
 _encoder = msgspec.msgpack.Encoder()

@@ -23,6 +23,7 @@ from omniserve.engine.messages import (
     Add,
     Alive,
     Answer,
+    AskAdmission,
     AskExplanations,
     AskStats,
     Failed,
@@ -122,8 +123,31 @@ class EngineLoop:
                 self.channel.send(Answer(question_id, self.engine.stats()))
             case AskExplanations(question_id=question_id):
                 self.channel.send(Answer(question_id, self.engine.explain()))
+            case AskAdmission():
+                self.channel.send(self._foresee(message))
             case Start():
                 raise AssertionError("an engine starts once")
+
+    def _foresee(self, asked: AskAdmission) -> Answer:
+        try:
+            self.engine.check_arrival(
+                asked.num_prompt,
+                asked.max_tokens,
+                asked.service_class,
+                asked.slo,
+                asked.arrived_s,
+                asked.priority,
+            )
+        except SloUnattainableError as error:
+            return Answer(
+                asked.question_id,
+                {
+                    "message": error.reason,
+                    "predicted_ttft_s": error.predicted_ttft_s,
+                    "target_ttft_s": error.target_ttft_s,
+                },
+            )
+        return Answer(asked.question_id, {})
 
     def _add(self, message: Add) -> None:
         try:

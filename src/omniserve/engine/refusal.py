@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from omniserve.policy.admission import Admission
+from omniserve.policy.explanation import Refusal
+from omniserve.policy.request import Request
 
 # What stands against a refused request, and the ways out besides trying again later.
 OBSTACLES = {
@@ -18,6 +20,23 @@ OBSTACLES = {
         "raise max_num_seqs (and max_num_batched_tokens, where that is less)",
     ),
 }
+
+
+def refusal_of(verdict: Admission, request: Request, now: float) -> Refusal:
+    """A refusal as it is remembered."""
+    assert verdict.obstacle is not None
+    assert verdict.predicted_ttft_s is not None, "a refusal has its reasons"
+    assert verdict.target_ttft_s is not None, "a request without targets is admitted"
+    return Refusal(
+        now,
+        request.id,
+        request.service_class,
+        verdict.obstacle,
+        verdict.predicted_ttft_s,
+        verdict.target_ttft_s,
+        verdict.predicted_tpot_s,
+        verdict.target_tpot_s,
+    )
 
 
 def refusal_text(verdict: Admission) -> str:

@@ -26,7 +26,8 @@ class Admission:
     room for its prefill; "others" the first token of one already admitted would be late; "memory" the device
     cannot hold all latency-sensitive texts to their expected ends; "rows" a walk cannot hold a row for each
     of them. predicted_ttft_s, target_ttft_s: from arrival. predicted_tpot_s: of everybody, the newcomer among
-    them; target_tpot_s: the tightest of them. None without targets.
+    them; target_tpot_s: the tightest of them. None without targets. prefill_walk_s: a walk that prefills
+    takes at most so long.
     """
 
     obstacle: Obstacle | None = None
@@ -34,10 +35,25 @@ class Admission:
     target_ttft_s: float | None = None
     predicted_tpot_s: float | None = None
     target_tpot_s: float | None = None
+    prefill_walk_s: float = 0.0
 
     @property
     def is_accepted(self) -> bool:
         return self.obstacle is None
+
+    @property
+    def refuses_longer(self) -> bool:
+        """Whether a request that differs in nothing but a longer prompt, whatever is cached of it, would be
+        refused for sure.
+
+        A longer prompt may be cut into other walks, and its first token come up to one of them sooner. Of
+        others' first tokens nothing is sure.
+        """
+        if self.obstacle != "ttft":
+            return self.obstacle in ("tpot", "memory", "rows")
+        assert self.predicted_ttft_s is not None, "that is the obstacle"
+        assert self.target_ttft_s is not None, "that is the obstacle"
+        return self.predicted_ttft_s - self.prefill_walk_s > self.target_ttft_s
 
 
 def admit(state: State, request: Request, now: float, model: Prediction, terms: Terms) -> Admission:
@@ -78,7 +94,7 @@ def admit(state: State, request: Request, now: float, model: Prediction, terms: 
         "others": _breaks_others(pending, finish, index, now),
     }
     obstacle = next((name for name, is_there in obstacles.items() if is_there), None)
-    return Admission(obstacle, ttft, slo.ttft_s, tpot, tpot_s)
+    return Admission(obstacle, ttft, slo.ttft_s, tpot, tpot_s, ahead.bound_s)
 
 
 def _at_half_way(state: State, requests: Sequence[Request]) -> tuple[WalkLoad, int]:

@@ -13,7 +13,7 @@ from omniserve.engine.async_llm import AsyncLLM
 from omniserve.errors import RequestError, SloUnattainableError
 from omniserve.server.errors import invalid, timed_out
 from omniserve.server.metrics import ServerMetrics
-from omniserve.server.prompts import Tokenising, check_fits
+from omniserve.server.prompts import SHORT_CHARS, Tokenising, check_fits, num_chars
 from omniserve.server.request_models import Message
 from omniserve.server.settings import ServerConfig
 from omniserve.server.shapes import Position, Text, usage_of
@@ -138,6 +138,7 @@ class Run:
 
     async def _one(self, at: int) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         work, origin = self._work, self._origin
+        await self._in_time(self._check_arrival(at))
         ids = await self._in_time(self._encoded(at))
         name = origin.answer_id if len(work.prompts) == 1 else f"{origin.answer_id}-{at}"
         window_s = None if origin.window_s is None else max(1.0, origin.window_s)
@@ -154,6 +155,17 @@ class Run:
             yield at, first
             async for output in stream:
                 yield at, output
+
+    async def _check_arrival(self, at: int) -> None:
+        """Whatever can be known without the tokens of a long text is asked before they are made."""
+        work, llm = self._work, self._llm
+        count = num_chars(work.prompts[at])
+        if work.tier.is_best_effort or count <= SHORT_CHARS:
+            return
+        # A template may leave out what it likes of a chat.
+        least = 1 if work.is_chat else -(-count // llm.tokenizer.longest_token)
+        limit, arrived_s = work.params.max_tokens, self._origin.arrived_s
+        await llm.check_arrival(least, limit, self._class, arrived_s, work.slo, work.priority)
 
     async def _encoded(self, at: int) -> list[int]:
         prompt, param = self._work.prompts[at], "messages" if self._work.is_chat else "prompt"

@@ -20,6 +20,13 @@ MAX_WORDS = 256
 T = TypeVar("T")
 
 
+def num_chars(prompt: str | list[int] | Sequence[Message]) -> int:
+    """Characters to be tokenised; none where token ids came."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    return sum(len(one.text) for one in prompt if isinstance(one, Message))
+
+
 class Tokenising:
     """Long texts wait for each other here, and nobody else for them."""
 
