@@ -339,6 +339,7 @@ class Engine:
             phase.value: state.num_in_phase(phase) for phase in Phase if phase is not Phase.FINISHED
         }
         stats["pages"] = self._pages()
+        stats["slots"] = {"total": state.limits.max_lanes, "free": len(state.free_slots)}
         stats["prefix_cache"] = self._prefix_cache()
         stats["policy"] = self.policy.rules.name
         stats["promises_slo"] = self.policy.promises_slo
