@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 
 from batch.stand import LIMITS, jsonl, lines, started
 from conftest import TinyLlama
+from omniserve.batch.offline import work_folder
 from omniserve.batch.store import Store
 from omniserve.cli import main
 from omniserve.engine.llm import LLM
@@ -27,8 +31,7 @@ def completion(custom_id: str, model: str, **fields: Any) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_batch_file_is_run_by_the_engine(tiny_llama: TinyLlama, tmp_path: Path) -> None:
-    tiny = tiny_llama()
-    model = str(tiny)
+    model = str(tiny_llama())
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_bytes(
         jsonl(
@@ -36,7 +39,7 @@ def test_a_batch_file_is_run_by_the_engine(tiny_llama: TinyLlama, tmp_path: Path
                 completion("plain", model),
                 completion("two", model, n=2, temperature=1, seed=3),
                 completion("biased", model, logit_bias={"7": 100}),
-                completion("scored", tiny.name, echo=True, logprobs=1, max_tokens=0),
+                completion("scored", model, echo=True, logprobs=1, max_tokens=0),
                 completion("strange", model, suffix="end"),
                 completion("long", model, max_tokens=10**6),
             ]
@@ -57,6 +60,35 @@ def test_a_batch_file_is_run_by_the_engine(tiny_llama: TinyLlama, tmp_path: Path
     assert refused["long"]["body"]["error"]["code"] == "context_length_exceeded"
     assert results["biased"]["body"]["choices"][0]["text"] == biased
     assert results["scored"]["body"]["choices"][0]["text"] == PROMPT
+
+
+@pytest.mark.slow
+def test_an_engine_that_is_killed_under_a_batch_file_is_started_again(
+    tiny_llama: TinyLlama, tmp_path: Path
+) -> None:
+    model, count = str(tiny_llama()), 200
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(jsonl(completion(str(i), model, max_tokens=60, ignore_eos=True) for i in range(count)))
+    settings = ["--model", model, "--device-threads", "1", "--host-offload", "never"]
+    command = [sys.executable, "-m", "omniserve.cli", "batch", "run", str(source), "-o", str(output), *settings]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as run:
+        deadline = time.monotonic() + 120
+        while not (work_folder(output) / "batches.sqlite").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        (engine,) = children(run.pid)
+        os.kill(engine, signal.SIGKILL)
+        _, told = run.communicate(timeout=120)
+    assert run.returncode == 0, told
+    assert b"killed by signal 9" in told
+    results = [json.loads(one) for one in output.read_text().splitlines()]
+    assert {one["custom_id"] for one in results} == {str(i) for i in range(count)}
+    assert [one["response"]["status_code"] for one in results] == [200] * count
+
+
+def children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for file in found for child in file.read_text().split()]
 
 
 @pytest.mark.slow

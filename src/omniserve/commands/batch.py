@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,23 +32,27 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task(options.input.name, total=None)
-
-        def show(batch: BatchRecord) -> None:
-            progress.update(task, total=batch.total or None, completed=batch.total - batch.num_left)
-
-        batch = asyncio.run(_run_file(options, engine_settings(options), show))
+    batch = asyncio.run(_run_file(options, engine_settings(options)))
     print(f"{options.output}: {batch.completed} lines completed, {batch.failed} failed")
     return 0
 
 
-async def _run_file(
-    options: argparse.Namespace, settings: dict[str, Any], show: Callable[[BatchRecord], None]
-) -> BatchRecord:
+@contextmanager
+def _progress(name: str) -> Iterator[Callable[[BatchRecord], None]]:
+    """A bar, and what moves it."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task(name, total=None)
+
+        def show(batch: BatchRecord) -> None:
+            progress.update(task, total=batch.total or None, completed=batch.total - batch.num_left)
+
+        yield show
+
+
+async def _run_file(options: argparse.Namespace, settings: dict[str, Any]) -> BatchRecord:
     """Lines are answered by the code of the server's endpoints, without HTTP."""
     from omniserve.batch.offline import run_file
     from omniserve.batch.runner import RunnerSettings
@@ -66,15 +71,16 @@ async def _run_file(
 
     async def run() -> BatchRecord:
         await keeper.wait_up()
-        return await run_file(
-            options.input,
-            options.output,
-            EndpointLines(endpoints),
-            RunnerSettings(concurrency=options.concurrency),
-            options.overwrite,
-            show,
-            is_known_model=lambda name: name in names,
-        )
+        with _progress(options.input.name) as show:
+            return await run_file(
+                options.input,
+                options.output,
+                EndpointLines(endpoints),
+                RunnerSettings(concurrency=options.concurrency),
+                options.overwrite,
+                show,
+                is_known_model=lambda name: name in names,
+            )
 
     engine, running = asyncio.create_task(keeper.run()), asyncio.create_task(run())
     try:
