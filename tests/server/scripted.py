@@ -37,12 +37,14 @@ class ScriptedTokenizer:
 class ScriptedLLM:
     """As AsyncLLM is to the server. A request has `before` tokens at once; more come with `go`, all of them.
 
-    running: requests in the engine; asked: what each came with; refuse_with: what every request raises.
+    running: requests in the engine; asked: what each came with; refuse_with: what every request raises;
+    deadly: a prompt that holds this ends the engine.
     """
 
     startup_s, engine_pid = 0.0, 1
     acceptance = Acceptance(4096, 1 << 20, (2,), 4096, "device_memory_bytes")
     tokenizer = ScriptedTokenizer()
+    deadly: str | None = None
 
     def __init__(self, before: int = 0) -> None:
         self.before = before
@@ -79,6 +81,9 @@ class ScriptedLLM:
         self.asked.append({**own, "window": completion_window_s, "params": params, "id": request_id})
         if self.refuse_with is not None:
             raise self.refuse_with
+        if self.deadly is not None and self.deadly in self.tokenizer.decode(ids):
+            self.end.set()
+            raise EngineDeadError("the engine process was killed by signal 11")
         assert request_id not in self.running
         self.running.add(request_id)
         count = params.max_tokens or 4

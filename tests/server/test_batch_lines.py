@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from omniserve.batch.line_runner import EngineGone, LineResponse, is_not_now
+from omniserve.batch.runner import RunnerSettings
+from omniserve.batch.suspicion import DEATHS_ALONE, DEATHS_AMONG_OTHERS
 from omniserve.errors import EngineGoneBeforeError
+from omniserve.server import engine_keeper
 from omniserve.server.batch_lines import EndpointLines
 from omniserve.server.settings import ApiKey
 from omniserve.server.tiers import Clamp
-from server.scripted import CHAT, COMPLETIONS, HELLO, Stand, standing
+from server.scripted import CHAT, COMPLETIONS, HELLO, ScriptedLLM, Stand, standing
 
 OWNER = "anonymous"
 BODY = {"model": "tiny", "messages": HELLO, "max_tokens": 3}
@@ -137,6 +141,40 @@ def test_lines_of_a_batch_are_their_owners_own_requests(tmp_path: Path) -> None:
                 assert line["priority"] == priority, "and no batch goes before all others"
                 salts.add(line["salt"])
             assert len(salts) == 2, "that of one owner tells another nothing"
+
+    asyncio.run(story())
+
+
+def test_a_batch_with_a_line_that_kills_engines_ends_and_the_server_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ScriptedLLM, "deadly", "attack")
+    monkeypatch.setattr(engine_keeper, "FIRST_PAUSE_S", 0.001)
+    at_once = partial(RunnerSettings, first_pause_s=0.001, longest_pause_s=0.01)
+    monkeypatch.setattr("omniserve.server.run.RunnerSettings", at_once)
+    asked = [BODY | {"messages": [{"role": "user", "content": text}]} for text in ("a", "attack", "b")]
+    content = "".join(
+        json.dumps({"custom_id": str(i), "method": "POST", "url": CHAT, "body": body}) + "\n"
+        for i, body in enumerate(asked)
+    )
+
+    async def story() -> None:
+        async with standing(before=9, state_dir=tmp_path / "state") as stand:
+            form = {"file": ("in.jsonl", content.encode())}
+            sent = await stand.http.post("/v1/files", files=form, data={"purpose": "batch"})
+            new = {"input_file_id": sent.json()["id"], "endpoint": CHAT, "completion_window": "24h"}
+            batch = (await stand.http.post("/v1/batches", json=new)).json()
+            while batch["status"] != "completed":
+                batch = (await stand.http.get(f"/v1/batches/{batch['id']}")).json()
+                await asyncio.sleep(0.01)
+            assert batch["request_counts"] == {"total": 3, "completed": 2, "failed": 1}
+            errors = await stand.http.get(f"/v1/files/{batch['error_file_id']}/content")
+            (failed,) = map(json.loads, errors.text.splitlines())
+            assert (failed["custom_id"], failed["response"]["status_code"]) == ("1", 500)
+            assert failed["response"]["body"]["error"]["code"] == "engine_error"
+            await stand.until(lambda: stand.server.keeper.state == "ready")
+            assert len(stand.engines) == 1 + DEATHS_AMONG_OTHERS + DEATHS_ALONE
+            assert (await stand.chat()).status_code == 200
 
     asyncio.run(story())
 

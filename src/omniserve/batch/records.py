@@ -112,7 +112,10 @@ class NewBatch:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of an input; `number` counts from 1, `raw` is its JSON, `num_deaths`: of engines that had it."""
+    """One line of an input; `number` counts from 1, `raw` is its JSON.
+
+    num_deaths: engines that died while they had it.
+    """
 
     number: int
     raw: bytes

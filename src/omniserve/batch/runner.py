@@ -309,6 +309,7 @@ class BatchRunner:
         except EngineGone:
             line = await self._noted_death(job, line)
         if is_given_up(line):
+            log.error("line %d of %s is given up: engines die of it", line.number, job.batch.id)
             response = given_up(line)
         if response is None:
             job.put_back(line)
@@ -321,7 +322,7 @@ class BatchRunner:
 
     async def _noted_death(self, job: Job, line: Line) -> Line:
         """The line with one more death, which is on disk before the line may run again."""
-        log.warning("line %d of %s was in an engine that died", line.number, job.batch.id)
+        log.info("line %d of %s was in an engine that died", line.number, job.batch.id)
         try:
             await self._do(self._store.batches.note_death, job.batch.seq, line.number)
         except Exception:

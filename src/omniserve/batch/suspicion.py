@@ -1,8 +1,8 @@
 """Which lines may have killed an engine, and what follows. Pure.
 
-When an engine dies, nobody sees which of the lines in it was the cause, so that each of them is counted. A line
-with several deaths runs with no other line beside it from then on: an innocent one is answered there, the
-one that kills is alone with its deed. Once is no proof, for an engine may be killed from outside too.
+When an engine dies, nobody sees which of the lines in it was the cause, so that each of them is counted. A
+line with several deaths runs with no other line beside it from then on: an innocent one is answered there,
+the one that kills is alone with its deed. Once is no proof, for an engine may be killed from outside too.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def is_given_up(line: Line) -> bool:
 def given_up(line: Line) -> LineResponse:
     """The result of a line that runs no more."""
     message = (
-        f"the engine died {line.num_deaths} times while it ran this request, the last {DEATHS_ALONE} times with "
-        "no other line of a batch beside it, which is the most a line may cost; the server's log tells of "
-        "each death. Change the request, or send it again after an upgrade"
+        f"the engine died {line.num_deaths} times while it ran this request, the last {DEATHS_ALONE} times "
+        "with no other line of a batch beside it, which is the most a line may cost; the server's log tells "
+        "of each death. Change the request, or send it again after an upgrade"
     )
     return failure(500, message, "server_error", "engine_error")

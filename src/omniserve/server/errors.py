@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from omniserve.errors import EngineDeadError, RequestError, SloUnattainableError
+from omniserve.errors import EngineDeadError, EngineGoneBeforeError, RequestError, SloUnattainableError
 
 INVALID_REQUEST = "invalid_request_error"
 # Codes that other parts act upon.
@@ -96,6 +96,8 @@ def as_api_error(error: Exception) -> ApiError:
             return _unattainable(error)
         case RequestError():
             return invalid(error.field, f"{error.field}: {error.reason}")
+        case EngineGoneBeforeError():
+            return unavailable("no engine is running now; try again soon", "engine_unavailable")
         case EngineDeadError():
             return unavailable("the engine ended while it had this request; try again", "engine_unavailable")
         case HTTPException(status_code=404):
