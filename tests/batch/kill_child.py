@@ -71,7 +71,6 @@ class LoggingRunner:
             return LineResponse(400, {"error": {"code": "bad"}})
         return LineResponse(200, {"text": f"{end} {number}"})
 
-
     def _runs(self, request_id: str) -> int:
         return (self._root / "runs").read_text().split().count(request_id)
 

@@ -27,9 +27,9 @@ from batch.stand import (
     upload,
     validate,
 )
-from omniserve.batch.records import BatchRecord
 from omniserve.batch.errors import ConflictError, NotFoundError, QuotaError, StateError, TooLargeError
 from omniserve.batch.limits import Quota
+from omniserve.batch.records import BatchRecord
 from omniserve.batch.results import never_run
 from omniserve.batch.states import Event
 from omniserve.batch.store import Store

@@ -228,6 +228,7 @@ def test_paused_best_effort_work_is_turned_away_until_it_is_resumed() -> None:
             paused = (await stand.http.post("/admin/best_effort/pause")).json()
             assert paused == {"status": "paused", "num_requests": 1, "num_batch_lines": 0}
             assert error_of(await stand.chat(service_tier="flex")) == (429, "resource_unavailable")
+            assert stand.llm.num_encoded == 1, "nothing of it was tokenised"
             drained = asyncio.create_task(stand.http.post("/admin/best_effort/drain"))
             stand.llm.go.set()
             assert (await stand.chat()).status_code == 200

@@ -9,8 +9,8 @@ import pytest
 from omniserve import cli
 from omniserve.batch.limits import Quota
 from omniserve.errors import ConfigError
-from omniserve.server.flags import Settings, all_settings, read_settings
 from omniserve.server.auth import Keyring
+from omniserve.server.flags import Settings, all_settings, read_settings
 from omniserve.server.tiers import Clamp
 from omniserve.types import SLO
 
@@ -88,11 +88,15 @@ def test_keys_in_the_file_have_owners_tiers_and_clamps(file: Path) -> None:
 
 def test_keys_in_the_file_have_quotas_which_are_their_owners(file: Path) -> None:
     quota = "quota: {max-bytes: 1000, max-open-lines: 5}"
-    file.write_text(f"api-keys:\n- {{key: k, owner: team, {quota}}}\n- {{key: l, owner: team}}\n- {{key: m}}\n")
+    file.write_text(
+        f"api-keys:\n- {{key: k, owner: team, {quota}}}\n- {{key: l, owner: team}}\n- {{key: m}}\n"
+    )
     keyring = Keyring(read("--config", str(file)).server)
     assert keyring.quota("team") == Quota(max_bytes=1000, max_open_lines=5)
     assert keyring.quota(keyring.client("Bearer m").owner) == Quota()
-    file.write_text(f"api-keys:\n- {{key: k, owner: team, {quota}}}\n- {{key: l, owner: team, quota: {{}}}}\n")
+    file.write_text(
+        f"api-keys:\n- {{key: k, owner: team, {quota}}}\n- {{key: l, owner: team, quota: {{}}}}\n"
+    )
     with pytest.raises(ConfigError, match="owner 'team' have different quotas"):
         read("--config", str(file))
 
@@ -131,6 +135,7 @@ def test_targets_and_their_clamp_make_the_class(file: Path) -> None:
         ("api-keys: [{key: x, quota: {max-lines: 1}}]", "max-open-lines"),
         ("api-keys: [{key: x, quota: {max-files: -1}}]", "max_files"),
         ("max-num-seqs: 0", "max_num_seqs"),
+        ("engine-hang-timeout: 1", "engine_hang_timeout_s"),
     ],
 )
 def test_what_is_wrong_in_the_file_is_named(file: Path, text: str, named: str) -> None:

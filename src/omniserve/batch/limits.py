@@ -36,8 +36,8 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """Of one owner: bytes and number of all its files, results included; batches that have not ended, and lines
-    of them that have no result yet."""
+    """Of one owner: bytes and number of all its files, results included; batches that have not ended, and
+    lines of them that have no result yet."""
 
     max_bytes: int = 20 * 1024**3
     max_files: int = 10_000

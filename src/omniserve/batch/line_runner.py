@@ -31,8 +31,9 @@ class LineRunner(Protocol):
     async def run_line(
         self, owner: str, endpoint: str, body: Mapping[str, Any], request_id: str, seconds_left: float
     ) -> LineResponse:
-        """Answer one request as the endpoint would its batch's owner. `seconds_left`: until its batch expires,
-        never negative.
+        """Answer one request as the endpoint would its batch's owner.
+
+        `seconds_left`: until its batch expires, never negative.
 
         Raises EngineGone. Being cancelled means that nobody wants the answer any more.
         """

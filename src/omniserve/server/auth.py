@@ -27,8 +27,10 @@ class Caller:
     is_admin: bool = False
 
     def check_tier(self, asked: str) -> None:
-        """ApiError 403 when this caller's key may not ask for that tier. To leave the choice is to ask for the
-        default one."""
+        """ApiError 403 when this caller's key may not ask for that tier.
+
+        To leave the choice is to ask for the default one.
+        """
         same = {DEFAULT, AUTO} if asked in (DEFAULT, AUTO) else {asked}
         if self.tiers is not None and same.isdisjoint(self.tiers):
             raise ApiError(

@@ -19,7 +19,7 @@ State = Literal["loading", "ready", "restarting", "stopped"]
 # twice as many each time.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
 STEADY_S = 60.0
-# An engine that is alive gives a sign every second.
+# An engine that is alive gives a sign every second, an idle one every two.
 SILENT_S = 5.0
 
 

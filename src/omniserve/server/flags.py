@@ -186,7 +186,7 @@ def _from_variables(known: Mapping[str, Setting], variables: Mapping[str, str]) 
 
 
 def _api_key(entry: object) -> ApiKey:
-    """An entry of `api-keys`: key, and owner, tiers, bounds of targets and priority, and a quota if wanted."""
+    """An entry of `api-keys`: key; owner, tiers, bounds of targets and priority, and quota if wanted."""
     names = {"key", "owner", "tiers", "tightest-slo", "loosest-slo", "lowest-priority", "quota"}
     if not isinstance(entry, dict) or "key" not in entry or set(entry) - names:
         raise ConfigError(

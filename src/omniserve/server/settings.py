@@ -57,7 +57,7 @@ class ServerConfig:
     grace_s            seconds that chats may take to end after SIGTERM.
     engine_hang_timeout_s
                        an engine that gives no sign of life for so many seconds is killed and started again;
-                       0: never.
+                       0: never. At least 5, for an idle engine gives a sign only every two seconds.
     """
 
     host: str = "127.0.0.1"
@@ -89,22 +89,19 @@ class ServerConfig:
         if not is_number(self.grace_s) or not 0 <= self.grace_s < 86400:
             raise ConfigError(f"grace_s: must be a number of seconds in [0, 86400), got {self.grace_s!r}")
         hang_s = self.engine_hang_timeout_s
-        if not is_number(hang_s) or not (hang_s == 0 or 2 <= hang_s < 86400):
-            raise ConfigError(
-                f"engine_hang_timeout_s: must be 0 (never) or a number of seconds in [2, 86400), got {hang_s!r}"
-            )
+        if not is_number(hang_s) or not (hang_s == 0 or 5 <= hang_s < 86400):
+            must = "must be 0 (never) or a number of seconds in [5, 86400)"
+            raise ConfigError(f"engine_hang_timeout_s: {must}, got {hang_s!r}")
         if self.admin_key is not None and not (self.admin_key and self.admin_key.isascii()):
             raise ConfigError("admin_key: must be ASCII text that is not empty")
         keys = [key.key for key in self.api_keys]
         if len(set(keys)) < len(keys) or self.admin_key in keys:
             raise ConfigError("api_keys, admin_key: each key may be given once")
-        quotas: dict[str, Quota] = {}
-        for one in self.api_keys:
-            if one.owner is not None and one.quota is not None:
-                if quotas.setdefault(one.owner, one.quota) != one.quota:
-                    raise ConfigError(
-                        f"api_keys: keys of owner {one.owner!r} have different quotas; give the quota with one"
-                    )
+        for owner in {key.owner for key in self.api_keys} - {None}:
+            quotas = {key.quota for key in self.api_keys if key.owner == owner} - {None}
+            if len(quotas) > 1:
+                way_out = "give the quota with one of them"
+                raise ConfigError(f"api_keys: keys of owner {owner!r} have different quotas; {way_out}")
         for name in self.served_model_name:
             if not isinstance(name, str) or not name:
                 raise ConfigError("served_model_name: each must be text that is not empty")

@@ -15,7 +15,7 @@ TIERS = (*LATENCY_SENSITIVE_TIERS, FLEX)
 
 @dataclass(frozen=True, slots=True)
 class Tier:
-    """The service class of a request, the tier it asked for, and the one that it got, which its answer states."""
+    """The service class of a request, the tier it asked for, and the one it got, which its answer states."""
 
     service_class: str
     asked: str
