@@ -261,11 +261,12 @@ def test_nobody_goes_to_and_fro(data: st.DataObject, model: Prediction) -> None:
                 assert stayed[move.request_id] >= 8, "it has just come"
 
 
-@given(scene=scenes(), model=models, slo=slos, data=st.data())
+@given(scene=scenes(), model=models, slo=slos, share=st.sampled_from([0.0, 0.2]), data=st.data())
 def test_what_is_refused_of_the_least_prompt_is_refused_of_every_longer_one(
-    scene: Scene, model: Prediction, slo: SLO, data: st.DataObject
+    scene: Scene, model: Prediction, slo: SLO, share: float, data: st.DataObject
 ) -> None:
-    policy, arrival_s = make_policy(model), data.draw(st.floats(-2.0, 0.0))
+    policy = make_policy(model, best_effort_share=share)
+    arrival_s = data.draw(st.floats(-2.0, 0.0))
     is_cached = data.draw(st.booleans(), label="some of it may be cached")
     least = 1 if is_cached else data.draw(st.integers(1, 50), label="tokens at least")
     early = policy.admit(scene.state, scene.newcomer(least, slo, arrival_s), 0.0)

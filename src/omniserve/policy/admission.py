@@ -94,7 +94,7 @@ def admit(state: State, request: Request, now: float, model: Prediction, terms: 
         "others": _breaks_others(pending, finish, index, now),
     }
     obstacle = next((name for name, is_there in obstacles.items() if is_there), None)
-    return Admission(obstacle, ttft, slo.ttft_s, tpot, tpot_s, ahead.bound_s)
+    return Admission(obstacle, ttft, slo.ttft_s, tpot, tpot_s, ahead.bound_s * stretch)
 
 
 def _at_half_way(state: State, requests: Sequence[Request]) -> tuple[WalkLoad, int]:
