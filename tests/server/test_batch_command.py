@@ -70,7 +70,17 @@ def test_an_engine_that_is_killed_under_a_batch_file_is_started_again(
     source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_bytes(jsonl(completion(str(i), model, max_tokens=60, ignore_eos=True) for i in range(count)))
     settings = ["--model", model, "--device-threads", "1", "--host-offload", "never"]
-    command = [sys.executable, "-m", "omniserve.cli", "batch", "run", str(source), "-o", str(output), *settings]
+    command = [
+        sys.executable,
+        "-m",
+        "omniserve.cli",
+        "batch",
+        "run",
+        str(source),
+        "-o",
+        str(output),
+        *settings,
+    ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as run:
         deadline = time.monotonic() + 120
         while not (work_folder(output) / "batches.sqlite").exists():
