@@ -183,7 +183,7 @@ def test_a_longer_prompt_may_be_cut_otherwise_so_that_a_walk_of_lateness_is_no_s
     scene.waiting(88, slo=SLO(9.0, 0.1))
     slo = SLO(0.08, 0.1)
     shortest, longer = (verdict(scene, scene.newcomer(count, slo)) for count in (1, 7))
-    # 89 tokens fit one walk of 100 ms beside the decode; 95 take two of 59 ms, and the newcomer is in the first.
+    # 89 tokens fit one walk of 100 ms beside the decode; 95 take two of 59 ms, the newcomer in the first.
     assert (shortest.obstacle, shortest.predicted_ttft_s) == ("ttft", pytest.approx(0.1))
     assert longer.is_accepted
     assert longer.predicted_ttft_s == pytest.approx(0.059)

@@ -23,7 +23,8 @@ import yaml
 from omniserve import cli
 from omniserve.batch.runner import STOP_TIMEOUT_S
 from omniserve.engine.client import CLOSE_TIMEOUT_S
-from omniserve.server.app import make_app, make_endpoints
+from omniserve.server.app import make_app
+from omniserve.server.endpoints import make_endpoints
 from omniserve.server.engine_keeper import EngineKeeper
 from omniserve.server.flags import ENV_PREFIX, Settings, all_settings, read_settings
 from omniserve.server.run import CLOSE_S
