@@ -47,7 +47,7 @@ def make_endpoints(
     config: ServerConfig, engine_config: EngineConfig, keeper: EngineKeeper, names: Sequence[str]
 ) -> Endpoints:
     """The parts that a request passes. names: those of the model."""
-    metrics = ServerMetrics(names[0])
+    metrics = ServerMetrics(names[0], engine_config.classes)
     return Endpoints(
         keeper=keeper,
         doors=Doors(config),
@@ -64,7 +64,7 @@ def make_app(
     """batches: None on a server without a state directory, which has no files and batches."""
     app = FastAPI(title="OmniServe", version=__version__, docs_url=None, redoc_url=None)
     app.include_router(text_router(endpoints))
-    app.include_router(status_router(endpoints, names))
+    app.include_router(status_router(endpoints, names, batches))
     app.include_router(admin_router(endpoints, batches))
     if batches is not None:
         for router in (files_router, batches_router):

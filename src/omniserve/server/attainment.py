@@ -2,8 +2,8 @@
 
 Pure: every time is handed in. Definitions are those of the reports (bench/attainment.py):
 
-attains     the request finished, its first token within its TTFT target of its arrival, its later tokens within
-            its TPOT target on average; a text of one token has no TPOT and misses none
+attains     the request finished, its first token within its TTFT target of its arrival, its later tokens
+            within its TPOT target on average; a text of one token has no TPOT and misses none
 offered     every request of a class with targets that ended, those that were refused, failed, timed out or
             were cancelled by the server too. Left out: what no server could have kept, namely requests that
             are invalid and clients that went away

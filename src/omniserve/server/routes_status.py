@@ -3,7 +3,6 @@
 # No deferred annotations here: FastAPI reads those of routes that are made inside a function.
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter
@@ -11,14 +10,16 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import PlainTextResponse, Response
 
 from omniserve import __version__
-from omniserve.errors import EngineDeadError
+from omniserve.batch.service import BatchService
 from omniserve.server.answers import JsonBody
 from omniserve.server.endpoints import Endpoints
 from omniserve.server.errors import ApiError
+from omniserve.server.scrape import Scrape
 
 
-def status_router(endpoints: Endpoints, names: Sequence[str]) -> APIRouter:
+def status_router(endpoints: Endpoints, names: Sequence[str], batches: BatchService | None) -> APIRouter:
     router = APIRouter(tags=["status"])
+    scrape = Scrape(endpoints, batches)
     created = int(time.time())
 
     def card(name: str) -> dict[str, Any]:
@@ -43,10 +44,7 @@ def status_router(endpoints: Endpoints, names: Sequence[str]) -> APIRouter:
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        if endpoints.keeper.state == "ready":
-            with suppress(EngineDeadError):  # it died meanwhile: what it said last stands
-                endpoints.metrics.engine_state(await endpoints.keeper.llm.stats())
-        return Response(endpoints.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await scrape.exposition(), media_type=CONTENT_TYPE_LATEST)
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
