@@ -25,6 +25,7 @@ from omniserve.types import BEST_EFFORT, LATENCY_SENSITIVE, SLO, ServiceClass
 from policy.latency_fits import small_fit
 from server.processes import serving
 
+MIB = 1024**2
 ROOT = Path(__file__).parents[2]
 DASHBOARD = json.loads((ROOT / "deploy/grafana/omniserve.json").read_text())
 ALERTS = yaml.safe_load((ROOT / "deploy/prometheus/alerts.yml").read_text())
@@ -89,6 +90,7 @@ def exposition(
     )
     flags = ("--slo-ttft-s", "60", "--slo-tpot-s", "10", "--device-threads", "1", "--host-threads", "1")
     flags += ("--host-offload", "always", "--max-num-batched-tokens", "64")
+    flags += ("--device-memory-bytes", str(64 * MIB), "--host-memory-bytes", str(64 * MIB))
     flags += ("--state-dir", str(folder / "state"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMNISERVE_CACHE", str(folder / "cache"))
@@ -104,7 +106,7 @@ def exposition(
                 )
                 assert answer.choices[0].finish_reason == "length"
             text = server.get("/metrics").text
-            assert "measuring" not in server.log
+        assert len(list((folder / "cache" / "profiles").glob("*.json"))) == 1, "the engine found it"
     return {family.name: family for family in text_string_to_metric_families(text)}
 
 
@@ -171,7 +173,7 @@ def test_names_and_types_follow_the_conventions(exposition: dict[str, Metric]) -
 
 
 def documented() -> dict[str, tuple[str, set[str]]]:
-    rows = re.findall(r"^\| `([a-z_]+:[a-z_]+)` \| (\w+) \| ([^|]*) \|", DOCUMENT, re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z]+:[a-z0-9_]+)` \| (\w+) \|([^|]*)\|", DOCUMENT, re.MULTILINE)
     assert len({row[0] for row in rows}) == len(rows), "each once"
     return {name: (kind, set(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
 
