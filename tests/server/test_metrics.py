@@ -1,8 +1,10 @@
 """What /metrics says of requests and of the engine."""
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -15,7 +17,7 @@ from omniserve.server.attainment import MISSED
 from omniserve.server.metrics import ServerMetrics
 from omniserve.server.server_series import BatchFacts, ServerFacts
 from omniserve.types import BEST_EFFORT, SLO, ServiceClass
-from server.scripted import standing
+from server.scripted import PATIENCE_S, standing
 
 MODEL = {"model_name": "tiny", "engine": "0"}
 CHAT, BATCH = "latency_sensitive", "best_effort"
@@ -85,13 +87,23 @@ def test_a_scrape_asks_the_engine() -> None:
 
 
 def test_a_scrape_between_two_engines_keeps_the_counters_and_no_gauge_of_the_dead_one() -> None:
+    may_start = threading.Event()
+
     async def story() -> None:
         async with standing() as stand:
+            make = stand.server.keeper._make
+
+            def make_when_allowed() -> Any:
+                assert may_start.wait(PATIENCE_S)
+                return make()
+
+            stand.server.keeper._make = make_when_allowed
             stand.llm.counted = {"walks": 70}
             await stand.http.get("/metrics")
             stand.llm.end.set()
             await stand.until(lambda: stand.server.keeper.state == "restarting")
             between = (await stand.http.get("/metrics")).text
+            may_start.set()
             await stand.until(lambda: len(stand.engines) == 2 and stand.server.keeper.state == "ready")
             after = (await stand.http.get("/metrics")).text
             assert value(between, "omniserve:walks_total") == 70
