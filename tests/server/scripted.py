@@ -13,7 +13,6 @@ import httpx
 from omniserve.config import EngineConfig
 from omniserve.engine.acceptance import Acceptance
 from omniserve.errors import EngineDeadError, OmniServeError, SloUnattainableError
-from omniserve.server.metrics import ENGINE_NUMBERS
 from omniserve.server.run import Server, listen
 from omniserve.server.settings import ServerConfig
 from omniserve.types import CompletionOutput, RequestMetrics, RequestOutput, SamplingParams
@@ -21,9 +20,38 @@ from omniserve.types import CompletionOutput, RequestMetrics, RequestOutput, Sam
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "Hello"}]
 PATIENCE_S = 60.0
+HITS = {"queried_tokens": 40, "hit_tokens": 10}
 # What metrics take from an engine's statistics.
-STATS: dict[str, Any] = dict.fromkeys(ENGINE_NUMBERS, 0) | {
-    "pages": {"device_total": 8, "device_latency_sensitive": 2, "host_lanes": 3}
+STATS: dict[str, Any] = {
+    "walks": 7,
+    "walk_s": 0.7,
+    "lane_passes": 5,
+    "pass_s": 0.1,
+    "starved_s": 0.0,
+    "device_tokens": 20,
+    "prompt_tokens": 30,
+    "harvested_lane_tokens": 6,
+    "harvested_device_tokens": 4,
+    "latency_sensitive_paid_s": 0.02,
+    "swap_out_bytes": 4096,
+    "swap_in_bytes": 1024,
+    "num_dropped": 0,
+    "num_displaced": 3,
+    "num_swapped_in": 1,
+    "num_broken_promises": 0,
+    "host_deaths": 0,
+    "host_busy_s": 0.5,
+    "host_busy_share": 0.25,
+    "host_kv_bytes_read": 8192,
+    "host_state": "ready",
+    "prefix_cache": {"device_latency_sensitive": HITS, "device_best_effort": HITS, "host": HITS},
+    "pages": {"device_total": 8, "device_latency_sensitive": 2, "host_lanes": 3},
+    "requests": {"waiting": 0, "prefill": 0, "device": 1, "moving_out": 0, "lane": 2, "moving_in": 0},
+    "oldest_lane_s": 1.5,
+    "slack_s": 0.05,
+    "prediction": {"decode, host busy": {"count": 9, "mean": 0.95, "p90": 0.8}},
+    "promises_slo": True,
+    "uptime_s": 2.0,
 }
 
 
@@ -39,6 +67,7 @@ class ScriptedLLM:
 
     running: requests in the engine; asked: what each came with; refuse_with: what every request raises;
     deadly: a prompt that holds this ends the engine.
+    tpot_s: of every text. counted: statistics that differ from STATS. is_silent: it does not answer.
     """
 
     startup_s, engine_pid = 0.0, 1
@@ -54,6 +83,9 @@ class ScriptedLLM:
         self.asked: list[dict[str, Any]] = []
         self.refuse_with: OmniServeError | None = None
         self.num_encoded = 0
+        self.tpot_s = 0.0
+        self.counted: dict[str, Any] = {}
+        self.is_silent = False
         self.silent_s = 0.0
         self.foreseen: list[int] = []
 
@@ -93,7 +125,7 @@ class ScriptedLLM:
                     await self._turn()
                 reason = "length" if number == count else None
                 tokens = list(range(97, 97 + number))
-                metrics = RequestMetrics(0.0, 0.0)
+                metrics = RequestMetrics(0.0, self.tpot_s)
                 one = CompletionOutput(0, tokens, "x" * number, reason, metrics=metrics)  # type: ignore[arg-type]
                 yield RequestOutput(request_id, ids, [one])
         finally:
@@ -118,7 +150,9 @@ class ScriptedLLM:
         return {"plans": []}
 
     async def stats(self) -> dict[str, Any]:
-        return dict(STATS)
+        if self.is_silent:
+            await asyncio.Event().wait()
+        return STATS | self.counted
 
     def close(self) -> None:
         """Called on another thread, when it is dead or the server ends."""

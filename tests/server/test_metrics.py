@@ -1,13 +1,23 @@
 """What /metrics says of requests and of the engine."""
 
 import asyncio
+import threading
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from omniserve.batch.jobs import RunnerStatus
+from omniserve.config import EngineConfig
+from omniserve.errors import EngineDeadError, SloUnattainableError
+from omniserve.server import scrape
+from omniserve.server.attainment import MISSED
 from omniserve.server.metrics import ServerMetrics
-from server.scripted import standing
+from omniserve.server.server_series import BatchFacts, ServerFacts
+from omniserve.types import BEST_EFFORT, SLO, ServiceClass
+from server.scripted import PATIENCE_S, standing
 
 MODEL = {"model_name": "tiny", "engine": "0"}
 CHAT, BATCH = "latency_sensitive", "best_effort"
@@ -67,15 +77,174 @@ def test_a_scrape_asks_the_engine() -> None:
     async def story() -> None:
         async with standing() as stand:
             text = (await stand.http.get("/metrics")).text
-            names = {f.name for f in text_string_to_metric_families(text)}
             assert value(text, "omniserve:pages", owner="host_lanes") == 3
-            (usage,) = (
-                s.value
-                for f in text_string_to_metric_families(text)
-                for s in f.samples
-                if s.name == "vllm:kv_cache_usage_perc"
-            )
+            assert value(text, "omniserve:lanes_in_flight") == 2
+            assert value(text, "omniserve:ready") == 1
+            usage = value(text, "vllm:kv_cache_usage_perc", **MODEL)
             assert usage == 0.25, "pages of latency-sensitive requests alone"
-            assert "omniserve:engine" in names
 
     asyncio.run(story())
+
+
+def test_a_scrape_between_two_engines_keeps_the_counters_and_no_gauge_of_the_dead_one() -> None:
+    may_start = threading.Event()
+
+    async def story() -> None:
+        async with standing() as stand:
+            make = stand.server.keeper._make
+
+            def make_when_allowed() -> Any:
+                assert may_start.wait(PATIENCE_S)
+                return make()
+
+            stand.server.keeper._make = make_when_allowed
+            stand.llm.counted = {"walks": 70}
+            await stand.http.get("/metrics")
+            stand.llm.end.set()
+            await stand.until(lambda: stand.server.keeper.state == "restarting")
+            between = (await stand.http.get("/metrics")).text
+            may_start.set()
+            await stand.until(lambda: len(stand.engines) == 2 and stand.server.keeper.state == "ready")
+            after = (await stand.http.get("/metrics")).text
+            assert value(between, "omniserve:walks_total") == 70
+            assert value(between, "omniserve:ready") == 0
+            assert value(between, "omniserve:host_up") is None
+            assert value(between, "vllm:kv_cache_usage_perc", **MODEL) == 0
+            assert value(after, "omniserve:walks_total") == 77, "the new engine has walked 7 times"
+            assert value(after, "omniserve:engine_restarts_total") == 1
+            assert value(after, "omniserve:host_up") == 1
+
+    asyncio.run(story())
+
+
+def test_an_engine_that_does_not_answer_does_not_silence_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scrape, "ANSWER_S", 0.01)
+
+    async def story() -> None:
+        async with standing() as stand:
+            await stand.http.get("/metrics")
+            stand.llm.is_silent = True
+            text = (await stand.http.get("/metrics")).text
+            assert value(text, "omniserve:walks_total") == 7
+            assert value(text, "omniserve:lanes_in_flight") is None, "nobody knows"
+
+    asyncio.run(story())
+
+
+# ---------------------------------------------------------------- attainment
+
+CHAT_CLASS = ServiceClass(CHAT, 0, False, SLO(10.0, 0.1))
+WITH_TARGETS = EngineConfig(classes=(CHAT_CLASS, BEST_EFFORT))
+
+
+def missed(text: str) -> dict[str, float | None]:
+    name = "omniserve:slo_missed_total"
+    return {what: value(text, name, service_class=CHAT, what=what) for what in MISSED}
+
+
+def test_a_chat_counts_as_kept_or_by_what_it_missed() -> None:
+    async def story() -> None:
+        async with standing(WITH_TARGETS, before=9) as stand:
+            assert (await stand.chat()).status_code == 200
+            assert (await stand.chat(headers={"x-slo-ttft-ms": "10000"})).status_code == 200
+            stand.llm.tpot_s = 0.2
+            assert (await stand.chat()).status_code == 200
+            stand.llm.refuse_with = SloUnattainableError("its first token would be late", 2.5, 1.0)
+            assert (await stand.chat()).status_code == 429
+            stand.llm.refuse_with = EngineDeadError("gone")
+            assert (await stand.chat()).status_code == 503
+            text = (await stand.http.get("/metrics")).text
+            assert value(text, "omniserve:slo_met_total", service_class=CHAT) == 2
+            assert missed(text) == {"ttft": 0, "tpot": 1, "refused": 2, "failed": 0}
+            assert value(text, "omniserve:offered_requests", service_class=CHAT) == 5
+            assert value(text, "omniserve:attainment_ratio", service_class=CHAT) == 0.4
+            assert (value(text, "omniserve:goodput_requests_per_second", service_class=CHAT) or 0) > 0
+
+    asyncio.run(story())
+
+
+def test_who_is_given_up_or_cancelled_by_the_server_counts_as_failed() -> None:
+    async def story() -> None:
+        async with standing(WITH_TARGETS, queue_timeout_s=0.05) as stand:
+            assert (await stand.chat()).status_code == 429, "no token in time"
+            stand.llm.before = 1
+            async with stand.streaming({"x-request-id": "one"}) as (_, lines):
+                await anext(lines)
+                assert (await stand.http.post("/admin/requests/one/cancel")).status_code == 200
+                assert any("request_cancelled" in line for line in [line async for line in lines])
+            assert missed((await stand.http.get("/metrics")).text)["failed"] == 2
+
+    asyncio.run(story())
+
+
+def test_invalid_requests_and_clients_that_leave_are_not_offered() -> None:
+    async def story() -> None:
+        async with standing(WITH_TARGETS, before=1) as stand:
+            assert (await stand.chat(max_tokens="many")).status_code == 400
+            assert (await stand.chat(model="another")).status_code == 404
+            async with stand.streaming() as (_, lines):
+                await anext(lines)
+            await stand.until(lambda: not stand.doors.count(best_effort=False))
+            text = (await stand.http.get("/metrics")).text
+            labels = {"service_class": CHAT, "reason": "disconnected"}
+            assert value(text, "omniserve:finished_total", **labels) == 1
+            assert value(text, "omniserve:offered_requests", service_class=CHAT) == 0
+            assert value(text, "omniserve:attainment_ratio", service_class=CHAT) is None
+
+    asyncio.run(story())
+
+
+def test_a_class_without_targets_has_no_attainment() -> None:
+    async def story() -> None:
+        async with standing(WITH_TARGETS, before=9) as stand:
+            assert (await stand.chat(service_tier="flex")).status_code == 200
+            text = (await stand.http.get("/metrics")).text
+            for name in ("attainment_ratio", "goodput_requests_per_second", "slo_met_total"):
+                assert value(text, f"omniserve:{name}", service_class=BATCH) is None
+
+    asyncio.run(story())
+
+
+def test_requests_before_there_is_an_engine_are_counted_without_a_class() -> None:
+    async def story() -> None:
+        async with standing() as stand:
+            stand.doors.is_draining = True
+            assert (await stand.chat()).status_code == 503
+            text = (await stand.http.get("/metrics")).text
+            assert value(text, "omniserve:unserved_total", reason="server_stopping") == 1
+            assert value(text, "omniserve:ready") == 0
+
+    asyncio.run(story())
+
+
+# ---------------------------------------------------------------- batches and the disk
+
+
+def test_best_effort_work_that_is_paused_says_by_whom(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with standing(state_dir=tmp_path / "state") as stand:
+            await stand.http.post("/admin/best_effort/pause")
+            text = (await stand.http.get("/metrics")).text
+            assert value(text, "omniserve:best_effort_paused", reason="operator") == 1
+            assert (value(text, "omniserve:state_free_bytes") or 0) > 0
+            assert value(text, "omniserve:open_batches") == 0
+            assert value(text, "omniserve:batch_eta_seconds") is None, "nobody knows the pace yet"
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "trouble", "is_held"),
+    [(1000, None, False), (999, None, True), (None, None, False), (1000, "the disk is full", True)],
+)
+def test_a_disk_that_is_full_or_fails_holds_best_effort_work(
+    free_bytes: int | None, trouble: str | None, is_held: bool
+) -> None:
+    metrics = ServerMetrics("tiny")
+    status = RunnerStatus(False, 2, 30, 4, 1.5, trouble, 1, 20.0)
+    metrics.server.facts = ServerFacts(batches=BatchFacts(status, free_bytes, 1000))
+    assert value(metrics, "omniserve:best_effort_paused", reason="disk") == is_held
+    assert value(metrics, "omniserve:best_effort_paused", reason="operator") == 0
+    assert value(metrics, "omniserve:overdue_batches") == 1
+    assert value(metrics, "omniserve:batch_eta_seconds") == 20
+    assert value(metrics, "omniserve:state_free_bytes") == free_bytes

@@ -34,6 +34,7 @@ class CpuKvStore:
 
     def __init__(self, geometry: _native.KvGeometry, num_pages: int) -> None:
         self.page_size = geometry.page_size
+        self.token_bytes = geometry.page_bytes // geometry.page_size  # of all layers
         self.memory = torch.empty(num_pages * geometry.page_bytes, dtype=torch.uint8)
         self.kv = _native.PagedKv(geometry, self.memory.data_ptr(), num_pages)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from omniserve.batch.records import BatchRecord, Line, LineResult
@@ -25,7 +26,11 @@ class RunnerSettings:
 
 @dataclass(frozen=True, slots=True)
 class RunnerStatus:
-    """For people and metrics. trouble: what the disk said last, None when it works."""
+    """For people and metrics. trouble: what the disk said last, None when it works.
+
+    num_overdue: batches that at this pace will not end in their window, or are past it.
+    longest_eta_s: until the last of them is through; None while no pace is known or nothing is started.
+    """
 
     is_paused: bool
     num_batches: int
@@ -33,6 +38,8 @@ class RunnerStatus:
     num_running: int
     lines_per_s: float | None
     trouble: str | None
+    num_overdue: int
+    longest_eta_s: float | None
 
 
 @dataclass(slots=True, eq=False)
@@ -79,3 +86,17 @@ class Job:
 def urgency(job: Job) -> tuple[int, int]:
     """Earliest deadline first; of two that are equal, the one that came first."""
     return job.batch.expires_at, job.batch.seq
+
+
+def outlook(jobs: Iterable[Job], now: float, lines_per_s: float | None) -> tuple[int, float | None]:
+    """Batches that will not end in their window, and seconds until all lines there are have run.
+
+    The most urgent goes first, so that a batch waits for the lines of those before it. now: since the epoch.
+    lines_per_s: None: nobody knows, and only a batch past its window is surely late.
+    """
+    num_overdue = num_lines = 0
+    for job in sorted(jobs, key=urgency):
+        num_lines += job.batch.num_left
+        ends_in_s = num_lines / lines_per_s if lines_per_s else 0.0
+        num_overdue += now + ends_in_s > job.batch.expires_at
+    return num_overdue, num_lines / lines_per_s if lines_per_s else None

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from omniserve.batch.errors import StorageError
-from omniserve.batch.jobs import Job, RunnerSettings, RunnerStatus, urgency
+from omniserve.batch.jobs import Job, RunnerSettings, RunnerStatus, outlook, urgency
 from omniserve.batch.limits import Quota
 from omniserve.batch.line_runner import (
     EngineGone,
@@ -113,14 +113,17 @@ class BatchRunner:
 
     @property
     def status(self) -> RunnerStatus:
-        jobs = self._jobs.values()
+        jobs, pace = self._jobs.values(), self._pace.lines_per_s(time.monotonic())
+        num_overdue, longest_eta_s = outlook(jobs, self._now(), None if self._is_paused else pace)
         return RunnerStatus(
             self._is_paused,
             len(jobs),
             sum(job.batch.num_left for job in jobs),
             sum(len(job.running) for job in jobs),
-            self._pace.lines_per_s(time.monotonic()),
+            pace,
             self._trouble,
+            num_overdue,
+            longest_eta_s,
         )
 
     def eta_s(self, batch: BatchRecord) -> float | None:

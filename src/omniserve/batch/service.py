@@ -80,6 +80,10 @@ class BatchService:
     def limits(self) -> Limits:
         return self._store.limits
 
+    async def free_bytes(self) -> int:
+        """What the disk of the state directory has left; OSError. The writer is not kept from its work."""
+        return await asyncio.to_thread(self._store.free_bytes)
+
     def start(self) -> None:
         self.runner.start()
 

@@ -58,7 +58,8 @@ class Store:
         at: At = pass_by,
     ) -> None:
         self.limits = limits or Limits()
-        disk = disk or Disk()
+        self._root, self._disk = root, disk or Disk()
+        disk = self._disk
         self._database = Database(root, at, self._recover)
         try:
             self._blobs = Blobs(root, disk)
@@ -77,6 +78,10 @@ class Store:
         known |= self.batches.reserved_ids()
         for file_id in [file_id for file_id in self._blobs.ids() if file_id not in known]:
             self._blobs.remove(file_id)
+
+    def free_bytes(self) -> int:
+        """What the disk has left for everybody but root; OSError. Any thread may ask."""
+        return self._disk.free_bytes(self._root)
 
     def sweep(self) -> None:
         """Remove what is past its time."""

@@ -154,7 +154,10 @@ class CpuExecutor:
         if not (step.copies_out or step.copies_in):
             return
         assert self.segment is not None, "copies are planned only while a host is attached"
-        address, port = self.attention.store.kv.page_address, self.segment.port
+        store, counters = self.attention.store, self.counters
+        address, port = store.kv.page_address, self.segment.port
+        counters.swap_out_bytes += store.token_bytes * sum(copy.num_tokens for copy in step.copies_out)
+        counters.swap_in_bytes += store.token_bytes * sum(copy.num_tokens for copy in step.copies_in)
         for copy in step.copies_out:
             port.land(
                 copy.copy_id,

@@ -29,6 +29,15 @@ class History:
         self.num_refused += 1
         self._refusals.append(refusal)
 
+    def slack_s(self) -> float | None:
+        """What the newest plan with chats that have targets left of their slack beside their own rows.
+
+        Below 0: they alone take too long. None when no such plan is known.
+        """
+        whys = (plan.why for _, plan in reversed(self._plans))
+        found = next((why for why in whys if why is not None and why.slack_s is not None), None)
+        return None if found is None or found.slack_s is None else found.slack_s - found.latency_sensitive_s
+
     def as_plain(self) -> dict[str, Any]:
         """{"plans": [...], "refusals": [...]}, oldest first. Times on the engine's clock."""
         return {

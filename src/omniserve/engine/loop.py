@@ -12,17 +12,19 @@ from omniserve.config import EngineConfig, Quantization
 from omniserve.engine.acceptance import Acceptance, check_cache_salt, check_service
 from omniserve.engine.choosing import make_chooser
 from omniserve.engine.executor import Executor
+from omniserve.engine.facts import host_facts, state_facts
 from omniserve.engine.history import History
 from omniserve.engine.page_hashes import PageHashes
 from omniserve.engine.records import Record
 from omniserve.engine.refusal import refusal_of, refusal_text
+from omniserve.engine.sharing import Sharing, paid_s
 from omniserve.errors import SloUnattainableError
 from omniserve.host.supervisor import Host
 from omniserve.policy.budget import Policy
 from omniserve.policy.latency import LearningPrediction
 from omniserve.policy.latency_model import load_of
-from omniserve.policy.plan import NewToken, Plan, Step, StepResult
-from omniserve.policy.request import Limits, Phase, Request
+from omniserve.policy.plan import DeviceRows, NewToken, Plan, Step, StepResult
+from omniserve.policy.request import Limits, Request
 from omniserve.policy.scheduler import schedule
 from omniserve.policy.state import State
 from omniserve.seeds import derive_seed
@@ -79,6 +81,7 @@ class Engine:
         self.acceptance = acceptance
         self.config = config
         self.history = History()
+        self.sharing = Sharing()
         self._host_threads = max(1, host_threads)
         self._host_kv_dtype = host_kv_dtype
         self._quantization = quantization
@@ -236,28 +239,44 @@ class Engine:
             return StepOutput(was_idle=not (news.arrived or news.drained))
         self.history.note_plan(now, plan)
         step = self.state.commit(plan)
+        chats = [] if self.latency is None else self._chats(step)  # some of them end with the step
         result = self.executor.collect(self.executor.launch(step))
         finished = self.state.apply(step, result, self._clock())
         output = self._output(result, finished)
         if step.kind == "walk":
-            self._learn(plan, step, result, self._host_busy_s() - host_busy_s, self._clock() - began)
+            self._learn(plan, step, chats, result, self._host_busy_s() - host_busy_s, self._clock() - began)
         return output
+
+    def _chats(self, step: Step) -> list[DeviceRows]:
+        """The latency-sensitive rows of a step."""
+        return [rows for rows in step.rows if not self.state.active[rows.request_id].best_effort]
 
     def _host_busy_s(self) -> float:
         """Of all host workers so far; 0 when nobody wants to know."""
         return 0.0 if self.latency is None else self.executor.lane_stats().get("host_busy_s", 0.0)
 
-    def _learn(self, plan: Plan, step: Step, result: StepResult, host_busy_s: float, seconds: float) -> None:
+    def _learn(
+        self,
+        plan: Plan,
+        step: Step,
+        chats: list[DeviceRows],
+        result: StepResult,
+        host_busy_s: float,
+        seconds: float,
+    ) -> None:
         """What ran is what the time is compared with, and what was planned, as far as the margin goes.
 
-        host_busy_s: of all host workers during the walk. A walk that took no time teaches nothing.
+        chats: rows of the step that are latency-sensitive. host_busy_s: of all host workers during the walk.
+        A walk that took no time teaches nothing.
         """
         if self.latency is None or seconds <= 0:
             return
         share = min(1.0, max(0.0, host_busy_s / (seconds * self._host_threads)))
         num_lane_tokens = sum(token.by_lane for token in result.tokens)
         planned = None if plan.why is None else (plan.why.load, plan.why.host_is_busy)
-        self.latency.observe(load_of(step, result.lane_rows, num_lane_tokens), share, seconds, planned)
+        load = load_of(step, result.lane_rows, num_lane_tokens)
+        self.sharing.paid_s += paid_s(self.latency, step, load, share, chats)
+        self.latency.observe(load, share, seconds, planned)
 
     def _output(self, result: StepResult, finished: list[Request]) -> StepOutput:
         ended = {request.id: request for request in finished}
@@ -265,6 +284,8 @@ class Engine:
         for token in result.tokens:
             request = ended.get(token.request_id) or self.state.requests[token.request_id]
             self._extend_hashes(request, (token.token_id,))
+            if request.best_effort:
+                self.sharing.note_token(token.by_lane)
             output.num_cached[request.id] = min(request.num_cached_tokens or 0, request.num_prompt)
         for request in finished:
             self.executor.remove(request.id)
@@ -317,30 +338,26 @@ class Engine:
 
     def stats(self) -> dict[str, Any]:
         """Counters and gauges as plain data. Seconds, pages, tokens; see docs/design.md for each name."""
-        elapsed = max(self._clock() - self._started_s, 1e-9)
+        now, state = self._clock(), self.state
+        elapsed = max(now - self._started_s, 1e-9)
         stats: dict[str, Any] = dict(asdict(self.executor.counters))
         stats["num_lane_tokens"] = stats.pop("lane_tokens")
         lanes = self.executor.lane_stats()
         stats |= {name: lanes.get(name, 0) for name in LANE_STATS}
         stats["host_busy_share"] = lanes.get("host_busy_s", 0) / (elapsed * self._host_threads)
-        state = self.state
         for name in ("num_dropped", "num_displaced", "num_swapped_in", "num_broken_promises"):
             stats[name] = getattr(state, name)
+        stats |= state_facts(state, now) | host_facts(self.host, state)
         stats["host_deaths"] = self._host_deaths
-        stats["host_pid"] = None if self.host is None else self.host.pid
-        stats["host_state"] = self._host_state()
-        stats["host_memory"] = {} if self.host is None else self.host.segment.memory_usage()
-        stats["host_warnings"] = [] if self.host is None else list(self.host.warnings)
         stats["host_kv_dtype"] = self._host_kv_dtype
         stats["quantization"] = self._quantization
+        stats["harvested_lane_tokens"] = self.sharing.lane_tokens
+        stats["harvested_device_tokens"] = self.sharing.device_tokens
         stats["cost_model"] = "uncalibrated" if self.latency is None else "calibrated"
         stats["prediction"] = {} if self.latency is None else self.latency.accuracy()
-        stats["requests"] = {
-            phase.value: state.num_in_phase(phase) for phase in Phase if phase is not Phase.FINISHED
-        }
-        stats["pages"] = self._pages()
         stats["slots"] = {"total": state.limits.max_lanes, "free": len(state.free_slots)}
-        stats["prefix_cache"] = self._prefix_cache()
+        stats["latency_sensitive_paid_s"] = None if self.latency is None else self.sharing.paid_s
+        stats["slack_s"] = self.history.slack_s()
         stats["policy"] = self.policy.rules.name
         stats["promises_slo"] = self.policy.promises_slo
         stats["num_refused"] = self.history.num_refused
@@ -350,43 +367,6 @@ class Engine:
     def explain(self) -> dict[str, Any]:
         """Why the last plans are as they are, and the last refusals, oldest first; see docs/policy.md."""
         return self.history.as_plain()
-
-    def _host_state(self) -> str:
-        if self.host is None:
-            return "none"
-        if self.state.host_failed:
-            return "failed"
-        return "ready" if self.state.host_ready else "starting"
-
-    def _prefix_cache(self) -> dict[str, Any]:
-        """Tokens queried and found, by class on the device and by lanes' pages on the host; pages evicted."""
-        state = self.state
-        return {
-            "device_latency_sensitive": asdict(state.latency_sensitive_hits),
-            "device_best_effort": asdict(state.best_effort_hits),
-            "host": asdict(state.host_hits),
-            "device_evicted_pages": state.device.num_evicted,
-            "host_evicted_pages": state.num_host_evicted,
-        }
-
-    def _pages(self) -> dict[str, int]:
-        """Pages by owner."""
-        state = self.state
-        active = state.active.values()
-        return {
-            "device_total": state.device.num_pages,
-            "device_free": state.device.num_free,
-            "device_cached": state.device.num_cached,
-            "device_latency_sensitive": sum(len(r.device_pages) for r in active if not r.best_effort),
-            "device_best_effort": sum(len(r.device_pages) for r in active if r.best_effort),
-            "device_incoming": sum(len(r.incoming_pages) for r in active),
-            "host_total": state.host.num_pages,
-            "host_free": state.host.num_free,
-            "host_cached": state.host.num_cached,
-            "host_lanes": sum(len(r.host.pages) for r in active if r.host and r.host.slot is not None),
-            "host_mirrors": sum(len(r.host.pages) for r in active if r.host and r.host.slot is None),
-            "host_retiring": sum(len(s.pages) for s in state.retiring),
-        }
 
     def close(self) -> None:
         if self.host is not None:

@@ -97,7 +97,10 @@ class LaneArrays:
 
 @dataclass(slots=True)
 class Counters:
-    """What the executor counts; seconds are wall-clock."""
+    """What the executor counts; seconds are wall-clock.
+
+    swap_out_bytes, swap_in_bytes: KV in the device's type whose copy to (from) the host was started.
+    """
 
     walks: int = 0
     lane_passes: int = 0
@@ -108,6 +111,8 @@ class Counters:
     starved_s: float = 0.0
     walk_s: float = 0.0
     pass_s: float = 0.0
+    swap_out_bytes: int = 0
+    swap_in_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,8 @@ class Explanation:
     slack_s, tightest  left under the tightest target, and the request whose it is; None: nobody has one.
     budget_s           what the walk may take by `bound_s`: the slack, unless what must be done takes longer;
                        None: nothing bounds it.
+    latency_sensitive_s
+                       of the budget, what latency-sensitive rows alone take, by `bound_s`.
     best_effort_s      budget for a walk with best-effort rows: also bounded by what waiting prompts and
                        arrivals can stand, and raised by what is owed to best-effort work.
     predicted_s, bound_s
@@ -42,6 +44,7 @@ class Explanation:
     slack_s: float | None
     tightest: int | None
     budget_s: float | None
+    latency_sensitive_s: float
     best_effort_s: float
     predicted_s: float
     bound_s: float

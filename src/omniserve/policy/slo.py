@@ -339,6 +339,7 @@ class SloBudget:
             slack_s=_finite(self.chunk_slack_s),
             tightest=self.tightest,
             budget_s=_finite(max(allowed_s, self.forced_s)),
+            latency_sensitive_s=self.latency_sensitive_s,
             best_effort_s=self.best_effort_s,
             predicted_s=self.model.walk_s(whole, self.busy) if lanes is not None else 0.0,
             bound_s=bound_s if lanes is not None else 0.0,

@@ -49,7 +49,7 @@ def make_app(
     """
     app = FastAPI(title="OmniServe", version=__version__, docs_url=None, redoc_url=None)
     app.include_router(text_router(endpoints))
-    app.include_router(status_router(endpoints, names, root or names[0]))
+    app.include_router(status_router(endpoints, names, root or names[0], batches))
     app.include_router(admin_router(endpoints, batches))
     if batches is not None:
         for router in (files_router, batches_router):

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from omniserve.config import EngineConfig
+from omniserve.server.attainment import Ended, Outcome
 from omniserve.server.doors import Doors
 from omniserve.server.engine_keeper import EngineKeeper
-from omniserve.server.errors import as_api_error
+from omniserve.server.errors import CANCELLED_STATUS, QUEUE_TIMEOUT, ApiError, as_api_error
 from omniserve.server.fields import FieldLog
 from omniserve.server.generation import Generation, Run
 from omniserve.server.metrics import ServerMetrics
@@ -29,6 +30,8 @@ from omniserve.server.work import CHAT, Origin, Reader, Work
 logger = logging.getLogger("omniserve.server")
 
 DISCONNECTED = "disconnected"
+# Answers that say that the server could or would not serve, whatever the request was.
+_TURNED_AWAY = (429, 503)
 
 
 def new_answer_id(endpoint: str) -> str:
@@ -48,8 +51,12 @@ class Endpoints:
 
     def check_serving(self) -> None:
         """ApiError 503 when nothing can be served now: asked before a body is even read."""
-        self.doors.check_serving()
-        _ = self.keeper.llm
+        try:
+            self.doors.check_serving()
+            _ = self.keeper.llm
+        except ApiError as error:
+            self.metrics.unserved(error.reason)
+            raise
 
     @asynccontextmanager
     async def run(
@@ -79,8 +86,21 @@ class Endpoints:
             if told.status_code == 500:
                 logger.exception("request %s failed inside the server", origin.request_id)
             self._account(tier, origin, started, told.reason)
+            self._judge(tier, started, told)
             raise told from error
         self._account(tier, origin, started, None)
+        self._judge(tier, started, None)
+
+    def _judge(self, tier: Tier, run: Run | None, error: ApiError | None) -> None:
+        """Whether it kept its targets, unless it could not be served as it was."""
+        outcome = _outcome(run, error)
+        if outcome is None:
+            return
+        if run is None:
+            self.metrics.judged(Ended(tier.service_class, outcome, self.reader.slo_of(tier)))
+            return
+        slo = run.slo or self.reader.slo_of(tier)
+        self.metrics.judged(Ended(tier.service_class, outcome, slo, run.ttft_s, run.tpot_s))
 
     def _account(self, tier: Tier, origin: Origin, run: Run | None, trouble: str | None) -> None:
         """One that never had a token was refused, whyever."""
@@ -99,7 +119,7 @@ def make_endpoints(
     config: ServerConfig, engine_config: EngineConfig, keeper: EngineKeeper, names: Sequence[str]
 ) -> Endpoints:
     """The parts that a request passes. names: those of the model."""
-    metrics = ServerMetrics(names[0])
+    metrics = ServerMetrics(names[0], engine_config.classes)
     return Endpoints(
         keeper=keeper,
         doors=Doors(config),
@@ -108,3 +128,13 @@ def make_endpoints(
         metrics=metrics,
         field_log=FieldLog(),
     )
+
+
+def _outcome(run: Run | None, error: ApiError | None) -> Outcome | None:
+    """As attainment counts it; None for a request that is its sender's fault."""
+    if error is None:
+        return "finished"
+    if error.status_code in _TURNED_AWAY and error.code != QUEUE_TIMEOUT and not (run and run.has_token):
+        return "refused"
+    is_ours = error.status_code >= 500 or error.status_code in (*_TURNED_AWAY, CANCELLED_STATUS)
+    return "failed" if is_ours else None

@@ -17,6 +17,9 @@ SLO_UNATTAINABLE = "slo_unattainable"
 QUEUE_TIMEOUT = "queue_timeout"
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
 
+# The operator ended it. As nginx says of clients that are gone; the SDK does not retry it.
+CANCELLED_STATUS = 499
+
 # The SDK retries these by itself, unless told not to.
 NO_RETRY = {"x-should-retry": "false"}
 

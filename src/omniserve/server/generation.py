@@ -18,7 +18,7 @@ from omniserve.server.request_models import Message
 from omniserve.server.settings import ServerConfig
 from omniserve.server.shapes import Position, Text, usage_of
 from omniserve.server.work import Origin, Work
-from omniserve.types import CompletionOutput, RequestOutput
+from omniserve.types import SLO, CompletionOutput, RequestOutput
 
 T = TypeVar("T")
 
@@ -62,7 +62,25 @@ class Run:
         self._class = work.tier.service_class
         self._latest: list[RequestOutput | None] = [None] * len(work.prompts)
         self.growing = [Growing(i) for i in range(work.params.n * len(work.prompts))]
-        self.has_token = False
+        self.ttft_s: float | None = None
+
+    @property
+    def slo(self) -> SLO | None:
+        """Targets that the request brought."""
+        return self._work.slo
+
+    @property
+    def has_token(self) -> bool:
+        return self.ttft_s is not None
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean seconds of a token after the first, of the slowest text; None where none has two.
+
+        As the tokens came from the engine: a client that reads slowly is no miss of ours.
+        """
+        each = [output.metrics.tpot_s for output in self.outputs]
+        return max((s for s in each if s is not None), default=None)
 
     @property
     def outputs(self) -> list[RequestOutput]:
@@ -193,9 +211,9 @@ class Run:
         """Keep the output, and note the times of its new tokens."""
         self._latest[at] = output
         now = time.monotonic()
-        if not self.has_token:
-            self.has_token = True
-            self._metrics.first_token(self._class, now - self._origin.arrived_s)
+        if self.ttft_s is None:
+            self.ttft_s = now - self._origin.arrived_s
+            self._metrics.first_token(self._class, self.ttft_s)
         for one in output.outputs:
             gap_s = self.growing[at * self._work.params.n + one.index].gap_s(len(one.token_ids), now)
             if gap_s is not None:

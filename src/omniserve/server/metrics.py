@@ -1,4 +1,4 @@
-"""What the server counts and times, in a Prometheus registry of its own.
+"""What the server counts and times, in a Prometheus registry of its own: docs/metrics.md has every series.
 
 `omniserve:*` has a label for the service class. `vllm:*` has vLLM's names and labels and counts
 latency-sensitive requests alone, so that dashboards, autoscalers and gateways made for vLLM are not misled by
@@ -7,25 +7,22 @@ batch work.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, generate_latest
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-from omniserve.types import LATENCY_SENSITIVE
+from omniserve.server.attainment import MISSED, Ended, LiveAttainment
+from omniserve.server.engine_series import EngineSeries
+from omniserve.server.server_series import AttainmentSeries, ServerSeries
+from omniserve.types import DEFAULT_CLASSES, LATENCY_SENSITIVE, ServiceClass
 
 TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0)
 TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.75, 1.0, 2.5, 10.0)
 LABEL = "service_class"
-# Of AsyncLLM.stats(): docs/design.md says what each is.
-ENGINE_NUMBERS = (
-    "walks", "lane_passes", "device_tokens", "num_lane_tokens", "walk_s", "pass_s", "host_busy_share",
-    "num_dropped", "num_displaced", "num_swapped_in", "num_broken_promises", "host_deaths", "num_refused",
-    "uptime_s",
-)  # fmt: skip
 
 
 class VllmSeries(Collector):
@@ -46,7 +43,7 @@ class VllmSeries(Collector):
         yield self._gauge("num_requests_waiting", "Requests without a token yet.", waiting)
         yield self._gauge("num_requests_running", "Requests that have tokens.", started - ended)
         usage = "Share of device pages that these requests hold, 0 to 1."
-        yield self._gauge("kv_cache_usage_perc", usage, own.kv_usage)
+        yield self._gauge("kv_cache_usage_perc", usage, own.engine.kv_usage)
         yield self._renamed(own.prompt_tokens, "prompt_tokens")
         yield self._renamed(own.output_tokens, "generation_tokens")
         yield self._renamed(own.num_finished, "request_success", {"reason": "finished_reason"})
@@ -88,24 +85,33 @@ class ServerMetrics:
     """Per service class; seconds. Every request arrives once, and is then refused, or has a first token and
     is finished.
 
-    What the engine itself counts comes from AsyncLLM.stats(), by `engine_state`, when somebody asks.
+    attainment: the window of live figures. engine, server: what a scrape finds out and hands in.
     """
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        classes: Sequence[ServiceClass] = DEFAULT_CLASSES,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.registry = CollectorRegistry()
-        self.kv_usage = 0.0
-        self._pages = Gauge(
-            "omniserve:pages", "Pages of KV by side and owner.", ("owner",), registry=self.registry
-        )
-        self._engine = Gauge(
-            "omniserve:engine", "Numbers of the engine's stats().", ("name",), registry=self.registry
-        )
+        self._clock = clock
+        self.attainment = LiveAttainment(classes, clock())
+        self.engine, self.server = EngineSeries(), ServerSeries()
         counter = self._counter
         self.num_arrived = counter("requests_total", "Requests that arrived.")
         self.num_refused = counter(
             "refused_total", "Requests that were not run, by code of the answer.", "reason"
         )
         self.num_finished = counter("finished_total", "Requests that ended, by how they did.", "reason")
+        self.num_unserved = Counter(
+            "omniserve:unserved_total",
+            "Requests answered 503 before their body was read, so that nobody knows their class.",
+            ("reason",),
+            registry=self.registry,
+        )
+        self.num_met = counter("slo_met_total", "Requests that kept their targets.")
+        self.num_missed = counter("slo_missed_total", "Requests that missed their targets, by what.", "what")
         self.prompt_tokens = counter("prompt_tokens_total", "Prompt tokens of requests that ended.")
         self.output_tokens = counter("output_tokens_total", "Tokens generated for requests that ended.")
         ttft, gap = "Arrival to the first token.", "Gap between two tokens of one text."
@@ -115,7 +121,14 @@ class ServerMetrics:
         tokens, times = (self.prompt_tokens, self.output_tokens), (self.ttft, self.gap, self.duration)
         for one in (self.num_arrived, *tokens, *times):
             one.labels(LATENCY_SENSITIVE.name)  # 0 until something happens, not absent
-        self.registry.register(VllmSeries(self, model_name))
+        for kind in classes:
+            if kind.slo is not None:
+                self.num_met.labels(kind.name)
+                for what in MISSED:
+                    self.num_missed.labels(kind.name, what)
+        live = AttainmentSeries(self.attainment, clock)
+        for collector in (VllmSeries(self, model_name), live, self.engine, self.server):
+            self.registry.register(collector)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"omniserve:{name}", text, (LABEL, *labels), registry=self.registry)
@@ -145,14 +158,19 @@ class ServerMetrics:
         self.output_tokens.labels(service_class).inc(num_output)
         self.duration.labels(service_class).observe(duration_s)
 
-    def engine_state(self, stats: Mapping[str, Any]) -> None:
-        """What AsyncLLM.stats() says now."""
-        pages = stats["pages"]
-        for owner, count in pages.items():
-            self._pages.labels(owner).set(count)
-        self.kv_usage = pages["device_latency_sensitive"] / max(1, pages["device_total"])
-        for name in ENGINE_NUMBERS:
-            self._engine.labels(name).set(stats[name])
+    def unserved(self, reason: str) -> None:
+        """Answered 503 before anybody knew what it was. reason: the code of the answer."""
+        self.num_unserved.labels(reason).inc()
+
+    def judged(self, ended: Ended) -> None:
+        """A request whose end is the server's affair; not one that was invalid, or left by its client."""
+        missed = self.attainment.note(ended, self._clock())
+        if ended.slo is None:
+            return
+        if missed is None:
+            self.num_met.labels(ended.service_class).inc()
+        else:
+            self.num_missed.labels(ended.service_class, missed).inc()
 
     def exposition(self) -> bytes:
         """All of it in Prometheus's text format."""

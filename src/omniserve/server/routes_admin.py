@@ -7,10 +7,7 @@ from fastapi import APIRouter
 
 from omniserve.batch.service import BatchService
 from omniserve.server.endpoints import Endpoints
-from omniserve.server.errors import ApiError
-
-# As nginx says of clients that are gone; the SDK does not retry it.
-CANCELLED_STATUS = 499
+from omniserve.server.errors import CANCELLED_STATUS, ApiError
 
 
 def admin_router(endpoints: Endpoints, batches: BatchService | None) -> APIRouter:

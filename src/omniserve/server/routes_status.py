@@ -1,10 +1,8 @@
 """/health, /ready, /version, /metrics, /v1/models: what this server is, and whether it serves."""
 
 # No deferred annotations here: FastAPI reads those of routes that are made inside a function.
-import asyncio
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter
@@ -12,18 +10,19 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import PlainTextResponse, Response
 
 from omniserve import __version__
-from omniserve.errors import EngineDeadError
+from omniserve.batch.service import BatchService
 from omniserve.server.answers import JsonBody
 from omniserve.server.endpoints import Endpoints
 from omniserve.server.errors import ApiError
-
-# What the engine may take to tell its statistics: it does so between two walks.
-STATS_S = 5.0
+from omniserve.server.scrape import Scrape
 
 
-def status_router(endpoints: Endpoints, names: Sequence[str], root: str) -> APIRouter:
-    """names: those that the model is served under; root: its own."""
+def status_router(
+    endpoints: Endpoints, names: Sequence[str], root: str, batches: BatchService | None
+) -> APIRouter:
+    """names: those that the model is served under; root: its own. batches: None without a state directory."""
     router = APIRouter(tags=["status"])
+    scrape = Scrape(endpoints, batches)
     created = int(time.time())
 
     def card(name: str) -> dict[str, Any]:
@@ -53,12 +52,7 @@ def status_router(endpoints: Endpoints, names: Sequence[str], root: str) -> APIR
 
     @router.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        if endpoints.keeper.state == "ready":
-            # It died meanwhile, or hangs: what it said last stands.
-            with suppress(EngineDeadError, TimeoutError):
-                async with asyncio.timeout(STATS_S):
-                    endpoints.metrics.engine_state(await endpoints.keeper.llm.stats())
-        return Response(endpoints.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await scrape.exposition(), media_type=CONTENT_TYPE_LATEST)
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -75,6 +75,10 @@ class Reader:
         """is_shared: requests of several owners come, whose cached prefixes are kept apart."""
         self._names, self._config, self._is_shared = tuple(names), config, is_shared
 
+    def slo_of(self, tier: Tier) -> SLO | None:
+        """Targets of requests that bring none of their own; None: the class has none."""
+        return service_class_named(tier.service_class, self._config.classes).slo
+
     def read(self, endpoint: str, body: Mapping[str, Any], tier: Tier, origin: Origin) -> Work:
         """ApiError 400 or 404 naming what is wrong."""
         values, ignored = sort_out(FIELDS[endpoint], body)
