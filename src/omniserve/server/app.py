@@ -19,6 +19,7 @@ from omniserve.errors import RequestError
 from omniserve.server.answers import error_answer
 from omniserve.server.auth import Caller, Keyring
 from omniserve.server.batch_errors import add_batch_error_handlers
+from omniserve.server.dashboard.watch import Watch
 from omniserve.server.doors import Doors
 from omniserve.server.endpoints import Endpoints
 from omniserve.server.engine_keeper import EngineKeeper
@@ -27,9 +28,11 @@ from omniserve.server.fields import FieldLog
 from omniserve.server.gate import Gate
 from omniserve.server.generation import Generation
 from omniserve.server.metrics import ServerMetrics
+from omniserve.server.refusals import RefusalLog
 from omniserve.server.request_models import ChatRequest, CompletionRequest, ErrorBody, as_invalid
 from omniserve.server.routes_admin import admin_router
 from omniserve.server.routes_batches import batches_router
+from omniserve.server.routes_dashboard import dashboard_router
 from omniserve.server.routes_files import files_router
 from omniserve.server.routes_status import status_router
 from omniserve.server.routes_text import text_router
@@ -54,18 +57,24 @@ def make_endpoints(
         reader=Reader(names, engine_config, is_shared=bool(config.api_keys)),
         generation=Generation(config, metrics),
         metrics=metrics,
+        refusals=RefusalLog(),
         field_log=FieldLog(),
     )
 
 
 def make_app(
-    config: ServerConfig, endpoints: Endpoints, names: Sequence[str], batches: BatchService | None
+    config: ServerConfig,
+    endpoints: Endpoints,
+    names: Sequence[str],
+    batches: BatchService | None,
+    watch: Watch,
 ) -> FastAPI:
     """batches: None on a server without a state directory, which has no files and batches."""
     app = FastAPI(title="OmniServe", version=__version__, docs_url=None, redoc_url=None)
     app.include_router(text_router(endpoints))
     app.include_router(status_router(endpoints, names, batches))
     app.include_router(admin_router(endpoints, batches))
+    app.include_router(dashboard_router(watch))
     if batches is not None:
         for router in (files_router, batches_router):
             app.include_router(router(lambda: batches, _owner))
