@@ -42,6 +42,11 @@ SETTINGS = (
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _playwright() -> None:
+    pytest.importorskip("playwright.sync_api", reason="`make test-page` installs it")
+
+
 @pytest.fixture(scope="module")
 def tiny(tiny_llama: Callable[..., Path]) -> Path:
     return tiny_llama(max_position_embeddings=2048)
