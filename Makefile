@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEPS := $(VENV)/.stamp-deps
 PLOTS := $(VENV)/.stamp-plots
+BROWSER := $(VENV)/.stamp-browser
 INSTALLED := $(VENV)/.stamp-installed
 NATIVE := CMakeLists.txt $(shell find src/omniserve/csrc -type f 2>/dev/null)
 SANITIZED := build/asan/.stamp-built build/tsan/.stamp-built
@@ -19,7 +20,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-parity test-kill test-native test-neon soak lint format types bench-batch bench-core bench-dense bench-host bench-peers bench-policy bench-prediction bench-server bench-slo release-check clean distclean
+.PHONY: help setup demo test test-fast test-page test-parity test-kill test-native test-neon soak lint format types bench-batch bench-core bench-dense bench-host bench-peers bench-policy bench-prediction bench-server bench-slo release-check clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,11 +30,15 @@ setup: $(INSTALLED)  ## virtual environment and native module (implied by everyt
 demo: setup  ## latency-sensitive and best-effort requests on a real model
 	$(BIN)/omniserve demo
 
-test: setup test-native  ## all tests but the full parity matrix
-	$(BIN)/python -m pytest -m "not full"
+test: setup test-native  ## all tests but the full parity matrix and those in a browser
+	$(BIN)/python -m pytest -m "not full and not page"
 
 test-fast: setup  ## tests that take a moment each
-	$(BIN)/python -m pytest -m "not full and not slow"
+	$(BIN)/python -m pytest -m "not full and not slow and not page"
+
+test-page: setup $(BROWSER)  ## the live page in headless Chromium, over a real server; screenshots in build/page
+	@scripts/preflight.sh --page
+	$(BIN)/python -m pytest -m page tests/page
 
 test-parity: setup  ## the full token-equality matrix
 	$(BIN)/python -m pytest -m full
@@ -111,6 +116,12 @@ $(DEPS): pyproject.toml constraints.txt scripts/requirements.py
 $(PLOTS): $(DEPS)
 	$(BIN)/python scripts/requirements.py plots > $(VENV)/requirements-plots.txt
 	$(PIP) install -c constraints.txt -r $(VENV)/requirements-plots.txt
+	touch $@
+
+$(BROWSER): $(DEPS)
+	@scripts/preflight.sh --page
+	$(BIN)/python scripts/requirements.py page > $(VENV)/requirements-page.txt
+	$(PIP) install -c constraints.txt -r $(VENV)/requirements-page.txt
 	touch $@
 
 $(INSTALLED): $(DEPS) $(NATIVE)

@@ -4,8 +4,9 @@
 #   scripts/preflight.sh              report; exit 1 when something is missing
 #   scripts/preflight.sh --packages   only the names of missing apt packages, on one line; exit 0
 #
-# With --neon first, also what `make test-neon` needs: a compiler for AArch64 and an emulator. PYTHON names the
-# interpreter (default python3). It needs 3.11 or newer, venv and the C headers.
+# With --neon first, also what `make test-neon` needs: a compiler for AArch64 and an emulator; with --page first, what
+# `make test-page` needs: Chromium. PYTHON names the interpreter (default python3). It needs 3.11 or newer, venv and
+# the C headers.
 set -euo pipefail
 
 python=${PYTHON:-python3}
@@ -54,6 +55,10 @@ check_neon() {
     command -v qemu-aarch64 >/dev/null || missing+=(qemu-user)
 }
 
+check_page() {
+    command -v chromium >/dev/null || missing+=(chromium)
+}
+
 free_disk_gb() { df -Pk "$root" | awk 'NR == 2 { print int($4 / 1048576) }'; }
 
 report() {
@@ -80,10 +85,10 @@ report() {
 
 check_python
 check_compiler
-if [ "${1:-}" = --neon ]; then
-    check_neon
-    shift
-fi
+case ${1:-} in
+    --neon) check_neon && shift ;;
+    --page) check_page && shift ;;
+esac
 if [ "${1:-}" = --packages ]; then
     echo "${missing[*]-}"
 else

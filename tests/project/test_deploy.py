@@ -24,6 +24,7 @@ from omniserve import cli
 from omniserve.batch.runner import STOP_TIMEOUT_S
 from omniserve.engine.client import CLOSE_TIMEOUT_S
 from omniserve.server.app import make_app
+from omniserve.server.dashboard.watch import Watch
 from omniserve.server.endpoints import make_endpoints
 from omniserve.server.engine_keeper import EngineKeeper
 from omniserve.server.flags import ENV_PREFIX, Settings, all_settings, read_settings
@@ -58,7 +59,8 @@ def server_paths() -> set[str]:
         raise AssertionError
 
     endpoints = make_endpoints(config, settings.engine, EngineKeeper(never), ["m"])
-    return set(make_app(config, endpoints, ["m"], None).openapi()["paths"])
+    watch = Watch(endpoints, settings.engine.classes, "m", None)
+    return set(make_app(config, endpoints, ["m"], None, watch).openapi()["paths"])
 
 
 # ---------------------------------------------------------------- example of a configuration

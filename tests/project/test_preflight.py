@@ -45,3 +45,9 @@ def test_a_missing_python_asks_for_venv_and_headers_too(tmp_path: Path) -> None:
     result = run(tools(tmp_path, *TOOLS), "--packages", python="no-such-python")
     assert result.returncode == 0
     assert result.stdout.split() == ["python3", "python3-venv", "python3-dev", "g++", "make"]
+
+
+def test_tests_in_a_browser_ask_for_one(tmp_path: Path) -> None:
+    folder = tools(tmp_path, *TOOLS, "g++", "make", "python3")
+    assert "chromium" not in run(folder, "--packages").stdout.split()
+    assert "chromium" in run(folder, "--page", "--packages").stdout.split()

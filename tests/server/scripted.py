@@ -50,6 +50,7 @@ STATS: dict[str, Any] = {
     "oldest_lane_s": 1.5,
     "slack_s": 0.05,
     "prediction": {"decode, host busy": {"count": 9, "mean": 0.95, "p90": 0.8}},
+    "policy": "slo",
     "promises_slo": True,
     "uptime_s": 2.0,
 }
@@ -82,7 +83,7 @@ class ScriptedLLM:
         self.running: set[str] = set()
         self.asked: list[dict[str, Any]] = []
         self.refuse_with: OmniServeError | None = None
-        self.num_encoded = 0
+        self.num_encoded = self.num_stats = 0
         self.tpot_s = 0.0
         self.counted: dict[str, Any] = {}
         self.is_silent = False
@@ -150,6 +151,7 @@ class ScriptedLLM:
         return {"plans": []}
 
     async def stats(self) -> dict[str, Any]:
+        self.num_stats += 1
         if self.is_silent:
             await asyncio.Event().wait()
         return STATS | self.counted

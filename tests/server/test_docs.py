@@ -9,10 +9,12 @@ from omniserve.config import EngineConfig
 from omniserve.engine.async_llm import AsyncLLM
 from omniserve.server import fields
 from omniserve.server.app import make_app
+from omniserve.server.dashboard.watch import Watch
 from omniserve.server.endpoints import make_endpoints
 from omniserve.server.engine_keeper import EngineKeeper
 from omniserve.server.request_models import ChatRequest, CompletionRequest
 from omniserve.server.settings import ServerConfig
+from omniserve.types import DEFAULT_CLASSES
 
 DOCS = Path(__file__).parents[2] / "docs"
 API = (DOCS / "api.md").read_text()
@@ -38,7 +40,8 @@ def test_supported_fields_are_those_that_are_read() -> None:
 def test_every_endpoint_is_documented() -> None:
     config = ServerConfig()
     endpoints = make_endpoints(config, EngineConfig(), EngineKeeper(AsyncLLM), ["tiny"])
-    for path, operations in make_app(config, endpoints, ["tiny"], None).openapi()["paths"].items():
+    watch = Watch(endpoints, DEFAULT_CLASSES, "tiny", None)
+    for path, operations in make_app(config, endpoints, ["tiny"], None, watch).openapi()["paths"].items():
         for method in operations:
             assert f"`{method.upper()} {path}`" in API
 

@@ -15,9 +15,11 @@ from omniserve.batch.service import BatchService
 from omniserve.config import EngineConfig
 from omniserve.engine.async_llm import AsyncLLM
 from omniserve.server.app import make_app
+from omniserve.server.dashboard.watch import Watch
 from omniserve.server.endpoints import make_endpoints
 from omniserve.server.engine_keeper import EngineKeeper
 from omniserve.server.settings import ServerConfig
+from omniserve.types import DEFAULT_CLASSES
 from server.processes import SMALL, Served, serving
 
 # Hundreds of requests.
@@ -43,7 +45,9 @@ def document() -> Any:
     """Of a server with everything, none of which is started."""
     config = ServerConfig()
     endpoints = make_endpoints(config, EngineConfig(), EngineKeeper(AsyncLLM), ["tiny"])
-    return make_app(config, endpoints, ["tiny"], cast("BatchService", object())).openapi()
+    batches = cast("BatchService", object())
+    watch = Watch(endpoints, DEFAULT_CLASSES, "tiny", batches)
+    return make_app(config, endpoints, ["tiny"], batches, watch).openapi()
 
 
 schema = schemathesis.openapi.from_dict(document())

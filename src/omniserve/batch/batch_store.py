@@ -10,6 +10,7 @@ import json
 import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from omniserve.batch.database import Database
 from omniserve.batch.errors import ConflictError, NotFoundError, QuotaError
@@ -115,6 +116,19 @@ class BatchStore:
         """All that have not ended, of all owners, the most urgent first."""
         query = f"SELECT * FROM batches WHERE {OPEN} ORDER BY expires_at, seq"
         return [_record(row) for row in self._database.db.execute(query)]
+
+    def overview(self, limit: int) -> list[tuple[BatchRecord, str | None]]:
+        """Of all owners: open batches, the most urgent first, then those that ended last; at most `limit` of
+        either. With the name of the input file, None when it is gone."""
+        found = list[tuple[BatchRecord, str | None]]()
+        joined = "batches LEFT JOIN files ON files.id = input_file_id"
+        for which, order in ((OPEN, "batches.expires_at, batches.seq"), (f"NOT {OPEN}", "ended_at DESC")):
+            query = f"SELECT batches.*, filename AS name FROM {joined} WHERE {which} ORDER BY {order} LIMIT ?"
+            for row in self._database.db.execute(query, (limit,)):
+                values = dict(row)
+                filename = values.pop("name")
+                found.append((_record(values), filename))
+        return found
 
     def validation(
         self, batch: BatchRecord, is_known_model: Callable[[str], bool] = lambda name: True
@@ -354,7 +368,7 @@ def _by_seq(db: sqlite3.Connection, seq: int) -> BatchRecord:
     return _record(db.execute("SELECT * FROM batches WHERE seq = ?", (seq,)).fetchone())
 
 
-def _record(row: sqlite3.Row) -> BatchRecord:
+def _record(row: sqlite3.Row | dict[str, Any]) -> BatchRecord:
     values = dict(row)
     usage = Usage(**{name: values.pop(name) for name in _USAGE})
     values["status"] = Status(values["status"])

@@ -130,6 +130,11 @@ class BatchService:
         """All that have not ended, of all owners, the most urgent first: for the operator."""
         return await self._writer.run(self._store.batches.open_batches)
 
+    async def overview(self, limit: int) -> list[tuple[BatchRecord, str | None]]:
+        """Open batches and the last that ended, of all owners, with the names of their inputs: for the
+        operator."""
+        return await self._writer.run(self._store.batches.overview, limit)
+
     async def cancel(self, owner: str, batch_id: str) -> BatchRecord:
         batch = await self._writer.run(self._store.batches.cancel, owner, batch_id)
         self.runner.notice()

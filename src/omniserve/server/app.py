@@ -18,12 +18,14 @@ from omniserve.errors import RequestError
 from omniserve.server.answers import error_answer
 from omniserve.server.auth import Caller, Keyring
 from omniserve.server.batch_errors import add_batch_error_handlers
+from omniserve.server.dashboard.watch import Watch
 from omniserve.server.endpoints import Endpoints
 from omniserve.server.errors import as_api_error
 from omniserve.server.gate import Gate
 from omniserve.server.request_models import ChatRequest, CompletionRequest, ErrorBody, as_invalid
 from omniserve.server.routes_admin import admin_router
 from omniserve.server.routes_batches import batches_router
+from omniserve.server.routes_dashboard import dashboard_router
 from omniserve.server.routes_files import files_router
 from omniserve.server.routes_status import status_router
 from omniserve.server.routes_text import text_router
@@ -41,6 +43,7 @@ def make_app(
     endpoints: Endpoints,
     names: Sequence[str],
     batches: BatchService | None,
+    watch: Watch,
     root: str | None = None,
 ) -> FastAPI:
     """batches: None on a server without a state directory, which has no files and batches.
@@ -51,6 +54,7 @@ def make_app(
     app.include_router(text_router(endpoints))
     app.include_router(status_router(endpoints, names, root or names[0], batches))
     app.include_router(admin_router(endpoints, batches))
+    app.include_router(dashboard_router(watch))
     if batches is not None:
         for router in (files_router, batches_router):
             app.include_router(router(lambda: batches, _owner))

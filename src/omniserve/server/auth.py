@@ -69,13 +69,16 @@ class Keyring:
     def quota(self, owner: str) -> Quota:
         return self._quotas.get(owner, Quota())
 
+    def check_administrable(self) -> None:
+        """ApiError 404 where there is nothing to administrate from outside, whatever key is sent."""
+        if self._admin is None and not self._is_admin_open:
+            message = "/admin and /dashboard need a server that was started with --admin-key"
+            raise ApiError(404, message, code="unknown_url")
+
     def admin(self, authorization: str | None) -> Caller:
         """The operator; ApiError 401, or 404 where there is nothing to administrate from outside."""
+        self.check_administrable()
         if self._admin is None:
-            if not self._is_admin_open:
-                raise ApiError(
-                    404, "/admin needs a server that was started with --admin-key", code="unknown_url"
-                )
             return Caller(is_admin=True)
         found = _match([(self._admin, Caller(is_admin=True))], _bearer(authorization))
         if found is None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from omniserve.config import EngineConfig
+from omniserve.errors import SloUnattainableError
 from omniserve.server.attainment import Ended, Outcome
 from omniserve.server.doors import Doors
 from omniserve.server.engine_keeper import EngineKeeper
@@ -23,6 +24,7 @@ from omniserve.server.fields import FieldLog
 from omniserve.server.generation import Generation, Run
 from omniserve.server.metrics import ServerMetrics
 from omniserve.server.prompts import check_counts
+from omniserve.server.refusals import Refusal, RefusalLog
 from omniserve.server.settings import ServerConfig
 from omniserve.server.tiers import BATCH_TIER, Tier, tier_of
 from omniserve.server.work import CHAT, Origin, Reader, Work
@@ -47,6 +49,7 @@ class Endpoints:
     reader: Reader
     generation: Generation
     metrics: ServerMetrics
+    refusals: RefusalLog
     field_log: FieldLog
 
     def check_serving(self) -> None:
@@ -87,6 +90,8 @@ class Endpoints:
                 logger.exception("request %s failed inside the server", origin.request_id)
             self._account(tier, origin, started, told.reason)
             self._judge(tier, started, told)
+            if not is_line and (started is None or not started.has_token):
+                self._note_refusal(tier, origin, told, error)
             raise told from error
         self._account(tier, origin, started, None)
         self._judge(tier, started, None)
@@ -101,6 +106,16 @@ class Endpoints:
             return
         slo = run.slo or self.reader.slo_of(tier)
         self.metrics.judged(Ended(tier.service_class, outcome, slo, run.ttft_s, run.tpot_s))
+
+    def _note_refusal(self, tier: Tier, origin: Origin, told: ApiError, error: Exception) -> None:
+        """For the operator, when it was turned away. error: before it was put into words for the client."""
+        if told.status_code not in _TURNED_AWAY:
+            return
+        times: tuple[float, ...] = ()
+        if isinstance(error, SloUnattainableError):
+            times = (error.predicted_ttft_s, error.target_ttft_s)
+        kind = tier.service_class
+        self.refusals.note(Refusal(time.time(), origin.request_id, kind, told.reason, told.message, *times))
 
     def _account(self, tier: Tier, origin: Origin, run: Run | None, trouble: str | None) -> None:
         """One that never had a token was refused, whyever."""
@@ -126,6 +141,7 @@ def make_endpoints(
         reader=Reader(names, engine_config, is_shared=bool(config.api_keys)),
         generation=Generation(config, metrics),
         metrics=metrics,
+        refusals=RefusalLog(),
         field_log=FieldLog(),
     )
 

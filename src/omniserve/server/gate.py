@@ -28,7 +28,7 @@ DRAIN_FACTOR = 4
 # Uploads have a limit of their own.
 UNBOUNDED = "/v1/files"
 # Asked every few seconds, and not worth a line each.
-PROBES = ("/health", "/ready", "/metrics")
+PROBES = ("/health", "/ready", "/metrics", "/dashboard/data")
 
 # For log lines: of the request at hand, in the task at hand.
 current_request_id: ContextVar[str] = ContextVar("current_request_id", default="-")
@@ -74,8 +74,11 @@ class Gate:
     def _caller(self, path: str, authorization: str | None) -> object:
         if path.startswith("/v1/") or path == "/v1":
             return self._keyring.client(authorization)
-        if path.startswith("/admin/") or path in ("/admin", "/dashboard"):
+        if path.startswith(("/admin/", "/dashboard/")) or path == "/admin":
             return self._keyring.admin(authorization)
+        if path == "/dashboard":
+            # A browser sends no key when somebody opens a page: this one holds no data, and asks for the key.
+            self._keyring.check_administrable()
         return None
 
 

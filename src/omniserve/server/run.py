@@ -21,6 +21,7 @@ from omniserve.errors import ConfigError
 from omniserve.server.app import make_app
 from omniserve.server.auth import Keyring
 from omniserve.server.batch_lines import EndpointLines
+from omniserve.server.dashboard.watch import Watch
 from omniserve.server.endpoints import make_endpoints
 from omniserve.server.engine_keeper import EngineKeeper
 from omniserve.server.errors import unavailable
@@ -57,7 +58,8 @@ class Server:
         names = model_names(config, engine_config)
         self.endpoints = make_endpoints(config, engine_config, self.keeper, names)
         self.batches = None if config.state_dir is None else self._batch_service(config.state_dir, names)
-        self._app = make_app(config, self.endpoints, names, self.batches, own_name(engine_config))
+        self.watch = Watch(self.endpoints, engine_config.classes, names[0], self.batches)
+        self._app = make_app(config, self.endpoints, names, self.batches, self.watch, own_name(engine_config))
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
 
@@ -97,6 +99,7 @@ class Server:
         stopping = asyncio.create_task(self._stop.wait())
         if self.batches is not None:
             self.batches.start()
+        watching = asyncio.create_task(self.watch.run(), name="watch")
         try:
             await asyncio.wait((engine, serving, stopping), return_when=asyncio.FIRST_COMPLETED)
             if not engine.done():
@@ -106,7 +109,8 @@ class Server:
             self.endpoints.doors.is_draining = True
             self.endpoints.doors.end_all(unavailable("the server stopped", "server_stopping"))
             http.should_exit = True
-            await asyncio.gather(serving, return_exceptions=True)
+            watching.cancel()
+            await asyncio.gather(serving, watching, return_exceptions=True)
             if self.batches is not None:
                 await self.batches.stop()
             await self.keeper.stop()
