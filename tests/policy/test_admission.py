@@ -175,17 +175,3 @@ def test_a_tighter_target_is_never_admitted_where_a_looser_one_is_not() -> None:
         for ttft_s in (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
     ]
     assert answers == sorted(answers)
-
-
-def test_a_longer_prompt_may_be_cut_otherwise_so_that_a_walk_of_lateness_is_no_sure_refusal() -> None:
-    scene = Scene()
-    scene.decoding(20)
-    scene.waiting(88, slo=SLO(9.0, 0.1))
-    slo = SLO(0.08, 0.1)
-    shortest, longer = (verdict(scene, scene.newcomer(count, slo)) for count in (1, 7))
-    # 89 tokens fit one walk of 100 ms beside the decode; 95 take two of 59 ms, the newcomer in the first.
-    assert (shortest.obstacle, shortest.predicted_ttft_s) == ("ttft", pytest.approx(0.1))
-    assert longer.is_accepted
-    assert longer.predicted_ttft_s == pytest.approx(0.059)
-    assert not shortest.refuses_longer
-    assert verdict(scene, scene.newcomer(1, slo), now=0.09).refuses_longer, "later than by any walk"
