@@ -43,12 +43,13 @@ def _covariance(common: float, own: float, busy: float) -> list[list[float]]:
 class Correction:
     """Factors on the parts of a prediction, followed by a Kalman filter over random walks.
 
-    Measured / fitted = sum_i (f_i + b * share) * part_i / fitted + noise, with f_i near 1 and b near 0; share
-    is the host's busy share. Against least squares with forgetting: what the present load does not excite
-    (prefill attention while only decodes run) keeps its uncertainty bounded instead of growing without end,
-    and a machine that slows down as a whole moves all parts at once, those not seen too. One error of many
-    deviations (the process lost its core) counts as a small one; three in a row mean another machine, and the
-    filter starts anew from there.
+    Measured / fitted = sum_i (f_i + b * share) * part_i / fitted + g + noise, with f_i near 1 and b near 0;
+    share is the host's busy share, g the moment, which passes by itself. Against least squares with
+    forgetting: what the present load does not excite (prefill attention while only decodes run) keeps its
+    uncertainty bounded instead of growing without end, and a machine that slows down as a whole moves all
+    parts at once, those not seen too. One error of many deviations (the process lost its core) counts as a
+    small one, and g does not follow it; three in a row mean another machine, and the filter starts anew from
+    there.
     """
 
     def __init__(self) -> None:
@@ -76,7 +77,7 @@ class Correction:
         weights = [part / fitted for part in parts] + [share, 1.0]
         error = seconds / fitted - sum(f * w for f, w in zip(self.factors, weights, strict=True))
         gain, variance = self._gain(weights)
-        limit, moment = _OUTLIER * math.sqrt(variance), None
+        limit, kept = _OUTLIER * math.sqrt(variance), None
         if abs(error) <= limit:
             self._outliers = 0
         else:
@@ -84,15 +85,17 @@ class Correction:
             self._outliers = side * (abs(self._outliers) + 1 if self._outliers * side > 0 else 1)
             if abs(self._outliers) < _NO_OUTLIER:
                 error = side * limit
-                moment = self.factors[_MOMENT]
+                kept = self.factors[_MOMENT], self._covariance[_MOMENT][_MOMENT]
             else:
                 self._outliers = 0
+                error += self.factors[_MOMENT]  # it was one of the machine before
+                self.factors[_MOMENT] = 0.0
                 self._covariance = [row[:] for row in self._start]
                 gain, variance = self._gain(weights)
         self._note(abs(error))
         self._update(gain, variance, error)
-        if moment is not None:  # what an outlier met is over already
-            self.factors[_MOMENT] = moment
+        if kept is not None:  # what an outlier met is over already: it tells nothing about the moment
+            self.factors[_MOMENT], self._covariance[_MOMENT][_MOMENT] = kept
         self._go_on()
 
     def _go_on(self) -> None:

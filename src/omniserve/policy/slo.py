@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import merge
+from operator import itemgetter
 
 from omniserve.policy.admission import Admission, admit
 from omniserve.policy.budget import OMNISERVE, BestEffortStages, Budget, LaneShare, Rules
@@ -92,7 +93,8 @@ class SloBudget:
         self.spare_s = self._spare_of_prompts(riding, running)
         self.chunk_slack_s = self.slack_s
         if self.spare_s < 0.0:
-            self.chunk_slack_s = max(self.slack_s, self._slack(running, MOST_LENT_GAPS)[0])
+            lent = self._slack(running, MOST_LENT_GAPS)
+            self.chunk_slack_s, self.tightest = max((self.slack_s, self.tightest), lent, key=itemgetter(0))
         self.forced_s = 0.0  # what had to be done whatever it takes
         self.latency_sensitive_s = 0.0
         self.best_effort_s = min(self.slack_s, self.terms.walk_bound_s)
@@ -149,7 +151,7 @@ class SloBudget:
 
     def _must_go_on(self, load: WalkLoad, best_effort: bool) -> bool:
         """An empty walk takes somebody; where decodes alone break their target, a chunk breaks no more."""
-        is_lost = not best_effort and not load.num_chunks and self.bound_s(load) > self.slack_s
+        is_lost = not best_effort and not load.num_chunks and self.bound_s(load) > self.chunk_slack_s
         return load.num_tokens == 0 or is_lost
 
     def fits_decode(self, load: WalkLoad, context: int, best_effort: bool) -> bool:
