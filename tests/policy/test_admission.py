@@ -141,6 +141,22 @@ def test_batch_work_in_memory_keeps_no_chat_out() -> None:
     assert verdict(scene, scene.newcomer(100)).is_accepted
 
 
+def test_a_busy_host_refuses_no_chat_that_an_idle_one_would_admit() -> None:
+    """Lanes give way to chat, and then the host has nothing to do."""
+    model = ExactModel(host_slowdown=1.0, host_share=1.0)
+    beside_lanes, alone = Scene(), Scene()
+    for _ in range(4):
+        beside_lanes.lane(20, in_flight=True)
+    found = []
+    for scene in (beside_lanes, alone):
+        for _ in range(50):
+            scene.decoding(20)
+        request = scene.newcomer(250, slo=SLO(0.9, 0.1))
+        found.append(admit(scene.state, request, 0.0, model, make_terms()))
+    assert found[0] == found[1]
+    assert found[0].is_accepted
+
+
 def test_a_share_kept_for_best_effort_work_stretches_the_forecast() -> None:
     scene = Scene()
     request = scene.newcomer(200)

@@ -156,67 +156,6 @@ def test_a_guaranteed_share_is_paid_though_chat_has_no_slack() -> None:
     assert 20 * 2 <= given <= 20 * 3
 
 
-# ---------------------------------------------------------------- division of slack
-
-
-def test_long_answers_make_prefill_worth_more_than_decode() -> None:
-    scene = Scene()
-    scene.decoding(20)
-    scene.decoding(20, best_effort=True)
-    scene.waiting(100, best_effort=True)  # 200 tokens may follow from 100
-    plan = schedule(scene.state, 0.0, make_policy())
-    assert plan.why is not None
-    names = [name for name, _ in plan.why.values]
-    assert names.index("prefill") < names.index("decode")
-
-
-def test_long_prompts_with_short_answers_wait_behind_decode() -> None:
-    scene = Scene()
-    scene.decoding(20)
-    batch = scene.decoding(20, best_effort=True)
-    scene.waiting(2000, best_effort=True)
-    plan = schedule(scene.state, 0.0, make_policy())
-    assert plan.why is not None
-    names = [name for name, _ in plan.why.values]
-    assert names.index("decode") < names.index("prefill")
-    assert batch.id in plan.decodes
-
-
-def test_prefill_is_worth_nothing_once_host_and_device_are_full() -> None:
-    scene = Scene(roomy(max_lanes=2, num_device_pages=15))
-    scene.decoding(20)
-    for _ in range(2):
-        scene.lane(20, in_flight=True)
-    scene.decoding(9 * 16, best_effort=True)
-    scene.waiting(8, best_effort=True)
-    plan = schedule(scene.state, 0.0, make_policy())
-    assert plan.why is not None
-    assert dict(plan.why.values)["prefill"] == 0.0
-
-
-def test_room_on_the_device_is_no_room_for_batch_that_must_decode_on_the_host() -> None:
-    for mode, is_worth_something in (("auto", True), ("always", False)):
-        scene = Scene(roomy(max_lanes=2, host_offload=mode))
-        scene.decoding(20)
-        for _ in range(2):
-            scene.lane(20, in_flight=True)
-        scene.waiting(8, best_effort=True)
-        plan = schedule(scene.state, 0.0, make_policy())
-        assert plan.why is not None
-        assert (dict(plan.why.values)["prefill"] > 0) == is_worth_something
-
-
-def test_lanes_get_their_part_before_uses_worth_less() -> None:
-    scene = Scene()
-    scene.decoding(20)
-    for _ in range(8):
-        scene.lane(20)
-    scene.waiting(2000, best_effort=True)
-    plan = schedule(scene.state, 0.0, make_policy())
-    assert sum(chunks(plan).values()) < 89
-    assert len(plan.lane_starts) + sum(plan.lane_cap) >= 8
-
-
 # ---------------------------------------------------------------- lanes
 
 

@@ -60,6 +60,22 @@ class WalkLoad:
         self.num_chunks += 1
         self.chunk_context += start + num_tokens if start else 0
 
+    def with_decode(self, context: int) -> WalkLoad:
+        more = self.copy()
+        more.add_decode(context)
+        return more
+
+    def with_lane_rows(self, rows: int, num_layers: int) -> WalkLoad:
+        more = self.copy()
+        more.add_lane_rows(rows, num_layers)
+        return more
+
+    def with_chunk(self, start: int, num_tokens: int, ends_prompt: bool) -> WalkLoad:
+        more = self.copy()
+        more.add_chunk(start, num_tokens)
+        more.num_samples += ends_prompt
+        return more
+
 
 class Prediction(Protocol):
     """Seconds that work will take; never less for more of anything. `LatencyModel` is the real one.

@@ -17,6 +17,7 @@ from omniserve.policy.budget import OMNISERVE, BestEffortStages, Budget, LaneSha
 from omniserve.policy.division import Values, split_rows, value_uses
 from omniserve.policy.explanation import Explanation, LeftOut
 from omniserve.policy.forecast import forecast
+from omniserve.policy.host_outlook import HostOutlook
 from omniserve.policy.latency import Prediction, WalkLoad
 from omniserve.policy.request import Phase, Request
 from omniserve.policy.slack import tightest, tightest_tpot_s
@@ -52,31 +53,6 @@ class SloPolicy:
         return admit(state, request, now, self.model, self.terms)
 
 
-def expected_share(state: State, model: Prediction) -> float:
-    """Share of the next walk in which the host will stream: without lanes, none."""
-    return model.host_share if state.num_in_phase(Phase.LANE) else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class LaneFacts:
-    """Lanes as a whole. row_s: host seconds of one of their rows at one layer, on average."""
-
-    count: int
-    row_s: float
-
-    @classmethod
-    def of(cls, state: State, model: Prediction, terms: Terms) -> LaneFacts:
-        lanes = state.in_phase(Phase.LANE)
-        if not lanes:
-            return cls(0, 0.0)
-        mean_tokens = sum([r.kv_tokens for r in lanes]) // len(lanes)
-        return cls(len(lanes), model.host_attention_s(mean_tokens * terms.kv_token_bytes))
-
-    def wanted_share(self, walk_s: float) -> float:
-        """Share of the time in which the host would stream if every lane had one row a walk."""
-        return min(1.0, self.count * self.row_s / walk_s) if walk_s > 0 and self.count else 0.0
-
-
 class SloBudget:
     """The budget of one plan. Seconds from `now` on."""
 
@@ -84,11 +60,11 @@ class SloBudget:
         self.model, self.terms, self.rules = policy.model, policy.terms, policy.rules
         self.state, self.now, self.num_layers = state, now, state.limits.num_layers
         running = list(state.in_class(Phase.DEVICE, best_effort=False))
-        self.lanes = LaneFacts.of(state, self.model, self.terms)
+        self.host = HostOutlook(state, self.model, self.terms)
+        self.busy = self.host.busy
         riding = WalkLoad()
         for request in running:
             riding.add_decode(request.kv_tokens + 1)
-        self.busy = expected_share(state, self.model)
         self.slack_s, self.tightest = self._slack(running, self._gap_with_margin(riding))
         self.spare_s = self._spare_of_prompts(riding, running)
         self.chunk_slack_s = self.slack_s
@@ -141,12 +117,12 @@ class SloBudget:
         limit_s = self._limit_s("prefill") if best_effort else self.chunk_slack_s
 
         def fits(count: int) -> bool:
-            return self.bound_s(_with_chunk(load, start, count, count == remaining)) <= limit_s
+            return self.bound_s(load.with_chunk(start, count, count == remaining)) <= limit_s
 
         count = most if fits(most) else _most(most - 1, fits)
         if count == 0 and self._must_go_on(load, best_effort):
             count = min(most, LEAST_CHUNK)
-            self.forced_s = self.bound_s(_with_chunk(load, start, count, count == remaining))
+            self.forced_s = self.bound_s(load.with_chunk(start, count, count == remaining))
         return count
 
     def _must_go_on(self, load: WalkLoad, best_effort: bool) -> bool:
@@ -159,7 +135,7 @@ class SloBudget:
             return False
         if not best_effort:
             return True
-        bound_s = self.bound_s(_with_decode(load, context))
+        bound_s = self.bound_s(load.with_decode(context))
         if bound_s <= self._limit_s("decode"):
             return True
         if load.num_tokens == 0:
@@ -184,9 +160,9 @@ class SloBudget:
             self.num_layers,
             decode_context=self._decode_context(first),
             outputs_per_prompt_token=self.state.lengths.outputs_per_prompt_token(first) if first else 0.0,
-            free_share=self._free_share(),
+            free_share=self.host.free_share(self._shared_walk_s),
             open_s=self.best_effort_s - self.latency_sensitive_s,
-            decoded_per_walk=self._decoded_per_walk(),
+            decoded_per_walk=self.host.decoded_per_walk(),
         )
         self.lane_reserve_s = self._lane_reserve_s(load)
         return self.values.stages
@@ -199,54 +175,23 @@ class SloBudget:
         owed_s = self.state.best_effort_debt_s
         self.best_effort_s = max(allowed_s, self.latency_sensitive_s + owed_s)
 
-    def _decoded_per_walk(self) -> float:
-        """Best-effort tokens that those who decode, or are about to, can be expected to bring in a walk: one
-        each on the device, of lanes as many as their rows make."""
-        on_device = (Phase.PREFILL, Phase.DEVICE, Phase.MOVING_OUT, Phase.MOVING_IN)
-        count = sum(1 for phase in on_device for _ in self.state.in_class(phase, best_effort=True))
-        return count + self._expected_lane_rows() / self.num_layers
-
     def _decode_context(self, first: Request | None) -> int:
         decoding = list(self.state.in_class(Phase.DEVICE, best_effort=True))
         if decoding:
             return sum(r.kv_tokens + 1 for r in decoding) // len(decoding)
         return first.num_tokens if first is not None else 1
 
-    def _free_share(self) -> float:
-        """Of the capacity to decode more best-effort texts: the freer of the sides where they may decode."""
-        limits, state = self.state.limits, self.state
-        device = max(0, state.device.num_free - limits.watermark_pages) / limits.num_device_pages
-        if not self._host_usable:
-            return device
-        slots = len(state.free_slots) / limits.max_lanes
-        pages = state.host.num_free / limits.num_host_pages
-        host = min(slots, pages, self._free_bandwidth())
-        return host if limits.host_offload == "always" else max(device, host)
-
     @property
-    def _host_usable(self) -> bool:
-        return self.state.host_ready and not self.state.host_failed
-
-    def _free_bandwidth(self) -> float:
-        """Of the host's time, what lanes leave: those that ask for one row a walk, and as lately measured,
-        for a lane may have many."""
-        walk_s = max(self.latency_sensitive_s, min(self.best_effort_s, self.terms.walk_bound_s))
-        return 1.0 - max(self.busy, self.lanes.wanted_share(walk_s))
+    def _shared_walk_s(self) -> float:
+        """How long a walk with best-effort rows is at most."""
+        return max(self.latency_sensitive_s, min(self.best_effort_s, self.terms.walk_bound_s))
 
     def _lane_reserve_s(self, load: WalkLoad) -> float:
         """What the rows that lanes can be expected to bring would add to the walk."""
-        rows = self._expected_lane_rows()
+        rows = self.host.expected_rows()
         if not rows:
             return 0.0
-        return max(0.0, self.bound_s(_with_lane_rows(load, rows, self.num_layers)) - self.bound_s(load))
-
-    def _expected_lane_rows(self) -> int:
-        """One of each lane, or as many as lately came: a lane whose results are fast has a row at many layers
-        of one walk."""
-        if not self._host_usable or not self.lanes.count:
-            return 0
-        expected = max(self.lanes.count, math.ceil(self.state.lane_rows_per_walk))
-        return min(self.terms.max_lane_rows * (self.num_layers + 1), expected)
+        return max(0.0, self.bound_s(load.with_lane_rows(rows, self.num_layers)) - self.bound_s(load))
 
     def _limit_s(self, use: str) -> float:
         """Budget of a use: one worth less than lane rows leaves them their part."""
@@ -264,24 +209,22 @@ class SloBudget:
         """
         if not self.host_gains():
             return False
-        copy_s = self.model.copy_s(request.kv_tokens * self.terms.kv_token_bytes * self.num_layers)
-        lane_token_s = self.num_layers * max(self.latency_sensitive_s, self.lanes.row_s)
         waited_s = self.now - (request.last_token_s if request.last_token_s is not None else self.now)
-        return waited_s > copy_s + lane_token_s
+        return waited_s > self.host.move_s(request, self.latency_sensitive_s)
 
     def _fits_best_effort(self, load: WalkLoad, context: int) -> bool:
         if load.num_tokens >= self.terms.max_num_batched_tokens:
             return False
-        return self.bound_s(_with_decode(load, context)) <= self._limit_s("decode")
+        return self.bound_s(load.with_decode(context)) <= self._limit_s("decode")
 
     def host_gains(self) -> bool:
-        return self._host_usable and self._free_bandwidth() > 0.0
+        return self.host.gains(self._shared_walk_s)
 
     def may_return(self, load: WalkLoad, lane: Request) -> bool:
         """A row like it must fit twice, and its last move must have paid: what comes back shall stay."""
         if lane.moved_at is not None and lane.num_tokens - lane.moved_at < MIN_STAY_TOKENS:
             return False
-        return self._fits_best_effort(_with_decode(load, lane.kv_tokens + 1), lane.kv_tokens + 1)
+        return self._fits_best_effort(load.with_decode(lane.kv_tokens + 1), lane.kv_tokens + 1)
 
     # ------------------------------------------------------------ lanes
 
@@ -297,7 +240,7 @@ class SloBudget:
         return most if not load.num_tokens or fits(most) else _most(most - 1, fits)
 
     def share_lanes(self, load: WalkLoad, num_startable: int) -> LaneShare:
-        if not self.lanes.count or not load.num_tokens:
+        if not self.host.num_lanes or not load.num_tokens:
             return LaneShare(num_startable, (0,) * self.num_layers)
         rows = self._lane_rows(load)
         waiting = self.state.lanes_waiting or (0,) * self.num_layers
@@ -308,7 +251,7 @@ class SloBudget:
         """Most lane rows, over all layers, that the rest of the budget takes: one slack, shared."""
 
         def fits(count: int) -> bool:
-            return self.bound_s(_with_lane_rows(load, count, self.num_layers)) <= self.best_effort_s
+            return self.bound_s(load.with_lane_rows(count, self.num_layers)) <= self.best_effort_s
 
         most = self.terms.max_lane_rows * (self.num_layers + 1)
         return most if fits(most) else _most(most - 1, fits)
@@ -329,8 +272,8 @@ class SloBudget:
     def close(
         self, load: WalkLoad, lanes: LaneShare | None, best_effort_rows: bool, left_out: Sequence[LeftOut]
     ) -> tuple[Explanation, float]:
-        lane_rows = lanes.starts + sum(lanes.caps) if lanes is not None and self.lanes.count else 0
-        whole = _with_lane_rows(load, lane_rows, self.num_layers)
+        lane_rows = lanes.starts + sum(lanes.caps) if lanes is not None and self.host.num_lanes else 0
+        whole = load.with_lane_rows(lane_rows, self.num_layers)
         bound_s = self.bound_s(whole)
         is_shared = best_effort_rows or lane_rows or load.copied_tokens
         allowed_s = (
@@ -367,25 +310,6 @@ class SloBudget:
 
 def _finite(seconds: float) -> float | None:
     return seconds if math.isfinite(seconds) else None
-
-
-def _with_decode(load: WalkLoad, context: int) -> WalkLoad:
-    more = load.copy()
-    more.add_decode(context)
-    return more
-
-
-def _with_lane_rows(load: WalkLoad, rows: int, num_layers: int) -> WalkLoad:
-    more = load.copy()
-    more.add_lane_rows(rows, num_layers)
-    return more
-
-
-def _with_chunk(load: WalkLoad, start: int, count: int, ends_prompt: bool) -> WalkLoad:
-    more = load.copy()
-    more.add_chunk(start, count)
-    more.num_samples += ends_prompt
-    return more
 
 
 def _most(high: int, fits: Callable[[int], bool]) -> int:

@@ -93,7 +93,7 @@ class PaperBudget(SloBudget):
         return PREFILL_FIRST
 
     def _limit_s(self, use: str) -> float:
-        has_results = self.lanes.count > 0
+        has_results = self.host.num_lanes > 0
         reserve_s = OMEGA_SHARE * self.best_effort_s if has_results else 0.0
         return max(0.0, self.best_effort_s - reserve_s)
 
