@@ -44,6 +44,12 @@ def pairwise(cases: list[Case]) -> list[Case]:
     return chosen
 
 
+def once_each(cases: list[Case]) -> list[Case]:
+    """One of each scenario, in turns the first and the last of it, so that all settings come up."""
+    names = sorted({case[0] for case in cases})
+    return [[case for case in cases if case[0] == name][-(i % 2)] for i, name in enumerate(names)]
+
+
 def settings_of(case: Case) -> Settings:
     _, reentry, chunk, (page_size, host_page_size) = case
     return Settings(reentry, chunk, page_size, host_page_size)
@@ -65,8 +71,9 @@ def serve_case(smollm2: Subject, pool: Pool, case: Case, lengths: list[int]) -> 
     serve(smollm2, SCENARIOS[case[0]](pool, settings, lengths, random.Random(name_of(case))), settings)
 
 
-@pytest.mark.parametrize("case", pairwise(EXTREMES), ids=name_of)
-def test_tokens_equal_in_every_pair_of_extreme_settings(smollm2: Subject, pool: Pool, case: Case) -> None:
+@pytest.mark.parametrize("case", once_each(pairwise(EXTREMES)), ids=name_of)
+def test_tokens_equal_in_every_scenario(smollm2: Subject, pool: Pool, case: Case) -> None:
+    """Small models have the other pairs of settings (test_parity_tiny.py), the full matrix all of them."""
     serve_case(smollm2, pool, case, few_lengths(random.Random(name_of(case))))
 
 
