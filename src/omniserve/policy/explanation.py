@@ -27,7 +27,8 @@ class LeftOut:
 class Explanation:
     """What one plan was made by. Seconds.
 
-    slack_s, tightest  left under the tightest target, and the request whose it is; None: nobody has one.
+    slack_s, tightest  left under the tightest target, and the request whose it is; None: nobody has one. With
+                       what is lent, where a prompt would be late otherwise.
     budget_s           what the walk may take by `bound_s`: the slack, unless what must be done takes longer;
                        None: nothing bounds it.
     latency_sensitive_s
