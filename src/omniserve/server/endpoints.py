@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from omniserve.config import EngineConfig
-from omniserve.errors import SloUnattainableError
+from omniserve.errors import EngineDeadError, EngineGoneBeforeError, SloUnattainableError
 from omniserve.server.attainment import Ended, Outcome
 from omniserve.server.doors import Doors
 from omniserve.server.engine_keeper import EngineKeeper
-from omniserve.server.errors import CANCELLED_STATUS, QUEUE_TIMEOUT, ApiError, as_api_error
+from omniserve.server.errors import CANCELLED_STATUS, QUEUE_TIMEOUT, ApiError, as_api_error, engine_ended
 from omniserve.server.fields import FieldLog
 from omniserve.server.generation import Generation, Run
 from omniserve.server.metrics import ServerMetrics
@@ -85,7 +85,7 @@ class Endpoints:
             self._account(tier, origin, started, DISCONNECTED)
             raise
         except Exception as error:
-            told = as_api_error(error)
+            told = self._told(error)
             if told.status_code == 500:
                 logger.exception("request %s failed inside the server", origin.request_id)
             self._account(tier, origin, started, told.reason)
@@ -95,6 +95,12 @@ class Endpoints:
             raise told from error
         self._account(tier, origin, started, None)
         self._judge(tier, started, None)
+
+    def _told(self, error: Exception) -> ApiError:
+        """What the client hears of it."""
+        if isinstance(error, EngineDeadError) and not isinstance(error, EngineGoneBeforeError):
+            return engine_ended(self.keeper.is_steady)
+        return as_api_error(error)
 
     def _judge(self, tier: Tier, run: Run | None, error: ApiError | None) -> None:
         """Whether it kept its targets, unless it could not be served as it was."""

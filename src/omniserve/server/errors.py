@@ -60,6 +60,21 @@ def unavailable(message: str, code: str) -> ApiError:
     return ApiError(503, message, kind="server_error", code=code, headers={"retry-after": "2"})
 
 
+def engine_ended(is_steady: bool) -> ApiError:
+    """The engine ended while it had this request, which may be the cause of it.
+
+    is_steady: it had served for a while. If not, the SDK is told not to send the request again by itself: one
+    that ends engines would take two more with it, and everybody else's requests in them.
+    """
+    if is_steady:
+        return unavailable("the engine ended while it had this request; try again", "engine_unavailable")
+    message = (
+        "the engine ended while it had this request, soon after its start, and the request may be the cause; "
+        "the server's log says more. Try again once /ready says 200"
+    )
+    return ApiError(503, message, kind="server_error", code="engine_unavailable", headers=NO_RETRY)
+
+
 def no_room(message: str, retry_after_s: float, may_retry: bool = True) -> ApiError:
     """The class has no room now; the request was not run. may_retry: by itself, as the SDK would."""
     headers = {
@@ -102,7 +117,7 @@ def as_api_error(error: Exception) -> ApiError:
         case EngineGoneBeforeError():
             return unavailable("no engine is running now; try again soon", "engine_unavailable")
         case EngineDeadError():
-            return unavailable("the engine ended while it had this request; try again", "engine_unavailable")
+            return engine_ended(is_steady=True)
         case HTTPException(status_code=404):
             return ApiError(404, "unknown URL; see docs/api.md for the endpoints", code="unknown_url")
         case HTTPException(status_code=405):
