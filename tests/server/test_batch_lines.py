@@ -173,6 +173,7 @@ def test_a_batch_with_a_line_that_kills_engines_ends_and_the_server_goes_on(
             assert (failed["custom_id"], failed["response"]["status_code"]) == ("1", 500)
             assert failed["response"]["body"]["error"]["code"] == "engine_error"
             await stand.until(lambda: stand.server.keeper.state == "ready")
+            assert "omniserve:batch_lines_given_up_total 1.0" in (await stand.http.get("/metrics")).text
             assert len(stand.engines) == 1 + DEATHS_AMONG_OTHERS + DEATHS_ALONE
             assert (await stand.chat()).status_code == 200
 

@@ -83,6 +83,7 @@ class Endpoints:
                 yield work, started
         except asyncio.CancelledError:
             self._account(tier, origin, started, DISCONNECTED)
+            self._judge_left(tier, origin, started)
             raise
         except Exception as error:
             told = self._told(error)
@@ -113,6 +114,13 @@ class Endpoints:
         slo = run.slo or self.reader.slo_of(tier)
         self.metrics.judged(Ended(tier.service_class, outcome, slo, run.ttft_s, run.tpot_s))
 
+    def _judge_left(self, tier: Tier, origin: Origin, run: Run | None) -> None:
+        """Its client went away: too late for its targets, or in time, which says nothing about them."""
+        slo = (run and run.slo) or self.reader.slo_of(tier)
+        waited_s = time.monotonic() - origin.arrived_s
+        ttft_s, tpot_s = (run.ttft_s, run.tpot_s) if run is not None and run.has_token else (waited_s, None)
+        self.metrics.judged(Ended(tier.service_class, "left", slo, ttft_s, tpot_s))
+
     def _note_refusal(self, tier: Tier, origin: Origin, told: ApiError, error: Exception) -> None:
         """For the operator, when it was turned away. error: before it was put into words for the client."""
         if told.status_code not in _TURNED_AWAY:
@@ -133,14 +141,14 @@ class Endpoints:
         num_out = sum(len(one.token_ids) for output in outputs for one in output.outputs)
         num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
         duration_s = time.monotonic() - origin.arrived_s
-        self.metrics.finished(tier.service_class, reason, num_prompt, num_out, duration_s)
+        self.metrics.finished(tier.service_class, reason, num_prompt, num_out, duration_s, run.tpot_s)
 
 
 def make_endpoints(
     config: ServerConfig, engine_config: EngineConfig, keeper: EngineKeeper, names: Sequence[str]
 ) -> Endpoints:
     """The parts that a request passes. names: those of the model."""
-    metrics = ServerMetrics(names[0], engine_config.classes)
+    metrics = ServerMetrics(names[0], engine_config.classes, engine_config.page_size)
     return Endpoints(
         keeper=keeper,
         doors=Doors(config),

@@ -39,9 +39,14 @@ class EngineKeeper:
         self.num_restarts = 0
 
     @property
+    def silent_s(self) -> float | None:
+        """Seconds since the last sign of life of the engine that runs; None while there is none."""
+        return None if self._llm is None else self._llm.silent_s
+
+    @property
     def is_silent(self) -> bool:
         """Whether the engine that runs gives no sign of life; it is killed if it stays so for long."""
-        return self._llm is not None and self._llm.silent_s >= SILENT_S
+        return self.silent_s is not None and self.silent_s >= SILENT_S
 
     @property
     def is_steady(self) -> bool:
@@ -94,10 +99,8 @@ class EngineKeeper:
         try:
             why = await llm.wait_ended()
         finally:
-            self._llm = None
-        if self._is_retired:
-            self.state = "stopped"
-        else:
+            self._llm, self.state = None, "stopped" if self._is_retired else "restarting"
+        if not self._is_retired:
             logger.error("%s; starting it again", why)
         await asyncio.to_thread(llm.close)
 
