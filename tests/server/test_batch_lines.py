@@ -16,6 +16,7 @@ from omniserve.batch.suspicion import DEATHS_ALONE, DEATHS_AMONG_OTHERS
 from omniserve.errors import EngineGoneBeforeError
 from omniserve.server import engine_keeper
 from omniserve.server.batch_lines import EndpointLines
+from omniserve.server.gate import current_request_id
 from omniserve.server.settings import ApiKey
 from omniserve.server.tiers import Clamp
 from server.scripted import CHAT, COMPLETIONS, HELLO, ScriptedLLM, Stand, standing
@@ -189,6 +190,15 @@ def test_a_line_that_nobody_wants_anymore_leaves_the_engine() -> None:
             await asyncio.wait([line])
             assert line.cancelled()
             assert not stand.llm.running
+
+    asyncio.run(story())
+
+
+def test_what_is_logged_about_a_line_has_its_id() -> None:
+    async def story() -> None:
+        async with standing(before=9) as stand:
+            await lines(stand).run_line(OWNER, CHAT, BODY, "batch_req_7", 9)
+            assert current_request_id.get() == "batch_req_7"
 
     asyncio.run(story())
 

@@ -34,7 +34,7 @@ class EngineKeeper:
         self._is_up = asyncio.Event()
         self._llm: AsyncLLM | None = None
         self.state: State = "loading"
-        self._is_retired = False
+        self._retired = asyncio.Event()
         self._up_s = 0.0
         self.num_restarts = 0
 
@@ -77,13 +77,13 @@ class EngineKeeper:
             else:
                 num_failed = 0
                 await self._serve(llm)
-            if self._is_retired:
+            if self._retired.is_set():
                 return
             self.state = "restarting"
             is_steady = time.monotonic() - began_s >= STEADY_S
             pause_s = 0.0 if is_steady or self.num_restarts == 0 else pause_s
             await asyncio.sleep(pause_s)
-            if self._is_retired:
+            if self._retired.is_set():
                 return
             pause_s = min(LONGEST_PAUSE_S, 2 * pause_s or FIRST_PAUSE_S)
             self.num_restarts += 1
@@ -99,8 +99,8 @@ class EngineKeeper:
         try:
             why = await llm.wait_ended()
         finally:
-            self._llm, self.state = None, "stopped" if self._is_retired else "restarting"
-        if not self._is_retired:
+            self._llm, self.state = None, "stopped" if self._retired.is_set() else "restarting"
+        if not self._retired.is_set():
             logger.error("%s; starting it again", why)
         await asyncio.to_thread(llm.close)
 
@@ -136,7 +136,7 @@ class EngineKeeper:
 
     def retire(self) -> None:
         """Start no other engine once the one that runs has ended."""
-        self._is_retired = True
+        self._retired.set()
 
     async def stop(self) -> None:
         """End the engine that runs, if one does."""
