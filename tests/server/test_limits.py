@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -66,5 +67,16 @@ def test_a_chat_beyond_the_places_is_told_not_to_come_again_in_silence() -> None
             assert stand.llm.num_encoded == 1, "nothing of it was tokenised"
             stand.llm.go.set()
             assert (await first).status_code == 200
+
+    asyncio.run(story())
+
+
+def test_a_batch_whose_body_is_no_json_is_told_as_a_chat_would_be(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with standing(state_dir=tmp_path / "state") as stand:
+            kind = {"content-type": "application/json"}
+            answer = await stand.http.post("/v1/batches", content=b"{", headers=kind)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"], error["code"]) == (400, None, "invalid_json")
 
     asyncio.run(story())
