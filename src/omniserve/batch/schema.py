@@ -115,7 +115,7 @@ def refuse_newer(db: sqlite3.Connection, path: Path) -> None:
         if getattr(error, "sqlite_errorname", "") not in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
             raise
         raise StateError(
-            f"{path} is damaged: {error}; restore the state directory from a backup, or use another --state-dir"
+            f"{path} is damaged: {error}; restore the directory from a backup, or use another --state-dir"
         ) from error
     if version > len(MIGRATIONS):
         raise StateError(
