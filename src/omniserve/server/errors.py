@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,10 @@ CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
 
 # The operator ended it. As nginx says of clients that are gone; the SDK does not retry it.
 CANCELLED_STATUS = 499
+
+# Seconds after which best-effort work that waited in vain is asked to come again, drawn so that not all come
+# at once.
+AFTER_TIMEOUT_S = (5.0, 20.0)
 
 # The SDK retries these by itself, unless told not to.
 NO_RETRY = {"x-should-retry": "false"}
@@ -90,7 +95,7 @@ def timed_out(waited_s: float, is_best_effort: bool) -> ApiError:
     """A request waited too long for its first token. A chat that came again in silence would look on time."""
     message = f"no token within {waited_s:g} s, the queue timeout of this class; the request was given up"
     if is_best_effort:
-        return no_room(message, 10.0)
+        return no_room(message, random.uniform(*AFTER_TIMEOUT_S))
     return ApiError(429, message, kind="rate_limit_error", code=QUEUE_TIMEOUT, headers=NO_RETRY)
 
 
