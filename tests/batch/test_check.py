@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,19 @@ def test_a_database_that_is_no_longer_one_is_named(tmp_path: Path, batch: BatchR
     data[4096 * 2 :] = b"\x55" * (len(data) - 4096 * 2)
     path.write_bytes(data)
     assert check_state(tmp_path).problems
+
+
+def test_a_file_that_is_no_database_is_told_in_words(tmp_path: Path) -> None:
+    (tmp_path / "batches.sqlite").write_bytes(b"something else" * 1000)
+    with pytest.raises(StateError, match="damaged"):
+        check_state(tmp_path)
+
+
+def test_folders_that_are_gone_are_missed_by_their_files(tmp_path: Path, batch: BatchRecord) -> None:
+    for name in ("files", "incoming"):
+        shutil.rmtree(tmp_path / name)
+    problems = " ".join(check_state(tmp_path).problems)
+    assert f"file {batch.input_file_id} is gone" in problems
 
 
 def test_a_state_in_use_and_no_state_at_all_are_refused(tmp_path: Path, batch: BatchRecord) -> None:

@@ -269,6 +269,20 @@ def test_a_state_directory_has_one_writer(store: Store, root: Path) -> None:
     Store(root).close()
 
 
+@pytest.mark.parametrize("kind", ["a file", "below a file", "no database"])
+def test_a_state_directory_that_cannot_be_used_is_named(tmp_path: Path, kind: str) -> None:
+    root = tmp_path / "state"
+    if kind == "no database":
+        root.mkdir()
+        (root / "batches.sqlite").write_bytes(b"something else" * 1000)
+    else:
+        root.write_text("")
+        root = root / "below" if kind == "below a file" else root
+    with pytest.raises(StateError, match="--state-dir") as caught:
+        Store(root)
+    assert str(root) in str(caught.value)
+
+
 def test_nobody_else_may_look_into_the_state_directory(tmp_path: Path) -> None:
     root = tmp_path / "wide"
     root.mkdir(mode=0o755)

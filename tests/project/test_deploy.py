@@ -226,7 +226,7 @@ def test_the_unit_starts_a_server_of_the_example_without_keys_on_its_command_lin
 def test_the_unit_waits_longer_than_a_stop_takes(service: dict[str, str]) -> None:
     grace_s = read("serve", "--config", str(EXAMPLE)).server.grace_s
     assert float(service["TimeoutStopSec"]) > grace_s + CLOSING_S
-    assert service["KillMode"] == "mixed", "SIGTERM to the engine would end the chats that have a grace time"
+    assert service["KillMode"] == "mixed", "SIGTERM is for the server, which ends its engine"
     assert service["Restart"] == "on-failure"
 
 

@@ -102,6 +102,16 @@ def test_any_number_of_requests_counts_and_percentiles_are_of_the_newest() -> No
     assert (chat.num_offered, chat.attainment, chat.ttft_p99_s) == (2 * MAX_SAMPLES, 0.5, 0.5)
 
 
+def test_a_client_that_leaves_in_time_says_nothing_and_one_that_leaves_late_was_missed() -> None:
+    window = live()
+    assert window.note(Ended("chat", "left", TARGETS, TARGETS.ttft_s), 1.0) is None
+    assert window.snapshot(1.0)["chat"].num_offered == 0
+    assert window.note(Ended("chat", "left", TARGETS, TARGETS.ttft_s + 0.1), 1.0) == "ttft"
+    assert window.note(Ended("chat", "left", TARGETS, 0.1, TARGETS.tpot_s + 0.1), 1.0) == "tpot"
+    chat = window.snapshot(1.0)["chat"]
+    assert (chat.num_offered, chat.attainment, chat.ttft_p50_s) == (2, 0.0, None)
+
+
 OUTCOMES: tuple[Outcome, ...] = ("finished", "refused", "failed")
 ENDED = st.builds(
     Ended,

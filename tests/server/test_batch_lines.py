@@ -16,6 +16,7 @@ from omniserve.batch.suspicion import DEATHS_ALONE, DEATHS_AMONG_OTHERS
 from omniserve.errors import EngineGoneBeforeError
 from omniserve.server import engine_keeper
 from omniserve.server.batch_lines import EndpointLines
+from omniserve.server.gate import current_request_id
 from omniserve.server.settings import ApiKey
 from omniserve.server.tiers import Clamp
 from server.scripted import CHAT, COMPLETIONS, HELLO, ScriptedLLM, Stand, standing
@@ -173,6 +174,7 @@ def test_a_batch_with_a_line_that_kills_engines_ends_and_the_server_goes_on(
             assert (failed["custom_id"], failed["response"]["status_code"]) == ("1", 500)
             assert failed["response"]["body"]["error"]["code"] == "engine_error"
             await stand.until(lambda: stand.server.keeper.state == "ready")
+            assert "omniserve:batch_lines_given_up_total 1.0" in (await stand.http.get("/metrics")).text
             assert len(stand.engines) == 1 + DEATHS_AMONG_OTHERS + DEATHS_ALONE
             assert (await stand.chat()).status_code == 200
 
@@ -188,6 +190,15 @@ def test_a_line_that_nobody_wants_anymore_leaves_the_engine() -> None:
             await asyncio.wait([line])
             assert line.cancelled()
             assert not stand.llm.running
+
+    asyncio.run(story())
+
+
+def test_what_is_logged_about_a_line_has_its_id() -> None:
+    async def story() -> None:
+        async with standing(before=9) as stand:
+            await lines(stand).run_line(OWNER, CHAT, BODY, "batch_req_7", 9)
+            assert current_request_id.get() == "batch_req_7"
 
     asyncio.run(story())
 

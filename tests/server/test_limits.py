@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -44,7 +45,7 @@ def test_as_many_items_as_are_allowed_are_taken(server: Served) -> None:
 def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_failure_of_the_server(server: Served) -> None:
     address = urlsplit(server.base_url)
     with socket.create_connection((address.hostname, address.port)) as connection:
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nx-request-id: leaver\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nx-request-id: leaver\r\n"
         connection.sendall(head + b"content-type: application/json\r\ncontent-length: 500\r\n\r\n{")
         # The last header and byte arrive together, so that an answered request says that they were read.
         assert server.get("/health").status_code == 200
@@ -66,5 +67,16 @@ def test_a_chat_beyond_the_places_is_told_not_to_come_again_in_silence() -> None
             assert stand.llm.num_encoded == 1, "nothing of it was tokenised"
             stand.llm.go.set()
             assert (await first).status_code == 200
+
+    asyncio.run(story())
+
+
+def test_a_batch_whose_body_is_no_json_is_told_as_a_chat_would_be(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with standing(state_dir=tmp_path / "state") as stand:
+            kind = {"content-type": "application/json"}
+            answer = await stand.http.post("/v1/batches", content=b"{", headers=kind)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["param"], error["code"]) == (400, None, "invalid_json")
 
     asyncio.run(story())

@@ -3,9 +3,11 @@
 import asyncio
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -17,7 +19,7 @@ from omniserve.server.attainment import MISSED
 from omniserve.server.metrics import ServerMetrics
 from omniserve.server.server_series import BatchFacts, ServerFacts
 from omniserve.types import BEST_EFFORT, SLO, ServiceClass
-from server.scripted import PATIENCE_S, standing
+from server.scripted import HELLO, PATIENCE_S, standing
 
 MODEL = {"model_name": "tiny", "engine": "0"}
 CHAT, BATCH = "latency_sensitive", "best_effort"
@@ -48,13 +50,14 @@ def test_a_chat_waits_runs_and_ends_in_the_series_of_vllm() -> None:
     assert value(metrics, "vllm:num_requests_waiting", **MODEL) == 1
     assert value(metrics, "vllm:num_requests_running", **MODEL) == 1
     metrics.token_gap(CHAT, 0.05)
-    metrics.finished(CHAT, "stop", 7, 2, 0.3)
+    metrics.finished(CHAT, "stop", 7, 2, 0.3, 0.05)
     assert value(metrics, "vllm:num_requests_running", **MODEL) == 0
     assert value(metrics, "vllm:prompt_tokens_total", **MODEL) == 7
     assert value(metrics, "vllm:generation_tokens_total", **MODEL) == 2
     assert value(metrics, "vllm:request_success_total", finished_reason="stop", **MODEL) == 1
     assert value(metrics, "vllm:time_to_first_token_seconds_sum", **MODEL) == pytest.approx(0.2)
     assert value(metrics, "vllm:inter_token_latency_seconds_count", **MODEL) == 1
+    assert value(metrics, "vllm:request_time_per_output_token_seconds_sum", **MODEL) == pytest.approx(0.05)
     assert value(metrics, "vllm:e2e_request_latency_seconds_count", **MODEL) == 1
     labels = {"reason": "slo_unattainable", "service_class": CHAT}
     assert value(metrics, "omniserve:refused_total", **labels) == 1
@@ -67,7 +70,7 @@ def test_batch_work_is_in_no_series_of_vllm() -> None:
     metrics.first_token(BATCH, 4.0)
     metrics.token_gap(BATCH, 1.0)
     metrics.arrived(BATCH)
-    metrics.finished(BATCH, "length", 100, 50, 60.0)
+    metrics.finished(BATCH, "length", 100, 50, 60.0, 1.0)
     metrics.refused(BATCH, "resource_unavailable")
     assert {v for name, v in series(metrics) if name.startswith("vllm:")} == {0.0}
     assert value(metrics, "omniserve:output_tokens_total", service_class=BATCH) == 50
@@ -82,6 +85,11 @@ def test_a_scrape_asks_the_engine() -> None:
             assert value(text, "omniserve:ready") == 1
             usage = value(text, "vllm:kv_cache_usage_perc", **MODEL)
             assert usage == 0.25, "pages of latency-sensitive requests alone"
+            assert value(text, "vllm:prefix_cache_queries_total", **MODEL) == 40
+            assert value(text, "vllm:prefix_cache_hits_total", **MODEL) == 10
+            assert value(text, "vllm:num_preemptions_total", **MODEL) == 0
+            sizes = {"block_size": "16", "num_gpu_blocks": "8"}
+            assert value(text, "vllm:cache_config_info", **MODEL, **sizes) == 1
 
     asyncio.run(story())
 
@@ -113,6 +121,17 @@ def test_a_scrape_between_two_engines_keeps_the_counters_and_no_gauge_of_the_dea
             assert value(after, "omniserve:walks_total") == 77, "the new engine has walked 7 times"
             assert value(after, "omniserve:engine_restarts_total") == 1
             assert value(after, "omniserve:host_up") == 1
+
+    asyncio.run(story())
+
+
+def test_how_long_the_engine_is_silent_is_told_while_there_is_one() -> None:
+    async def story() -> None:
+        async with standing() as stand:
+            stand.llm.silent_s = 7.5
+            assert value((await stand.http.get("/metrics")).text, "omniserve:engine_silent_seconds") == 7.5
+            stand.server.keeper._llm, stand.server.keeper.state = None, "restarting"
+            assert value((await stand.http.get("/metrics")).text, "omniserve:engine_silent_seconds") is None
 
     asyncio.run(story())
 
@@ -177,7 +196,7 @@ def test_who_is_given_up_or_cancelled_by_the_server_counts_as_failed() -> None:
     asyncio.run(story())
 
 
-def test_invalid_requests_and_clients_that_leave_are_not_offered() -> None:
+def test_invalid_requests_and_clients_that_leave_in_time_are_not_offered() -> None:
     async def story() -> None:
         async with standing(WITH_TARGETS, before=1) as stand:
             assert (await stand.chat(max_tokens="many")).status_code == 400
@@ -190,6 +209,34 @@ def test_invalid_requests_and_clients_that_leave_are_not_offered() -> None:
             assert value(text, "omniserve:finished_total", **labels) == 1
             assert value(text, "omniserve:offered_requests", service_class=CHAT) == 0
             assert value(text, "omniserve:attainment_ratio", service_class=CHAT) is None
+
+    asyncio.run(story())
+
+
+def test_who_leaves_when_a_target_is_missed_already_was_served_too_late() -> None:
+    """A server that answers nobody would else look as good as one that is not asked."""
+
+    async def story() -> None:
+        async with standing(WITH_TARGETS) as stand:
+            with pytest.raises(httpx.ReadTimeout):
+                await stand.http.post("/v1/chat/completions", json={"messages": HELLO}, timeout=0.2)
+            await stand.until(lambda: not stand.doors.count(best_effort=False))
+            assert missed((await stand.http.get("/metrics")).text) == dict.fromkeys(MISSED, 0)
+
+        at_once = EngineConfig(classes=(replace(CHAT_CLASS, slo=SLO(0.05, 0.1)), BEST_EFFORT))
+        async with standing(at_once) as stand:
+            with pytest.raises(httpx.ReadTimeout):
+                await stand.http.post("/v1/chat/completions", json={"messages": HELLO}, timeout=0.2)
+            await stand.until(lambda: not stand.doors.count(best_effort=False))
+            stand.llm.before, stand.llm.tpot_s = 2, 0.2
+            async with stand.streaming() as (_, lines):
+                await anext(lines)
+            await stand.until(lambda: not stand.doors.count(best_effort=False))
+            text = (await stand.http.get("/metrics")).text
+            assert missed(text)["ttft"] >= 1
+            assert sum(missed(text).values()) == 2, "the other one by its later tokens, or by the first too"
+            assert value(text, "omniserve:slo_met_total", service_class=CHAT) == 0
+            assert value(text, "omniserve:attainment_ratio", service_class=CHAT) == 0
 
     asyncio.run(story())
 
@@ -241,10 +288,11 @@ def test_a_disk_that_is_full_or_fails_holds_best_effort_work(
     free_bytes: int | None, trouble: str | None, is_held: bool
 ) -> None:
     metrics = ServerMetrics("tiny")
-    status = RunnerStatus(False, 2, 30, 4, 1.5, trouble, 1, 20.0)
+    status = RunnerStatus(False, 2, 30, 4, 1.5, trouble, 1, 20.0, num_given_up=3)
     metrics.server.facts = ServerFacts(batches=BatchFacts(status, free_bytes, 1000))
     assert value(metrics, "omniserve:best_effort_paused", reason="disk") == is_held
     assert value(metrics, "omniserve:best_effort_paused", reason="operator") == 0
     assert value(metrics, "omniserve:overdue_batches") == 1
     assert value(metrics, "omniserve:batch_eta_seconds") == 20
+    assert value(metrics, "omniserve:batch_lines_given_up_total") == 3
     assert value(metrics, "omniserve:state_free_bytes") == free_bytes

@@ -11,6 +11,7 @@ import pytest
 from omniserve.config import EngineConfig
 from omniserve.errors import SloUnattainableError
 from omniserve.server.engine_keeper import SILENT_S
+from omniserve.server.errors import timed_out
 from omniserve.server.settings import ApiKey
 from omniserve.server.tiers import Clamp
 from omniserve.types import BEST_EFFORT, LATENCY_SENSITIVE, SLO, ServiceClass
@@ -117,6 +118,12 @@ def test_who_waits_too_long_for_a_token_is_given_up(tier: str, code: str) -> Non
                 assert not stand.llm.running, "the engine has forgotten it"
 
     asyncio.run(story())
+
+
+def test_best_effort_work_that_waited_in_vain_does_not_come_back_all_at_once() -> None:
+    waits = {timed_out(600.0, is_best_effort=True).headers["retry-after-ms"] for _ in range(20)}
+    assert len(waits) > 1
+    assert all(0 < int(ms) <= 120_000 for ms in waits)
 
 
 def test_a_queue_timeout_ends_with_the_first_token() -> None:

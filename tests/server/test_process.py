@@ -98,6 +98,33 @@ def test_a_server_answers_while_it_loads_and_stops_in_good_order(tiny_model: Pat
         assert "Traceback" not in server.log
 
 
+def test_a_sigterm_to_every_process_lets_chats_end(tiny_model: Path) -> None:
+    """As supervisors send it that know no main process, and a `kill` of the process group does."""
+    long = {"model": "tiny", "messages": HELLO, "max_tokens": 480, "extra_body": {"ignore_eos": True}}
+    sizes = ("--device-memory-bytes", str(64 * 1024**2), "--host-memory-bytes", str(64 * 1024**2))
+    threads = ("--device-threads", "1", "--host-threads", "1")
+
+    async def story(server: Served) -> None:
+        async with server.async_client() as client:
+            stream = await client.chat.completions.create(**long, stream=True)  # type: ignore[call-overload]
+            await anext(stream)
+            (engine,) = engine_pids(server)
+            host = server.get("/admin/stats").json()["host_pid"]
+            for pid in (host, engine, server.process.pid):
+                os.kill(pid, signal.SIGTERM)
+            reasons = [chunk.choices[0].finish_reason async for chunk in stream]
+            assert reasons[-1] == "length"
+        assert server.wait_ended() == 0, server.log
+        assert "starting it again" not in server.log
+        assert not any(Path(f"/proc/{pid}").exists() for pid in (engine, host))
+
+    with serving(str(tiny_model), "--served-model-name", "tiny", *sizes, *threads) as server:
+        server.wait_until(
+            lambda: server.get("/admin/stats").json()["host_state"] == "ready", "the host is up"
+        )
+        asyncio.run(story(server))
+
+
 def test_what_keeps_a_server_from_starting_is_one_line(tiny_model: Path) -> None:
     with serving("no/such-model", ready=False) as server:
         assert server.wait_ended() == 1
@@ -160,7 +187,7 @@ def test_connections_dropped_at_random_while_a_batch_runs_leave_nothing_behind(
         host, port = server.base_url.removeprefix("http://").split(":")
         how = {"max_tokens": 200, "stream": rng.random() < 0.7, "service_tier": rng.choice(("auto", "flex"))}
         sent = json.dumps(body | how).encode()
-        head = f"POST {url} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(sent)}\r\n\r\n"
+        head = f"POST {url} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: {len(sent)}\r\n\r\n"
         async with gate:
             _, writer = await asyncio.open_connection(host, int(port))
             writer.write((head.encode() + sent)[: rng.choice((20, 10_000, 10_000, 10_000))])

@@ -197,6 +197,25 @@ def test_a_wrong_value_is_named(server: Served, fields: dict[str, Any], param: s
 
 
 @pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"n": 0}, "invalid_value"),
+        ({"n": 10**6}, "invalid_value"),
+        ({"priority": 2**40}, "invalid_value"),
+        ({"cache_salt": ""}, "invalid_value"),
+        ({"messages": []}, "invalid_value"),
+        ({"messages": [{"role": "tool", "content": ""}]}, "invalid_value"),
+        ({"n": "1"}, "invalid_type"),
+        ({"messages": ...}, "missing_required_parameter"),
+    ],
+)
+def test_a_value_out_of_range_is_told_from_one_of_the_wrong_type(
+    server: Served, fields: dict[str, Any], code: str
+) -> None:
+    assert error_of(chat(server, **fields))[2] == code
+
+
+@pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"prompt": ...}, "prompt"),

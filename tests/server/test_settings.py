@@ -66,10 +66,30 @@ def _serve_actions() -> list[object]:
 
 
 def test_flags_that_are_lists_take_several_values() -> None:
-    settings = read("--api-key", "a", "b", "--api-key", "c", "--served-model-name", "x", "y")
-    assert [k.key for k in settings.server.api_keys] == ["a", "b", "c"]
+    settings = read("--api-key", "a", "--api-key", "c", "--served-model-name", "x", "y")
+    assert [k.key for k in settings.server.api_keys] == ["a", "c"]
     assert settings.server.served_model_name == ("x", "y")
     assert [k.key for k in read(OMNISERVE_API_KEY="a b").server.api_keys] == ["a", "b"]
+
+
+def test_a_model_after_a_key_is_no_key() -> None:
+    settings = read("--api-key", "a", "other")
+    assert [k.key for k in settings.server.api_keys] == ["a"]
+    assert settings.engine.model == "other"
+
+
+@pytest.mark.parametrize("name", ["OMNISERVE_API_KEY", "OMNISERVE_ADMIN_KEY"])
+def test_a_secret_that_was_forgotten_opens_no_server(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: is empty"):
+        read(**{name: ""})
+
+
+@pytest.mark.parametrize("line", ["api-key: 1234567", "admin-key: 1234567", "api-keys: [{key: 1234567}]"])
+def test_a_key_of_the_wrong_type_is_refused_and_not_shown(file: Path, line: str) -> None:
+    file.write_text(line)
+    with pytest.raises(ConfigError, match="quote") as caught:
+        read("--config", str(file))
+    assert "1234567" not in str(caught.value)
 
 
 def test_keys_in_the_file_have_owners_tiers_and_clamps(file: Path) -> None:
@@ -134,6 +154,12 @@ def test_targets_and_their_clamp_make_the_class(file: Path) -> None:
         ("api-keys: [{key: x, tiers: [gold]}]", "gold"),
         ("api-keys: [{key: x, quota: {max-lines: 1}}]", "max-open-lines"),
         ("api-keys: [{key: x, quota: {max-files: -1}}]", "max_files"),
+        ("api-keys: [{key: }]", "api_key"),
+        ("api-keys: {key: x}", "must be a list"),
+        ("api-keys: [{key: x, tiers: flex}]", "tiers must be a list"),
+        ("api-keys: [{key: x, owner: 5}]", "owner"),
+        ("api-key: ", "not empty"),
+        ("queue-timeout: .inf", "queue_timeout_s"),
         ("max-num-seqs: 0", "max_num_seqs"),
         ("engine-hang-timeout: 1", "engine_hang_timeout_s"),
     ],

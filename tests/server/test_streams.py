@@ -10,7 +10,8 @@ import pytest
 from starlette.types import Message
 
 from omniserve.server import answers
-from server.scripted import CHAT, HELLO, Stand, events, standing
+from omniserve.server.engine_keeper import STEADY_S
+from server.scripted import CHAT, HELLO, ScriptedLLM, Stand, events, standing
 
 
 def test_a_silent_stream_is_kept_open_by_comments(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +109,7 @@ async def _open(stand: Stand, stream: bool) -> tuple[asyncio.StreamReader, async
     reader, writer = await asyncio.open_connection(host, int(port))
     body = b'{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "stream": %b}'
     body %= b"true" if stream else b"false"
-    head = b"POST %b HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    head = b"POST %b HTTP/1.1\r\nhost: [::1]\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
     writer.write(head % (CHAT.encode(), len(body)) + body)
     await writer.drain()
     return reader, writer
@@ -173,5 +174,40 @@ def test_chats_that_outlast_the_grace_time_are_told() -> None:
                 stand.server.stop()
                 told = events([line async for line in lines])
             assert told[-1]["error"]["code"] == "server_stopping"
+
+    asyncio.run(story())
+
+
+def test_an_engine_that_ends_while_the_server_stops_is_followed_by_no_other() -> None:
+    async def story() -> None:
+        async with standing(before=1) as stand:
+            async with stand.streaming() as (_, lines):
+                await anext(lines)
+                stand.server.stop()
+                await stand.until(lambda: stand.doors.is_draining)
+                stand.llm.end.set()
+                told = events([line async for line in lines])
+            assert told[-1]["error"]["code"] == "engine_unavailable"
+            await stand.until(lambda: stand.server.keeper.state == "stopped")
+            assert len(stand.engines) == 1
+
+    asyncio.run(story())
+
+
+def test_a_request_in_an_engine_that_ends_soon_after_its_start_is_not_to_be_sent_again_in_silence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ScriptedLLM, "deadly", "attack")
+    attack = [{"role": "user", "content": "attack"}]
+
+    async def story() -> None:
+        async with standing(before=9) as stand:
+            stand.server.keeper._up_s -= STEADY_S
+            first = await stand.chat(messages=attack)
+            await stand.until(lambda: len(stand.engines) == 2 and stand.server.keeper.state == "ready")
+            again = await stand.chat(messages=attack)
+            assert [a.status_code for a in (first, again)] == [503, 503]
+            assert "x-should-retry" not in first.headers, "it may have been any other request"
+            assert again.headers["x-should-retry"] == "false"
 
     asyncio.run(story())

@@ -123,12 +123,16 @@ def _result_lines(path: Path, num_bytes: int) -> Iterator[bytes]:
 
 
 def _check_strays(root: Path, known: set[str], report: Report) -> None:
-    strays = {path.name for path in (root / "files").iterdir()} - known
-    half = list((root / "incoming").iterdir())
+    strays, half = _names_in(root / "files") - known, _names_in(root / "incoming")
     if strays or half:
         report.notes.append(
             f"{len(strays)} files that nobody knows and {len(half)} half uploads will be removed"
         )
+
+
+def _names_in(folder: Path) -> set[str]:
+    """None where the folder is gone, which the next start makes anew; what was in it is missed by name."""
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def _size(root: Path, file_id: str) -> int | None:

@@ -21,12 +21,19 @@ At = Callable[[str], None]
 def lock_folder(root: Path) -> int:
     """Make the directory if need be (0700) and take its lock; returns the descriptor that holds it.
 
-    The kernel gives the lock up when its process ends, however it ends.
+    The kernel gives the lock up when its process ends, however it ends. StateError: another process has it,
+    or the directory cannot be used.
     """
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if stat.S_IMODE(root.stat().st_mode) != 0o700:
-        root.chmod(0o700)
-    descriptor = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if stat.S_IMODE(root.stat().st_mode) != 0o700:
+            root.chmod(0o700)
+        descriptor = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StateError(
+            f"--state-dir {root} cannot be used: {error}; name a directory that is this user's own, "
+            "or one that can be made"
+        ) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

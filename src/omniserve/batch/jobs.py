@@ -30,6 +30,7 @@ class RunnerStatus:
 
     num_overdue: batches that at this pace will not end in their window, or are past it.
     longest_eta_s: until the last of them is through; None while no pace is known or nothing is started.
+    num_given_up: lines given up since the runner was made, for engines died of them.
     """
 
     is_paused: bool
@@ -40,6 +41,7 @@ class RunnerStatus:
     trouble: str | None
     num_overdue: int
     longest_eta_s: float | None
+    num_given_up: int = 0
 
 
 @dataclass(slots=True, eq=False)

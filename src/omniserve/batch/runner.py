@@ -69,6 +69,7 @@ class BatchRunner:
         self._pause_s, self._held_until_s = self._settings.first_pause_s, 0.0
         self._next_sweep_s = 0.0
         self._is_suspect_running = False
+        self._num_given_up = 0
         self._wake, self._has_results, self._is_idle = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._loops: list[asyncio.Task[None]] = []
 
@@ -124,6 +125,7 @@ class BatchRunner:
             self._trouble,
             num_overdue,
             longest_eta_s,
+            self._num_given_up,
         )
 
     def eta_s(self, batch: BatchRecord) -> float | None:
@@ -314,6 +316,7 @@ class BatchRunner:
         if is_given_up(line):
             log.error("line %d of %s is given up: engines die of it", line.number, job.batch.id)
             response = given_up(line)
+            self._num_given_up += 1
         if response is None:
             job.put_back(line)
             self._hold()

@@ -108,7 +108,15 @@ def version_of(db: sqlite3.Connection) -> int:
 
 
 def refuse_newer(db: sqlite3.Connection, path: Path) -> None:
-    version = version_of(db)
+    """StateError for a database of a newer version, and for a file that is none."""
+    try:
+        version = version_of(db)
+    except sqlite3.DatabaseError as error:
+        if getattr(error, "sqlite_errorname", "") not in ("SQLITE_NOTADB", "SQLITE_CORRUPT"):
+            raise
+        raise StateError(
+            f"{path} is damaged: {error}; restore the directory from a backup, or use another --state-dir"
+        ) from error
     if version > len(MIGRATIONS):
         raise StateError(
             f"{path} is of version {version}, this release knows up to {len(MIGRATIONS)}; "

@@ -100,7 +100,7 @@ def request_of(question: Question) -> bytes:
             "stream": True,
         }
     ).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nhost: bench\r\ncontent-length: {len(body)}\r\n"
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n"
     return head.encode() + b"content-type: application/json\r\n\r\n" + body
 
 

@@ -203,8 +203,10 @@ def _start(channel: Channel, pulse: Pulse, began: float) -> Engine:
 def main(arguments: list[str]) -> int:
     began = time.monotonic()
     setproctitle.setproctitle("omniserve: engine")
-    # Ctrl-C reaches the whole process group; the caller decides what it means and closes the socket.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches the whole process group, the SIGTERM of many supervisors every process of a service; the
+    # caller decides what they mean and closes the socket.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=int(arguments[0])))
     pulse = Pulse(channel.send_sign)
     engine: Engine | None = None

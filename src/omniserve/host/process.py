@@ -54,13 +54,14 @@ def main(arguments: list[str]) -> int:
 
 
 def live_with_the_engine() -> None:
-    """For a child on the host's CPUs: it ends when the engine does, and not by an interrupt from a terminal.
+    """For a child on the host's CPUs: it ends when the engine does, not by a signal to all processes alike.
 
     A stopped process cannot see that its pipe or socket is closed; the kernel kills it with the engine even
     then.
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _make_workers(address: int, event_fd: int, cpus: list[int], lock: bool) -> _native.HostWorkers:

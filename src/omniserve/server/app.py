@@ -30,6 +30,7 @@ from omniserve.server.routes_files import files_router
 from omniserve.server.routes_status import status_router
 from omniserve.server.routes_text import text_router
 from omniserve.server.settings import ServerConfig
+from omniserve.server.visitors import Visitors
 
 SCHEMA_REF = "#/components/schemas/{model}"
 _ERROR = {
@@ -59,7 +60,9 @@ def make_app(
         for router in (files_router, batches_router):
             app.include_router(router(lambda: batches, _owner))
         add_batch_error_handlers(app)
-    app.add_middleware(Gate, keyring=Keyring(config), max_body_bytes=config.max_body_bytes)
+    app.add_middleware(
+        Gate, keyring=Keyring(config), visitors=Visitors(config), max_body_bytes=config.max_body_bytes
+    )
     app.add_exception_handler(HTTPException, _answer_error)
     app.add_exception_handler(RequestError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)

@@ -5,8 +5,9 @@ Pure: every time is handed in. Definitions are those of the reports (bench/attai
 attains     the request finished, its first token within its TTFT target of its arrival, its later tokens
             within its TPOT target on average; a text of one token has no TPOT and misses none
 offered     every request of a class with targets that ended, those that were refused, failed, timed out or
-            were cancelled by the server too. Left out: what no server could have kept, namely requests that
-            are invalid and clients that went away
+            were cancelled by the server too, and those whose client went away when they were late already.
+            Left out: what no server could have kept, namely requests that are invalid and clients that went
+            away in time
 attainment  share of the offered requests that attain
 goodput     requests per second that attain
 """
@@ -25,7 +26,7 @@ WINDOW_S = 300.0
 # Percentiles are of so many of the newest values at most, whatever the load: a scrape stays cheap.
 MAX_SAMPLES = 4096
 
-Outcome = Literal["finished", "refused", "failed"]
+Outcome = Literal["finished", "refused", "failed", "left"]
 Missed = Literal["ttft", "tpot", "refused", "failed"]
 MISSED: tuple[Missed, ...] = ("ttft", "tpot", "refused", "failed")
 
@@ -35,8 +36,9 @@ class Ended:
     """A request that ended.
 
     outcome: "refused": it was turned away without being run; "failed": it ended by the server's doing
-    otherwise than finished. slo: its targets; None: it has none. ttft_s: arrival to its first token; tpot_s:
-    mean over its later ones, the slowest of several texts; None where there is none.
+    otherwise than finished; "left": its client went away. slo: its targets; None: it has none. ttft_s:
+    arrival to its first token; of one left before that, to its end. tpot_s: mean over its later ones, the
+    slowest of several texts; None where there is none.
     """
 
     service_class: str
@@ -47,8 +49,8 @@ class Ended:
 
 
 def missed(ended: Ended, slo: SLO) -> Missed | None:
-    """What a request missed, the first token before the later ones; None: it attains."""
-    if ended.outcome != "finished":
+    """What a request missed, the first token before the later ones; None: it attains, or was left in time."""
+    if ended.outcome in ("refused", "failed"):
         return ended.outcome
     if ended.ttft_s is None or ended.ttft_s > slo.ttft_s:
         return "ttft"
@@ -82,7 +84,8 @@ class LiveAttainment:
         self._of_class = {kind.name: _Window(kind.slo is not None) for kind in classes}
 
     def note(self, ended: Ended, now_s: float) -> Missed | None:
-        """Take in a request that ended now; what it missed, None too where it has no targets."""
+        """Take in a request that ended now; what it missed, None too where it has no targets or was left in
+        time."""
         window = self._of_class[ended.service_class]
         window.forget(now_s - self._window_s)
         if ended.outcome == "finished":
@@ -92,7 +95,8 @@ class LiveAttainment:
         if ended.slo is None:
             return None
         what = missed(ended, ended.slo)
-        window.judge(now_s, what is None)
+        if what is not None or ended.outcome != "left":
+            window.judge(now_s, what is None)
         return what
 
     def snapshot(self, now_s: float) -> dict[str, ClassSnapshot]:

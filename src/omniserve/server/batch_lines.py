@@ -11,6 +11,7 @@ from omniserve.errors import EngineDeadError, EngineGoneBeforeError
 from omniserve.server.auth import Caller
 from omniserve.server.endpoints import Endpoints
 from omniserve.server.errors import ApiError, invalid
+from omniserve.server.gate import current_request_id
 from omniserve.server.work import CHAT, FIELDS, Origin
 
 
@@ -28,6 +29,7 @@ class EndpointLines:
         self, owner: str, endpoint: str, body: Mapping[str, Any], request_id: str, seconds_left: float
     ) -> LineResponse:
         """EngineGone when the engine ended while it had the line, and only then."""
+        current_request_id.set(request_id)  # in the line's own task
         prefix = "chatcmpl-" if endpoint == CHAT else "cmpl-"
         origin = Origin(
             caller=self._caller_of(owner),

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from omniserve.config import EngineConfig
-from omniserve.errors import SloUnattainableError
+from omniserve.errors import EngineDeadError, EngineGoneBeforeError, SloUnattainableError
 from omniserve.server.attainment import Ended, Outcome
 from omniserve.server.doors import Doors
 from omniserve.server.engine_keeper import EngineKeeper
-from omniserve.server.errors import CANCELLED_STATUS, QUEUE_TIMEOUT, ApiError, as_api_error
+from omniserve.server.errors import CANCELLED_STATUS, QUEUE_TIMEOUT, ApiError, as_api_error, engine_ended
 from omniserve.server.fields import FieldLog
 from omniserve.server.generation import Generation, Run
 from omniserve.server.metrics import ServerMetrics
@@ -83,9 +83,10 @@ class Endpoints:
                 yield work, started
         except asyncio.CancelledError:
             self._account(tier, origin, started, DISCONNECTED)
+            self._judge_left(tier, origin, started)
             raise
         except Exception as error:
-            told = as_api_error(error)
+            told = self._told(error)
             if told.status_code == 500:
                 logger.exception("request %s failed inside the server", origin.request_id)
             self._account(tier, origin, started, told.reason)
@@ -95,6 +96,12 @@ class Endpoints:
             raise told from error
         self._account(tier, origin, started, None)
         self._judge(tier, started, None)
+
+    def _told(self, error: Exception) -> ApiError:
+        """What the client hears of it."""
+        if isinstance(error, EngineDeadError) and not isinstance(error, EngineGoneBeforeError):
+            return engine_ended(self.keeper.is_steady)
+        return as_api_error(error)
 
     def _judge(self, tier: Tier, run: Run | None, error: ApiError | None) -> None:
         """Whether it kept its targets, unless it could not be served as it was."""
@@ -106,6 +113,13 @@ class Endpoints:
             return
         slo = run.slo or self.reader.slo_of(tier)
         self.metrics.judged(Ended(tier.service_class, outcome, slo, run.ttft_s, run.tpot_s))
+
+    def _judge_left(self, tier: Tier, origin: Origin, run: Run | None) -> None:
+        """Its client went away: too late for its targets, or in time, which says nothing about them."""
+        slo = (run and run.slo) or self.reader.slo_of(tier)
+        waited_s = time.monotonic() - origin.arrived_s
+        ttft_s, tpot_s = (run.ttft_s, run.tpot_s) if run is not None and run.has_token else (waited_s, None)
+        self.metrics.judged(Ended(tier.service_class, "left", slo, ttft_s, tpot_s))
 
     def _note_refusal(self, tier: Tier, origin: Origin, told: ApiError, error: Exception) -> None:
         """For the operator, when it was turned away. error: before it was put into words for the client."""
@@ -127,14 +141,14 @@ class Endpoints:
         num_out = sum(len(one.token_ids) for output in outputs for one in output.outputs)
         num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
         duration_s = time.monotonic() - origin.arrived_s
-        self.metrics.finished(tier.service_class, reason, num_prompt, num_out, duration_s)
+        self.metrics.finished(tier.service_class, reason, num_prompt, num_out, duration_s, run.tpot_s)
 
 
 def make_endpoints(
     config: ServerConfig, engine_config: EngineConfig, keeper: EngineKeeper, names: Sequence[str]
 ) -> Endpoints:
     """The parts that a request passes. names: those of the model."""
-    metrics = ServerMetrics(names[0], engine_config.classes)
+    metrics = ServerMetrics(names[0], engine_config.classes, engine_config.page_size)
     return Endpoints(
         keeper=keeper,
         doors=Doors(config),

@@ -34,13 +34,24 @@ class EngineKeeper:
         self._is_up = asyncio.Event()
         self._llm: AsyncLLM | None = None
         self.state: State = "loading"
-        self._is_stopping = False
+        self._retired = asyncio.Event()
+        self._up_s = 0.0
         self.num_restarts = 0
+
+    @property
+    def silent_s(self) -> float | None:
+        """Seconds since the last sign of life of the engine that runs; None while there is none."""
+        return None if self._llm is None else self._llm.silent_s
 
     @property
     def is_silent(self) -> bool:
         """Whether the engine that runs gives no sign of life; it is killed if it stays so for long."""
-        return self._llm is not None and self._llm.silent_s >= SILENT_S
+        return self.silent_s is not None and self.silent_s >= SILENT_S
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether the newest engine served for a while. Ends of engines that did not may have one cause."""
+        return time.monotonic() - self._up_s >= STEADY_S
 
     @property
     def llm(self) -> AsyncLLM:
@@ -51,7 +62,8 @@ class EngineKeeper:
         return self._llm
 
     async def run(self) -> None:
-        """Until it is cancelled. Raises what the very first start failed with, and the last of too many."""
+        """Until it is cancelled, or retired and its engine has ended. Raises what the very first start failed
+        with, and the last of too many."""
         pause_s, num_failed = 0.0, 0
         while True:
             began_s = time.monotonic()
@@ -65,12 +77,14 @@ class EngineKeeper:
             else:
                 num_failed = 0
                 await self._serve(llm)
-            if self._is_stopping:
+            if self._retired.is_set():
                 return
             self.state = "restarting"
             is_steady = time.monotonic() - began_s >= STEADY_S
             pause_s = 0.0 if is_steady or self.num_restarts == 0 else pause_s
             await asyncio.sleep(pause_s)
+            if self._retired.is_set():
+                return
             pause_s = min(LONGEST_PAUSE_S, 2 * pause_s or FIRST_PAUSE_S)
             self.num_restarts += 1
 
@@ -79,14 +93,14 @@ class EngineKeeper:
         await self._is_up.wait()
 
     async def _serve(self, llm: AsyncLLM) -> None:
-        self._llm, self.state = llm, "ready"
+        self._llm, self.state, self._up_s = llm, "ready", time.monotonic()
         self._is_up.set()
         logger.info("the engine is up after %.1f s (pid %d)", llm.startup_s, llm.engine_pid)
         try:
             why = await llm.wait_ended()
         finally:
-            self._llm = None
-        if not self._is_stopping:
+            self._llm, self.state = None, "stopped" if self._retired.is_set() else "restarting"
+        if not self._retired.is_set():
             logger.error("%s; starting it again", why)
         await asyncio.to_thread(llm.close)
 
@@ -120,8 +134,13 @@ class EngineKeeper:
         threading.Thread(target=work, name="omniserve-start", daemon=True).start()
         return await made
 
+    def retire(self) -> None:
+        """Start no other engine once the one that runs has ended."""
+        self._retired.set()
+
     async def stop(self) -> None:
         """End the engine that runs, if one does."""
-        self._is_stopping, self.state = True, "stopped"
+        self.retire()
+        self.state = "stopped"
         if self._llm is not None:
             await asyncio.to_thread(self._llm.close)

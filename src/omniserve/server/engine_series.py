@@ -223,6 +223,15 @@ class EngineSeries(Collector):
         pages = self._stats["pages"]
         return float(pages["device_latency_sensitive"] / max(1, pages["device_total"]))
 
+    @property
+    def num_device_pages(self) -> int | None:
+        """None without an engine."""
+        return None if self._stats is None else int(self._stats["pages"]["device_total"])
+
+    def total(self, name: str, *labels: str) -> float:
+        """A counter of ENGINE_SERIES over all engines so far."""
+        return self._totals.all().get((name, labels), 0.0)
+
     def collect(self) -> Iterator[Metric]:
         totals = self._totals.all()
         for series in ENGINE_SERIES:

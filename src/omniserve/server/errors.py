@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,10 @@ CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
 
 # The operator ended it. As nginx says of clients that are gone; the SDK does not retry it.
 CANCELLED_STATUS = 499
+
+# Seconds after which best-effort work that waited in vain is asked to come again, drawn so that not all come
+# at once.
+AFTER_TIMEOUT_S = (5.0, 20.0)
 
 # The SDK retries these by itself, unless told not to.
 NO_RETRY = {"x-should-retry": "false"}
@@ -60,6 +65,21 @@ def unavailable(message: str, code: str) -> ApiError:
     return ApiError(503, message, kind="server_error", code=code, headers={"retry-after": "2"})
 
 
+def engine_ended(is_steady: bool) -> ApiError:
+    """The engine ended while it had this request, which may be the cause of it.
+
+    is_steady: it had served for a while. If not, the SDK is told not to send the request again by itself: one
+    that ends engines would take two more with it, and everybody else's requests in them.
+    """
+    if is_steady:
+        return unavailable("the engine ended while it had this request; try again", "engine_unavailable")
+    message = (
+        "the engine ended while it had this request, soon after its start, and the request may be the cause; "
+        "the server's log says more. Try again once /ready says 200"
+    )
+    return ApiError(503, message, kind="server_error", code="engine_unavailable", headers=NO_RETRY)
+
+
 def no_room(message: str, retry_after_s: float, may_retry: bool = True) -> ApiError:
     """The class has no room now; the request was not run. may_retry: by itself, as the SDK would."""
     headers = {
@@ -75,7 +95,7 @@ def timed_out(waited_s: float, is_best_effort: bool) -> ApiError:
     """A request waited too long for its first token. A chat that came again in silence would look on time."""
     message = f"no token within {waited_s:g} s, the queue timeout of this class; the request was given up"
     if is_best_effort:
-        return no_room(message, 10.0)
+        return no_room(message, random.uniform(*AFTER_TIMEOUT_S))
     return ApiError(429, message, kind="rate_limit_error", code=QUEUE_TIMEOUT, headers=NO_RETRY)
 
 
@@ -102,7 +122,7 @@ def as_api_error(error: Exception) -> ApiError:
         case EngineGoneBeforeError():
             return unavailable("no engine is running now; try again soon", "engine_unavailable")
         case EngineDeadError():
-            return unavailable("the engine ended while it had this request; try again", "engine_unavailable")
+            return engine_ended(is_steady=True)
         case HTTPException(status_code=404):
             return ApiError(404, "unknown URL; see docs/api.md for the endpoints", code="unknown_url")
         case HTTPException(status_code=405):

@@ -26,13 +26,17 @@ _YES, _NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting. name: the flag's without dashes before it; kind: of its value (of each one in a list)."""
+    """One setting. name: the flag's without dashes before it; kind: of its value (of each one in a list).
+
+    is_secret: its value is not shown. Each of its flags has one value, for the next word may be the model.
+    """
 
     name: str
     kind: type[str] | type[int] | type[float] | type[bool]
     help: str = ""
     choices: tuple[Any, ...] = ()
     is_list: bool = False
+    is_secret: bool = False
 
     @property
     def dest(self) -> str:
@@ -51,6 +55,8 @@ class Setting:
 
     def _one(self, value: object, where: str) -> Any:
         found: object = None
+        if self.is_secret and not (isinstance(value, str) and value):
+            raise ConfigError(f"{where}: must be text that is not empty; quote what looks like a number")
         if isinstance(value, str):
             found = self._parsed(value)
         elif type(value) is self.kind or (self.kind is float and type(value) is int):
@@ -77,8 +83,8 @@ _SERVER = (
     Setting("host", str, "address to listen on; default: 127.0.0.1"),
     Setting("port", int, "default: 8000; 0: any free one"),
     Setting("served-model-name", str, "names that clients may use, the first one in answers", is_list=True),
-    Setting("api-key", str, "key that clients must send; may be given several times", is_list=True),
-    Setting("admin-key", str, "key of /admin and /dashboard"),
+    Setting("api-key", str, "key that clients must send; may be given several times", (), True, True),
+    Setting("admin-key", str, "key of /admin and /dashboard", is_secret=True),
     Setting("state-dir", str, "where files and batches are kept; none: no batches"),
     Setting("queue-timeout", float, "seconds a chat may wait for its first token; default: for ever"),
     Setting("best-effort-queue-timeout", float, "the same of best-effort requests; default: 600"),
@@ -122,7 +128,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for setting in _OWN:
         options: dict[str, Any] = {"choices": setting.choices} if setting.choices else {"metavar": "VALUE"}
         if setting.is_list:
-            options |= {"nargs": "+", "action": "extend"}
+            options |= {"action": "append"} if setting.is_secret else {"nargs": "+", "action": "extend"}
         flag = "--" + setting.name
         group.add_argument(flag, type=setting.kind, help=setting.help, default=argparse.SUPPRESS, **options)
 
@@ -131,7 +137,9 @@ def read_settings(options: argparse.Namespace, variables: Mapping[str, str] | No
     """All settings, from all places; ConfigError names the first that is wrong, and where it is."""
     known = {setting.dest: setting for setting in all_settings()}
     file = _read_file(options.config) if options.config else {}
-    keys = file.pop(API_KEYS.replace("-", "_"), [])
+    keys = file.pop(API_KEYS.replace("-", "_"), None) or []
+    if not isinstance(keys, list):
+        raise ConfigError(f"{options.config}: {API_KEYS}: must be a list of entries")
     values: dict[str, Any] = {}
     for name, value in file.items():
         if name not in known:
@@ -181,7 +189,11 @@ def _from_variables(known: Mapping[str, Setting], variables: Mapping[str, str]) 
             continue
         if dest == "port" and text.startswith("tcp://"):
             continue  # Kubernetes sets this for a service that is called omniserve
-        values[dest] = setting.read(text.split() if setting.is_list else text, setting.variable)
+        found = text.split() if setting.is_list else text
+        if setting.is_secret and not found:
+            # A secret that was forgotten must not open the server.
+            raise ConfigError(f"{setting.variable}: is empty; give a key, or leave the variable out")
+        values[dest] = setting.read(found, setting.variable)
     return values
 
 
@@ -197,8 +209,10 @@ def _api_key(entry: object) -> ApiKey:
     if priority is not None and type(priority) is not int:
         raise ConfigError(f"{API_KEYS}: lowest-priority must be an integer, got {priority!r}")
     tiers = entry.get("tiers")
+    if tiers is not None and not isinstance(tiers, list):
+        raise ConfigError(f"{API_KEYS}: tiers must be a list, got {tiers!r}")
     return ApiKey(
-        str(entry["key"]),
+        entry["key"],
         entry.get("owner"),
         None if tiers is None else tuple(tiers),
         Clamp(*tightest, *loosest, priority),

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from omniserve.server.answers import send_failure
 from omniserve.server.auth import Keyring
 from omniserve.server.errors import ApiError
+from omniserve.server.visitors import Visitors
 
 logger = logging.getLogger("omniserve.server")
 
@@ -37,8 +38,9 @@ current_request_id: ContextVar[str] = ContextVar("current_request_id", default="
 class Gate:
     """Puts `arrived_s`, `request_id` and `caller` into the state of each request."""
 
-    def __init__(self, app: ASGIApp, keyring: Keyring, max_body_bytes: int) -> None:
-        self._app, self._keyring, self._max_body_bytes = app, keyring, max_body_bytes
+    def __init__(self, app: ASGIApp, keyring: Keyring, visitors: Visitors, max_body_bytes: int) -> None:
+        self._app, self._max_body_bytes = app, max_body_bytes
+        self._keyring, self._visitors = keyring, visitors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -51,6 +53,8 @@ class Gate:
         state["arrived_s"], state["request_id"] = arrived_s, request_id
         noted = _Noted(send, request_id)
         try:
+            if _is_private(scope["path"]):
+                self._visitors.check(scope["method"], headers)
             state["caller"] = self._caller(scope["path"], headers.get("authorization"))
             bounded = receive
             if scope["path"] != UNBOUNDED:
@@ -80,6 +84,11 @@ class Gate:
             # A browser sends no key when somebody opens a page: this one holds no data, and asks for the key.
             self._keyring.check_administrable()
         return None
+
+
+def _is_private(path: str) -> bool:
+    """What tells or does something that is not everybody's business; probes are open to whoever connects."""
+    return path.startswith(("/v1", "/admin", "/dashboard"))
 
 
 def _request_id(asked: str | None) -> str:

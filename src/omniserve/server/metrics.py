@@ -31,8 +31,8 @@ class VllmSeries(Collector):
     A request waits until its first token and runs from then to its end.
     """
 
-    def __init__(self, own: ServerMetrics, model_name: str) -> None:
-        self._own = own
+    def __init__(self, own: ServerMetrics, model_name: str, page_size: int) -> None:
+        self._own, self._page_size = own, page_size
         self._labels = {"model_name": model_name, "engine": "0"}
 
     def collect(self) -> Iterator[Metric]:
@@ -49,7 +49,25 @@ class VllmSeries(Collector):
         yield self._renamed(own.num_finished, "request_success", {"reason": "finished_reason"})
         yield self._renamed(own.ttft, "time_to_first_token_seconds")
         yield self._renamed(own.gap, "inter_token_latency_seconds")
+        yield self._renamed(own.tpot, "request_time_per_output_token_seconds")
         yield self._renamed(own.duration, "e2e_request_latency_seconds")
+        yield from self._of_the_engine(own.engine)
+
+    def _of_the_engine(self, engine: EngineSeries) -> Iterator[Metric]:
+        chats = "device_latency_sensitive"
+        for name, text, source in (
+            ("num_preemptions", "Requests whose KV was given up.", ("broken_promises",)),
+            ("prefix_cache_queries", "Tokens looked up.", ("prefix_cache_queried_tokens", chats)),
+            ("prefix_cache_hits", "Tokens found.", ("prefix_cache_hit_tokens", chats)),
+        ):
+            metric = Metric(f"vllm:{name}", text, "counter")
+            metric.add_sample(f"{metric.name}_total", self._labels, engine.total(*source))
+            yield metric
+        config = Metric("vllm:cache_config_info", "Tokens of a device page, and how many there are.", "gauge")
+        if engine.num_device_pages is not None:
+            sizes = {"block_size": str(self._page_size), "num_gpu_blocks": str(engine.num_device_pages)}
+            config.add_sample(config.name, self._labels | sizes, 1.0)
+        yield config
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         metric = Metric(f"vllm:{name}", text, "gauge")
@@ -85,13 +103,15 @@ class ServerMetrics:
     """Per service class; seconds. Every request arrives once, and is then refused, or has a first token and
     is finished.
 
-    attainment: the window of live figures. engine, server: what a scrape finds out and hands in.
+    page_size: tokens of a device page. attainment: the window of live figures. engine, server: what a scrape
+    finds out and hands in.
     """
 
     def __init__(
         self,
         model_name: str,
         classes: Sequence[ServiceClass] = DEFAULT_CLASSES,
+        page_size: int = 16,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.registry = CollectorRegistry()
@@ -115,10 +135,13 @@ class ServerMetrics:
         self.prompt_tokens = counter("prompt_tokens_total", "Prompt tokens of requests that ended.")
         self.output_tokens = counter("output_tokens_total", "Tokens generated for requests that ended.")
         ttft, gap = "Arrival to the first token.", "Gap between two tokens of one text."
+        tpot = "Mean time of a token after the first of a request that ended, the slowest of its texts."
         self.ttft = self._histogram("time_to_first_token_seconds", ttft, TTFT_BUCKETS)
         self.gap = self._histogram("inter_token_latency_seconds", gap, TOKEN_BUCKETS)
+        self.tpot = self._histogram("time_per_output_token_seconds", tpot, TOKEN_BUCKETS)
         self.duration = self._histogram("request_seconds", "Arrival to the end.", TTFT_BUCKETS)
-        tokens, times = (self.prompt_tokens, self.output_tokens), (self.ttft, self.gap, self.duration)
+        tokens = self.prompt_tokens, self.output_tokens
+        times = self.ttft, self.gap, self.tpot, self.duration
         for one in (self.num_arrived, *tokens, *times):
             one.labels(LATENCY_SENSITIVE.name)  # 0 until something happens, not absent
         for kind in classes:
@@ -127,7 +150,7 @@ class ServerMetrics:
                 for what in MISSED:
                     self.num_missed.labels(kind.name, what)
         live = AttainmentSeries(self.attainment, clock)
-        for collector in (VllmSeries(self, model_name), live, self.engine, self.server):
+        for collector in (VllmSeries(self, model_name, page_size), live, self.engine, self.server):
             self.registry.register(collector)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -150,27 +173,33 @@ class ServerMetrics:
         self.gap.labels(service_class).observe(s)
 
     def finished(
-        self, service_class: str, reason: str, num_prompt: int, num_output: int, duration_s: float
+        self,
+        service_class: str,
+        reason: str,
+        num_prompt: int,
+        num_output: int,
+        duration_s: float,
+        tpot_s: float | None = None,
     ) -> None:
-        """reason: "stop", "length", the code of an error, or "disconnected"."""
+        """reason: "stop", "length", the code of an error, or "disconnected". tpot_s: None of one token."""
         self.num_finished.labels(service_class, reason).inc()
         self.prompt_tokens.labels(service_class).inc(num_prompt)
         self.output_tokens.labels(service_class).inc(num_output)
         self.duration.labels(service_class).observe(duration_s)
+        if tpot_s is not None:
+            self.tpot.labels(service_class).observe(tpot_s)
 
     def unserved(self, reason: str) -> None:
         """Answered 503 before anybody knew what it was. reason: the code of the answer."""
         self.num_unserved.labels(reason).inc()
 
     def judged(self, ended: Ended) -> None:
-        """A request whose end is the server's affair; not one that was invalid, or left by its client."""
+        """A request whose end is the server's affair; not one that was invalid."""
         missed = self.attainment.note(ended, self._clock())
-        if ended.slo is None:
-            return
-        if missed is None:
-            self.num_met.labels(ended.service_class).inc()
-        else:
+        if missed is not None:
             self.num_missed.labels(ended.service_class, missed).inc()
+        elif ended.slo is not None and ended.outcome != "left":
+            self.num_met.labels(ended.service_class).inc()
 
     def exposition(self) -> bytes:
         """All of it in Prometheus's text format."""

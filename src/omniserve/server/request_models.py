@@ -29,6 +29,9 @@ _MUST = {
     "stop": "must be text or a list of texts",
     "content": 'must be text or a list of parts {"type": "text", "text": ...}; nothing else is supported',
 }
+# How pydantic calls what is of the right type and still wrong.
+_OUT_OF_RANGE = ("greater_than", "less_than", "finite_number", "literal_error")
+_TOO_LONG_OR_SHORT = ("too_short", "too_long")
 _STRICT = ConfigDict(strict=True)
 
 
@@ -221,6 +224,10 @@ def as_invalid(found: list[Any]) -> ApiError:
         last = str(part)
         if last in _MUST:
             break
+    if first["type"] == "json_invalid":
+        return invalid(None, f"the body is not valid JSON: {first['ctx']['error']}", "invalid_json")
     code = "missing_required_parameter" if first["type"] == "missing" else "invalid_type"
+    if first["type"].startswith(_OUT_OF_RANGE) or first["type"].endswith(_TOO_LONG_OR_SHORT):
+        code = "invalid_value"
     must = first["msg"] if last not in _MUST or code != "invalid_type" else _MUST[last]
     return invalid(path or None, f"{path or 'body'}: {must}", code)

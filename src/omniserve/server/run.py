@@ -126,6 +126,7 @@ class Server:
         lines of batches run again after the next start."""
         doors, grace_s = self.endpoints.doors, self._config.grace_s
         doors.is_draining = True
+        self.keeper.retire()
         if self.batches is not None:
             self.batches.runner.pause()
         logger.info("stopping: %d chats may take up to %g s to end", doors.count(best_effort=False), grace_s)

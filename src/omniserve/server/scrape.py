@@ -54,6 +54,7 @@ class Scrape:
         return ServerFacts(
             is_ready=keeper.state == "ready" and not (doors.is_draining or keeper.is_silent),
             num_restarts=keeper.num_restarts,
+            engine_silent_s=keeper.silent_s,
             uptime_s=time.monotonic() - self._started_s,
             in_flight={
                 LATENCY_SENSITIVE.name: doors.count(best_effort=False),

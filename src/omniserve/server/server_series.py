@@ -65,10 +65,14 @@ class BatchFacts:
 
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
-    """The server at one moment. in_flight: requests inside by class, lines of batches left out."""
+    """The server at one moment. in_flight: requests inside by class, lines of batches left out.
+
+    engine_silent_s: since the engine's last sign of life; None without an engine.
+    """
 
     is_ready: bool = False
     num_restarts: int = 0
+    engine_silent_s: float | None = None
     uptime_s: float = 0.0
     in_flight: Mapping[str, int] = field(default_factory=dict)
     is_paused: bool = False
@@ -88,6 +92,8 @@ class ServerSeries(Collector):
         restarts = CounterMetricFamily("omniserve:engine_restarts", "Engines started after one that ended.")
         restarts.add_metric((), facts.num_restarts)
         yield restarts
+        text = "Seconds since the engine's last sign of life, of which there is one every second or two."
+        yield _value("engine_silent_seconds", text, facts.engine_silent_s)
         text = "Requests in the server, lines of batches left out."
         in_flight = _gauge("requests_in_flight", text, "service_class")
         for name, count in facts.in_flight.items():
@@ -109,6 +115,11 @@ def _batch_series(batches: BatchFacts) -> Iterator[Metric]:
     yield _value("overdue_batches", text, status.num_overdue)
     yield _value("batch_lines_left", "Lines of open batches without a result.", status.num_lines_left)
     yield _value("batch_lines_in_flight", "Lines of batches that run now.", status.num_running)
+    given_up = CounterMetricFamily(
+        "omniserve:batch_lines_given_up", "Lines of batches that were given up, for engines died of them."
+    )
+    given_up.add_metric((), status.num_given_up)
+    yield given_up
     text = "Lines finished per second over the last 5 minutes in which lines ran."
     yield _value("batch_lines_per_second", text, status.lines_per_s)
     text = "Seconds until all lines of open batches have run, at the pace of late."

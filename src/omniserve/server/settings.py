@@ -12,6 +12,7 @@ from omniserve.errors import ConfigError
 from omniserve.server.tiers import TIERS, Clamp
 
 MIB = 1024**2
+LONGEST_TIMEOUT_S = 30 * 86400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,10 @@ class ApiKey:
 
     def __post_init__(self) -> None:
         if not isinstance(self.key, str) or not self.key or not self.key.isascii():
-            raise ConfigError("api_key: each key must be ASCII text that is not empty")
+            must = "must be ASCII text that is not empty; quote what looks like a number"
+            raise ConfigError(f"api_key: each key {must}")
+        if self.owner is not None and not (isinstance(self.owner, str) and self.owner):
+            raise ConfigError(f"api_keys: owner must be text that is not empty, got {self.owner!r}")
         for tier in self.tiers or ():
             if tier not in TIERS:
                 raise ConfigError(f"api_keys: tier {tier!r} is none of {', '.join(TIERS)}")
@@ -84,8 +88,9 @@ class ServerConfig:
                 raise ConfigError(f"{name}: must be an integer of at least 1, got {value!r}")
         for name in ("queue_timeout_s", "best_effort_queue_timeout_s"):
             value = getattr(self, name)
-            if value is not None and not (is_number(value) and value > 0):
-                raise ConfigError(f"{name}: must be a number of seconds above 0, got {value!r}")
+            if value is not None and not (is_number(value) and 0 < value <= LONGEST_TIMEOUT_S):
+                must = f"must be a number of seconds above 0 and up to {LONGEST_TIMEOUT_S:g}"
+                raise ConfigError(f"{name}: {must}, got {value!r}; leave it out for no limit")
         if not is_number(self.grace_s) or not 0 <= self.grace_s < 86400:
             raise ConfigError(f"grace_s: must be a number of seconds in [0, 86400), got {self.grace_s!r}")
         hang_s = self.engine_hang_timeout_s
