@@ -41,9 +41,9 @@ def ensure_profile(
     """The model of `decoder` here, measured (up to a minute, with a progress bar) when no cached one fits.
 
     Walks are measured of every size that an engine has by default, so that one with targets finds the profile
-    of one without, given the same threads. A cached profile fits when its key is the same: model, device, dtype, threads, largest
-    walk, CPU and software. One that cannot be read is measured again, with a warning. `refresh` measures in
-    any case.
+    of one without, given the same threads. A cached profile fits when its key is the same: model, device,
+    dtype, threads, largest walk, CPU and software. One that cannot be read is measured again, with a warning.
+    `refresh` measures in any case.
     """
     config = replace(config, max_num_batched_tokens=profiled_rows(config))
     key = profile_key(config, decoder, split, max_model_len)
