@@ -65,6 +65,20 @@ def test_a_prompt_that_would_be_late_has_up_to_four_gaps() -> None:
     assert tokens_beside(0.2, LATE, EXACT) == 289, "no further than the mean allows"
 
 
+@pytest.mark.parametrize(("in_hand_s", "walks"), [(0.0, 5), (0.3, 2)])
+def test_admission_counts_on_what_is_lent(in_hand_s: float, walks: int) -> None:
+    """400 tokens beside one chat, 89 of them in a gap of 0.1 s; with 0.3 s more for the first walk, two."""
+    scene = Scene()
+    chat(scene, in_hand_s)
+    policy = make_policy(EXACT, **WIDE)
+    late = policy.admit(scene.state, scene.newcomer(400, slo=SLO(0.01, 0.1), arrival_s=NOW), NOW)
+    assert late.obstacle == "ttft"
+    assert late.predicted_ttft_s == pytest.approx(walks * 0.0105 + 0.4, abs=walks * 0.001)
+    target = SLO(0.44, 0.1)
+    verdict = policy.admit(scene.state, scene.newcomer(400, slo=target, arrival_s=NOW), NOW)
+    assert verdict.is_accepted == (in_hand_s > 0)
+
+
 def test_what_a_late_prompt_is_lent_is_not_for_best_effort_work() -> None:
     scene = Scene()
     chat(scene, in_hand_s=0.5)

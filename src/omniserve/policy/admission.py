@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from heapq import merge
 from typing import Literal
 
-from omniserve.policy.forecast import forecast
+from omniserve.policy.forecast import Forecast, forecast
 from omniserve.policy.latency import Prediction, WalkLoad
 from omniserve.policy.request import Phase, Request
-from omniserve.policy.slack import tightest_tpot_s
+from omniserve.policy.slack import MOST_LENT_GAPS, tightest, tightest_tpot_s
 from omniserve.policy.state import State
 from omniserve.policy.terms import Terms
 
@@ -77,12 +77,22 @@ def admit(state: State, request: Request, now: float, model: Prediction, terms: 
     prefill_tpot_s = tightest_tpot_s([*running, *pending[:-1]])
     done = [state.tokens_done(r) for r in pending]
     most_rows = terms.max_num_batched_tokens
-    ahead = forecast(model, riding, pending, done, prefill_tpot_s, most_rows)
-    tpot_s = min(prefill_tpot_s, tightest_tpot_s(pending[-1:]))
     stretch = 1.0 / (1.0 - terms.best_effort_share)
-    finish = [s * stretch for s in ahead.finish_s]
     index = next(i for i, one in enumerate(pending) if one is request)
-    ttft = now - request.arrival_s + finish[index]
+
+    def is_late(ahead: Forecast) -> tuple[bool, bool]:
+        """Whether its own first token would be late, and one behind it, because of it."""
+        finish = [s * stretch for s in ahead.finish_s]
+        ttft_s = now - request.arrival_s + finish[index]
+        return ttft_s > slo.ttft_s, _breaks_others(pending, finish, index, now)
+
+    ahead = forecast(model, riding, pending, done, prefill_tpot_s, most_rows)
+    if any(is_late(ahead)):  # then running chats lend what they have in hand
+        lent_s = tightest(running, MOST_LENT_GAPS)[0] - now
+        ahead = forecast(model, riding, pending, done, prefill_tpot_s, most_rows, lent_s)
+    own_is_late, others_are_late = is_late(ahead)
+    tpot_s = min(prefill_tpot_s, tightest_tpot_s(pending[-1:]))
+    ttft = now - request.arrival_s + ahead.finish_s[index] * stretch
     tpot = model.bound_s(everyone, 0.0) * stretch
     if not ahead.is_possible:  # beside the decodes not even one token of a prompt fits
         tpot = max(tpot, ahead.bound_s)
@@ -90,8 +100,8 @@ def admit(state: State, request: Request, now: float, model: Prediction, terms: 
         "memory": bool(others) and pages + own_pages > state.limits.num_device_pages,
         "rows": len(others) + 1 > min(state.limits.max_num_seqs, most_rows),
         "tpot": not ahead.is_possible or tpot > tpot_s,
-        "ttft": ttft > slo.ttft_s,
-        "others": _breaks_others(pending, finish, index, now),
+        "ttft": own_is_late,
+        "others": others_are_late,
     }
     obstacle = next((name for name, is_there in obstacles.items() if is_there), None)
     return Admission(obstacle, ttft, slo.ttft_s, tpot, tpot_s, ahead.bound_s * stretch)

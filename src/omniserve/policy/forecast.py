@@ -40,10 +40,12 @@ def forecast(
     done: Sequence[int],
     tpot_s: float,
     max_tokens: int,
+    lent_s: float = 0.0,
 ) -> Forecast:
     """Spread the pending prefills evenly over the fewest walks that keep `tpot_s` and `max_tokens`.
 
     decodes: rows that ride in every one of those walks. done: tokens of each prompt that need no computing.
+    lent_s: what the first walk may take, where that is more: together they may take so much longer.
     """
     tokens = [r.num_tokens - before for r, before in zip(pending, done, strict=True)]
     loads = [prefill_load(r, before) for r, before in zip(pending, done, strict=True)]
@@ -63,9 +65,14 @@ def forecast(
         load.chunk_context += begun if count == 1 else max(longest, -(-begun // count))
         return load
 
+    more_s = 0.0
+    if lent_s > tpot_s:
+        fullest = walk(-(-total // max(1, max_tokens - decodes.num_tokens)))
+        more_s = max(0.0, min(lent_s, model.bound_s(fullest, 0.0)) - tpot_s)
+
     def fits(count: int) -> bool:
         load = walk(count)
-        return load.num_tokens <= max_tokens and model.bound_s(load, 0.0) <= tpot_s
+        return load.num_tokens <= max_tokens and model.bound_s(load, 0.0) <= tpot_s + more_s / count
 
     count, is_possible = _fewest(total, fits)
     load = walk(count)

@@ -10,6 +10,8 @@ from omniserve.policy.request import Request
 # A request behind its pace is served at most this much faster than its target until it has caught up: one
 # hopeless request must not stop best-effort work for good.
 CATCH_UP = 0.5
+# A prompt that would be late otherwise may use so many gaps of decodes that are ahead of their mean.
+MOST_LENT_GAPS = 4.0
 
 
 def token_due_s(request: Request, lent_gaps: float = 1.0) -> float:

@@ -20,7 +20,7 @@ from omniserve.policy.forecast import forecast
 from omniserve.policy.host_outlook import HostOutlook
 from omniserve.policy.latency import Prediction, WalkLoad
 from omniserve.policy.request import Phase, Request
-from omniserve.policy.slack import tightest, tightest_tpot_s
+from omniserve.policy.slack import MOST_LENT_GAPS, tightest, tightest_tpot_s
 from omniserve.policy.state import State
 from omniserve.policy.terms import Terms
 
@@ -28,8 +28,6 @@ from omniserve.policy.terms import Terms
 LEAST_CHUNK = 16
 # A budget of passes that one pass begins within, however long it takes: lanes always come on.
 ONE_PASS_S = 0.001
-# A prompt that would be late otherwise may use so many gaps of decodes that are ahead of their mean.
-MOST_LENT_GAPS = 4.0
 # A lane stays one for so many tokens: a copy is to pay, and nobody goes to and fro.
 MIN_STAY_TOKENS = 8
 
