@@ -21,7 +21,7 @@ _SIZE = len(PARTS) + 2
 _START_COMMON, _START_OWN, _START_BUSY = 0.2, 0.12, 0.15
 _WANDER_COMMON, _WANDER_OWN, _WANDER_BUSY = 0.005, 0.002, 0.004
 # The moment (a neighbour, a clock): how far it goes in a walk, in deviations of an error, and how much stays.
-_MOMENT_SPREAD, _MOMENT_STAYS = 1.5, 0.8
+_MOMENT_SPREAD, _MOMENT_STAYS = 1.0, 0.8
 _NOISE_AT_START = 0.03
 _LEAST_NOISE = 0.005
 _NOISE_STEP = 0.05  # the running median of errors moves by so much of itself
