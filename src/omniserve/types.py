@@ -112,6 +112,8 @@ class RequestMetrics:
     num_cached_tokens: prompt tokens whose KV was found in the prefix cache, not computed.
     is_exact: False once a token was decoded from lossy KV (host_kv_dtype="int8") or rounded weights
     (quantization): the text is then outside the exactness promise.
+    queued_s: when it was handed to the engine, tokenised; started_s: when the engine began with its prompt,
+    of a request that was dropped before its first token the last time; last_token_s: its newest token.
     """
 
     ttft_s: float | None = None
@@ -119,6 +121,25 @@ class RequestMetrics:
     num_lane_tokens: int = 0
     is_exact: bool = True
     num_cached_tokens: int = 0
+    queued_s: float | None = None
+    started_s: float | None = None
+    last_token_s: float | None = None
+
+    @classmethod
+    def over(cls, each: Iterable[RequestMetrics]) -> RequestMetrics:
+        """Of texts of one arrival: the first start and token of any, the slowest tpot, the last token of all,
+        sums of lane and cached tokens."""
+        each = list(each)
+        return cls(
+            ttft_s=min((m.ttft_s for m in each if m.ttft_s is not None), default=None),
+            tpot_s=max((m.tpot_s for m in each if m.tpot_s is not None), default=None),
+            num_lane_tokens=sum(m.num_lane_tokens for m in each),
+            is_exact=all(m.is_exact for m in each),
+            num_cached_tokens=sum(m.num_cached_tokens for m in each),
+            queued_s=min((m.queued_s for m in each if m.queued_s is not None), default=None),
+            started_s=min((m.started_s for m in each if m.started_s is not None), default=None),
+            last_token_s=max((m.last_token_s for m in each if m.last_token_s is not None), default=None),
+        )
 
 
 class TokenLogprobs(NamedTuple):
@@ -195,12 +216,5 @@ class RequestOutput:
 
     @property
     def metrics(self) -> RequestMetrics:
-        """Over all completions: the first token of any, the slowest tpot, sums of lane and cached tokens."""
-        each = [c.metrics for c in self.outputs]
-        return RequestMetrics(
-            ttft_s=min((m.ttft_s for m in each if m.ttft_s is not None), default=None),
-            tpot_s=max((m.tpot_s for m in each if m.tpot_s is not None), default=None),
-            num_lane_tokens=sum(m.num_lane_tokens for m in each),
-            is_exact=all(m.is_exact for m in each),
-            num_cached_tokens=sum(m.num_cached_tokens for m in each),
-        )
+        """Over all completions, as RequestMetrics.over has it."""
+        return RequestMetrics.over(c.metrics for c in self.outputs)

@@ -189,7 +189,7 @@ class World:
         plan = schedule(self.state, self.now, self.cost)
         if plan.is_empty and not self.lanes and not self.copies:
             return False
-        step = self.state.commit(plan)
+        step = self.state.commit(plan, self.now)
         self.state.check()
         result = self._carry_out(step, host_serves)
         self.now += plan.why.predicted_s if plan.why is not None else 0.0

@@ -71,7 +71,7 @@ def test_tenants_of_different_salts_share_nothing() -> None:
 def test_pages_of_a_chunk_that_is_not_computed_yet_are_not_found() -> None:
     world = World(make_limits(), chunk_tokens=4)
     world.add(SYSTEM, 2, best_effort=False)
-    world.state.commit(schedule(world.state, 0.0, world.cost))
+    world.state.commit(schedule(world.state, 0.0, world.cost), 0.0)
     known = world.state.device.match(world.state.requests[0].device_hashes)
     assert known == []
     world.state.check()
@@ -165,7 +165,7 @@ def test_a_dropped_request_finds_its_own_pages() -> None:
     for _ in range(5):
         world.step()
     num_tokens = world.state.requests[request].num_tokens
-    world.state.commit(Plan("passes", moves=(Drop(request),)))
+    world.state.commit(Plan("passes", moves=(Drop(request),)), 0.0)
     assert num_tokens == 18
     assert chunks_of(world) == [(request, 16, 2)]
     world.run()

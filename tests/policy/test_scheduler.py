@@ -137,7 +137,7 @@ def test_a_dropped_request_keeps_its_place_in_line() -> None:
     for _ in range(2):
         world.step()
     second = world.add(4, 2, best_effort=True)
-    world.state.commit(_drop_plan(first))
+    world.state.commit(_drop_plan(first), 0.0)
     assert [r.id for r in world.state.first_waiting()] == [first, second]
 
 

@@ -123,7 +123,7 @@ def test_a_plan_never_exceeds_its_budget_by_its_own_model(
 @given(scene=scenes(num_device_pages=60, watermark_pages=2), model=models)
 def test_a_plan_can_be_carried_out(scene: Scene, model: Prediction) -> None:
     scene.state.check()
-    scene.state.commit(schedule(scene.state, 0.0, make_policy(model)))
+    scene.state.commit(schedule(scene.state, 0.0, make_policy(model)), 0.0)
     scene.state.check()
 
 

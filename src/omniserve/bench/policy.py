@@ -78,7 +78,7 @@ class Stand:
         began = time.thread_time()
         plan = schedule(self.state, self.now, self.policy)
         decided_s = time.thread_time() - began
-        step = self.state.commit(plan)
+        step = self.state.commit(plan, self.now)
         result = self._result(step)
         if plan.why is not None and plan.kind == "walk":
             seconds = plan.why.predicted_s * self.random.gauss(1.0, NOISE)

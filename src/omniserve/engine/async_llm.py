@@ -228,7 +228,7 @@ class AsyncLLM:
             leave()
             listen(0, None)
 
-        progress = Progress(self.tokenizer, name, ids, params, arrived_s)
+        progress = Progress(self.tokenizer, name, ids, params, arrived_s, time.monotonic())
         self._running[name] = stop
         try:
             for index, own in enumerate(_one_text_each(params)):

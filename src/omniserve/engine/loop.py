@@ -48,11 +48,13 @@ LANE_STATS = (
 class StepOutput:
     """New tokens of one step. was_idle: nothing could be done; the engine may sleep.
 
-    num_cached: prompt tokens found in the prefix cache, by request, for those with a token.
+    num_cached: prompt tokens found in the prefix cache, by request, for those with a token. started_s: when
+    the prefill began, by request, for those with their first token.
     """
 
     tokens: list[NewToken] = field(default_factory=list)
     num_cached: dict[int, int] = field(default_factory=dict)
+    started_s: dict[int, float] = field(default_factory=dict)
     was_idle: bool = False
 
 
@@ -238,7 +240,7 @@ class Engine:
             self.state.apply_acknowledgements(news)
             return StepOutput(was_idle=not (news.arrived or news.drained))
         self.history.note_plan(now, plan)
-        step = self.state.commit(plan)
+        step = self.state.commit(plan, now)
         chats = [] if self.latency is None else self._chats(step)  # some of them end with the step
         result = self.executor.collect(self.executor.launch(step))
         finished = self.state.apply(step, result, self._clock())
@@ -287,6 +289,8 @@ class Engine:
             if request.best_effort:
                 self.sharing.note_token(token.by_lane)
             output.num_cached[request.id] = min(request.num_cached_tokens or 0, request.num_prompt)
+            if request.num_out == 1 and request.started_s is not None:
+                output.started_s[request.id] = request.started_s
         for request in finished:
             self.executor.remove(request.id)
             self._hashes.pop(request.id, None)

@@ -98,7 +98,8 @@ class Token(msgspec.Struct, array_like=True):
     """One new token of a request; `finish_reason` is set on its last one.
 
     is_exact: neither from lossy KV nor from rounded weights. num_cached: prompt tokens found in the prefix
-    cache. prompt_logprobs: with the first token, if asked for.
+    cache. With the first token: prompt_logprobs, if asked for, and started_s, when the engine began with the
+    prompt (time.monotonic()).
     """
 
     request_id: int
@@ -109,6 +110,7 @@ class Token(msgspec.Struct, array_like=True):
     num_cached: int = 0
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    started_s: float | None = None
 
 
 class Tokens(msgspec.Struct, tag=True):

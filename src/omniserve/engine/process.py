@@ -183,6 +183,7 @@ class EngineLoop:
             new = Token(caller_id, token.token_id, token.by_lane, token.finish_reason, is_exact, num_cached)
             if isinstance(token, ChosenToken):
                 new.logprobs, new.prompt_logprobs = token.logprobs, token.prompt_logprobs
+            new.started_s = output.started_s.get(token.request_id)
             tokens.append(new)
             if token.finish_reason is not None:
                 del self._engine_ids[caller_id], self._caller_ids[token.request_id]

@@ -27,12 +27,14 @@ class Progress:
         prompt: Sequence[int],
         params: SamplingParams,
         arrived_s: float,
+        queued_s: float | None = None,
     ) -> None:
+        """arrived_s: at the API; queued_s: handed to the engine, None: at once. Both time.monotonic()."""
         self._tokenizer = tokenizer
         self._name = name
         self._prompt = list(prompt)
         self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-        self._texts = [Text(tokenizer, i, params, arrived_s) for i in range(params.n)]
+        self._texts = [Text(tokenizer, i, params, arrived_s, queued_s) for i in range(params.n)]
         self._outputs = [text.output() for text in self._texts]
 
     @property
@@ -74,7 +76,14 @@ class Text:
     there, the end of the text is held back, so that text once given never shrinks.
     """
 
-    def __init__(self, tokenizer: Tokenizer, index: int, params: SamplingParams, arrived_s: float) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        index: int,
+        params: SamplingParams,
+        arrived_s: float,
+        queued_s: float | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._index = index
         self._params = params
@@ -94,6 +103,8 @@ class Text:
         self._is_exact = True
         self._num_cached_tokens = 0
         self._arrived_s = arrived_s
+        self._queued_s = 0.0 if queued_s is None else queued_s - arrived_s
+        self._started_s: float | None = None
         self._first_s: float | None = None
         self._last_s = arrived_s
 
@@ -105,6 +116,7 @@ class Text:
         self._last_s = arrived_s
         if self._first_s is None:
             self._first_s = self._last_s
+            self._started_s = None if token.started_s is None else token.started_s - self._arrived_s
         self._tokens.append(token.token_id)
         self._reason = token.finish_reason
         self._num_lane_tokens += token.by_lane
@@ -163,7 +175,16 @@ class Text:
         later = len(self._tokens) - 1
         tpot_s = (self._last_s - self._first_s) / later if later else None
         ttft_s = self._first_s - self._arrived_s
-        return RequestMetrics(ttft_s, tpot_s, self._num_lane_tokens, self._is_exact, self._num_cached_tokens)
+        return RequestMetrics(
+            ttft_s,
+            tpot_s,
+            self._num_lane_tokens,
+            self._is_exact,
+            self._num_cached_tokens,
+            self._queued_s,
+            self._started_s,
+            self._last_s - self._arrived_s,
+        )
 
 
 def _by_id(tokenizer: Tokenizer, position: TokenLogprobs) -> dict[int, Logprob]:

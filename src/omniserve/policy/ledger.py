@@ -122,11 +122,13 @@ class Ledger:
 
     # ------------------------------------------------------------ moves
 
-    def _reserve(self, request: Request, move: Reserve) -> None:
+    def _reserve(self, request: Request, move: Reserve, now: float) -> None:
         request.device_pages += (*move.cached, *self.device.allocate(move.num_pages, keep=move.keep))
         if request.phase is Phase.WAITING:
             request.kv_tokens = len(move.cached) * self.device.page_size
             self._count_start(request)
+            if request.first_token_s is None:
+                request.started_s = now
             self.active[request.id] = request
             self._enter(request, Phase.PREFILL)
 

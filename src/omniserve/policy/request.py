@@ -96,10 +96,10 @@ class Request:
     incoming_pages: device pages reserved for a lane that comes back; fetched_tokens: prefix asked for.
     device_hashes, host_hashes: of its full pages, as far as its tokens are known, for either page size; none
     without a prefix cache. num_cached_tokens: tokens found on the device when it first started; None before.
-    slo: its own targets, those of its class or none. arrival_s, deadline_s (of a best-effort job),
-    first_token_s, last_token_s: seconds on the engine's clock. moved_at: its num_tokens when it last changed
-    sides; None before. priority: within its rank, lower goes first. due_s: when its first token is due, or
-    its job; `order` follows from it.
+    slo: its own targets, those of its class or none. arrival_s, deadline_s (of a best-effort job), started_s
+    (its prefill, the last time before its first token), first_token_s, last_token_s: seconds on the engine's
+    clock. moved_at: its num_tokens when it last changed sides; None before. priority: within its rank, lower
+    goes first. due_s: when its first token is due, or its job; `order` follows from it.
     """
 
     id: int
@@ -122,6 +122,7 @@ class Request:
     slo: SLO | None = None
     arrival_s: float = 0.0
     deadline_s: float | None = None
+    started_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
     moved_at: int | None = None

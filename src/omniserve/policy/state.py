@@ -93,14 +93,14 @@ class State(Ledger):
 
     # ------------------------------------------------------------ plan -> step
 
-    def commit(self, plan: Plan) -> Step:
-        """Carry out the plan's moves on the books and fill in ids."""
+    def commit(self, plan: Plan, now: float) -> Step:
+        """Carry out the plan's moves on the books and fill in ids. now: on the engine's clock."""
         copies_out: list[PageCopy] = []
         copies_in: list[PageCopy] = []
         for move in plan.moves:
             self._hold_cached(move)
         for move in plan.moves:
-            self._commit_move(move, copies_out, copies_in)
+            self._commit_move(move, copies_out, copies_in, now)
         rows = [self._device_rows(self.active[i], 1, False) for i in plan.decodes]
         rows += [self._device_rows(self.active[c.request_id], c.num_tokens, True) for c in plan.chunks]
         lane_starts = tuple(self._start_lane(self.active[i]) for i in plan.lane_starts)
@@ -126,7 +126,7 @@ class State(Ledger):
             case ShareHost(pages=pages):
                 self.host.share(pages)
 
-    def _commit_move(self, move: Move, out: list[PageCopy], back: list[PageCopy]) -> None:
+    def _commit_move(self, move: Move, out: list[PageCopy], back: list[PageCopy], now: float) -> None:
         request = self.requests[move.request_id]
         match move:
             case Drop():
@@ -134,7 +134,7 @@ class State(Ledger):
             case Displace():
                 self._displace(request)
             case Reserve():
-                self._reserve(request, move)
+                self._reserve(request, move, now)
             case GrowHost(num_pages=count):
                 self._grow_hold(request.hold, count)
             case ShareHost(pages=pages):

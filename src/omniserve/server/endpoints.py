@@ -136,12 +136,9 @@ class Endpoints:
         if run is None or not run.has_token:
             self.metrics.refused(tier.service_class, trouble or "unknown")
             return
-        outputs = run.outputs
-        reason = trouble or outputs[0].finish_reason or "unknown"
-        num_out = sum(len(one.token_ids) for output in outputs for one in output.outputs)
-        num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
+        reason = trouble or run.outputs[0].finish_reason or "unknown"
         duration_s = time.monotonic() - origin.arrived_s
-        self.metrics.finished(tier.service_class, reason, num_prompt, num_out, duration_s, run.tpot_s)
+        self.metrics.finished(tier.service_class, reason, duration_s, run.served)
 
 
 def make_endpoints(

@@ -15,10 +15,11 @@ from omniserve.server.errors import invalid, timed_out
 from omniserve.server.metrics import ServerMetrics
 from omniserve.server.prompts import SHORT_CHARS, Tokenising, check_fits, num_chars
 from omniserve.server.request_models import Message
+from omniserve.server.served import Served
 from omniserve.server.settings import ServerConfig
 from omniserve.server.shapes import Position, Text, usage_of
 from omniserve.server.work import Origin, Work
-from omniserve.types import SLO, CompletionOutput, RequestOutput
+from omniserve.types import SLO, CompletionOutput, RequestMetrics, RequestOutput
 
 T = TypeVar("T")
 
@@ -79,8 +80,22 @@ class Run:
 
         As the tokens came from the engine: a client that reads slowly is no miss of ours.
         """
-        each = [output.metrics.tpot_s for output in self.outputs]
-        return max((s for s in each if s is not None), default=None)
+        return RequestMetrics.over(output.metrics for output in self.outputs).tpot_s
+
+    @property
+    def served(self) -> Served:
+        """What there is to account for, as it stands."""
+        outputs, params = self.outputs, self._work.params
+        sizes = [len(one.token_ids) for output in outputs for one in output.outputs]
+        return Served(
+            num_prompt=sum(len(output.prompt_token_ids) for output in outputs),
+            num_cached=sum(output.outputs[0].metrics.num_cached_tokens for output in outputs),
+            num_output=sum(sizes),
+            num_longest=max(sizes, default=0),
+            num_texts=params.n,
+            max_tokens=params.max_tokens if self._work.shows_output else 0,
+            metrics=RequestMetrics.over(output.metrics for output in outputs),
+        )
 
     @property
     def outputs(self) -> list[RequestOutput]:

@@ -1,102 +1,25 @@
 """What the server counts and times, in a Prometheus registry of its own: docs/metrics.md has every series.
 
 `omniserve:*` has a label for the service class. `vllm:*` has vLLM's names and labels and counts
-latency-sensitive requests alone, so that dashboards, autoscalers and gateways made for vLLM are not misled by
-batch work.
+latency-sensitive requests alone (vllm_series.py).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, generate_latest
-from prometheus_client.registry import Collector
-from prometheus_client.samples import Sample
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
 from omniserve.server.attainment import MISSED, Ended, LiveAttainment
 from omniserve.server.engine_series import EngineSeries
+from omniserve.server.served import Served
 from omniserve.server.server_series import AttainmentSeries, ServerSeries
+from omniserve.server.vllm_series import LABEL, VllmRequests, VllmSeries
 from omniserve.types import DEFAULT_CLASSES, LATENCY_SENSITIVE, ServiceClass
 
 TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0)
 TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.75, 1.0, 2.5, 10.0)
-LABEL = "service_class"
-
-
-class VllmSeries(Collector):
-    """vLLM's series, made of those of latency-sensitive requests when asked: nothing is counted twice.
-
-    A request waits until its first token and runs from then to its end.
-    """
-
-    def __init__(self, own: ServerMetrics, model_name: str, page_size: int) -> None:
-        self._own, self._page_size = own, page_size
-        self._labels = {"model_name": model_name, "engine": "0"}
-
-    def collect(self) -> Iterator[Metric]:
-        own = self._own
-        started = _total(own.ttft, "_count")
-        ended = _total(own.num_finished, "_total")
-        waiting = _total(own.num_arrived, "_total") - _total(own.num_refused, "_total") - started
-        yield self._gauge("num_requests_waiting", "Requests without a token yet.", waiting)
-        yield self._gauge("num_requests_running", "Requests that have tokens.", started - ended)
-        usage = "Share of device pages that these requests hold, 0 to 1."
-        yield self._gauge("kv_cache_usage_perc", usage, own.engine.kv_usage)
-        yield self._renamed(own.prompt_tokens, "prompt_tokens")
-        yield self._renamed(own.output_tokens, "generation_tokens")
-        yield self._renamed(own.num_finished, "request_success", {"reason": "finished_reason"})
-        yield self._renamed(own.ttft, "time_to_first_token_seconds")
-        yield self._renamed(own.gap, "inter_token_latency_seconds")
-        yield self._renamed(own.tpot, "request_time_per_output_token_seconds")
-        yield self._renamed(own.duration, "e2e_request_latency_seconds")
-        yield from self._of_the_engine(own.engine)
-
-    def _of_the_engine(self, engine: EngineSeries) -> Iterator[Metric]:
-        chats = "device_latency_sensitive"
-        for name, text, source in (
-            ("num_preemptions", "Requests whose KV was given up.", ("broken_promises",)),
-            ("prefix_cache_queries", "Tokens looked up.", ("prefix_cache_queried_tokens", chats)),
-            ("prefix_cache_hits", "Tokens found.", ("prefix_cache_hit_tokens", chats)),
-        ):
-            metric = Metric(f"vllm:{name}", text, "counter")
-            metric.add_sample(f"{metric.name}_total", self._labels, engine.total(*source))
-            yield metric
-        config = Metric("vllm:cache_config_info", "Tokens of a device page, and how many there are.", "gauge")
-        if engine.num_device_pages is not None:
-            sizes = {"block_size": str(self._page_size), "num_gpu_blocks": str(engine.num_device_pages)}
-            config.add_sample(config.name, self._labels | sizes, 1.0)
-        yield config
-
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        metric = Metric(f"vllm:{name}", text, "gauge")
-        metric.add_sample(metric.name, self._labels, value)
-        return metric
-
-    def _renamed(
-        self, source: Counter | Histogram, name: str, labels: Mapping[str, str] = MappingProxyType({})
-    ) -> Metric:
-        """`source` under vLLM's name. labels: other names for its labels."""
-        (own,) = source.collect()
-        metric = Metric(f"vllm:{name}", own.documentation, own.type)
-        for sample in _of_chats(own):
-            kept = {labels.get(k, k): v for k, v in sample.labels.items() if k != LABEL}
-            suffix = sample.name.removeprefix(own.name)
-            metric.add_sample(metric.name + suffix, self._labels | kept, sample.value)
-        return metric
-
-
-def _of_chats(metric: Metric) -> Iterator[Sample]:
-    for sample in metric.samples:
-        if sample.labels[LABEL] == LATENCY_SENSITIVE.name and not sample.name.endswith("_created"):
-            yield sample
-
-
-def _total(source: Counter | Histogram, suffix: str) -> float:
-    """Of latency-sensitive requests, whatever other labels they have."""
-    (own,) = source.collect()
-    return sum(sample.value for sample in _of_chats(own) if sample.name.endswith(suffix))
 
 
 class ServerMetrics:
@@ -149,6 +72,7 @@ class ServerMetrics:
                 self.num_met.labels(kind.name)
                 for what in MISSED:
                     self.num_missed.labels(kind.name, what)
+        self._vllm = VllmRequests(model_name, self.registry)
         live = AttainmentSeries(self.attainment, clock)
         for collector in (VllmSeries(self, model_name, page_size), live, self.engine, self.server):
             self.registry.register(collector)
@@ -172,22 +96,16 @@ class ServerMetrics:
     def token_gap(self, service_class: str, s: float) -> None:
         self.gap.labels(service_class).observe(s)
 
-    def finished(
-        self,
-        service_class: str,
-        reason: str,
-        num_prompt: int,
-        num_output: int,
-        duration_s: float,
-        tpot_s: float | None = None,
-    ) -> None:
-        """reason: "stop", "length", the code of an error, or "disconnected". tpot_s: None of one token."""
+    def finished(self, service_class: str, reason: str, duration_s: float, served: Served) -> None:
+        """reason: "stop", "length", the code of an error, or "disconnected". duration_s: from its arrival."""
         self.num_finished.labels(service_class, reason).inc()
-        self.prompt_tokens.labels(service_class).inc(num_prompt)
-        self.output_tokens.labels(service_class).inc(num_output)
+        self.prompt_tokens.labels(service_class).inc(served.num_prompt)
+        self.output_tokens.labels(service_class).inc(served.num_output)
         self.duration.labels(service_class).observe(duration_s)
-        if tpot_s is not None:
-            self.tpot.labels(service_class).observe(tpot_s)
+        if served.metrics.tpot_s is not None:
+            self.tpot.labels(service_class).observe(served.metrics.tpot_s)
+        if service_class == LATENCY_SENSITIVE.name:
+            self._vllm.finished(served)
 
     def unserved(self, reason: str) -> None:
         """Answered 503 before anybody knew what it was. reason: the code of the answer."""
