@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from decimal import Decimal
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,11 @@ def test_an_output_carries_text_reason_and_metrics(llm: LLM) -> None:
     assert output.text == llm.tokenizer.decode(output.token_ids)
     assert output.metrics.ttft_s is not None
     assert output.metrics.tpot_s is not None
+    found = output.metrics
+    times = (0.0, found.queued_s, found.started_s, found.ttft_s, found.last_token_s)
+    assert all(
+        before is not None and after is not None and before <= after for before, after in pairwise(times)
+    )
 
 
 def test_a_prompt_seen_before_is_not_computed_again_unless_its_salt_differs(llm: LLM) -> None:

@@ -149,6 +149,22 @@ def test_texts_of_one_request_grow_and_end_each_for_itself(bytewise: Tokenizer) 
     assert ended.finished
 
 
+def test_times_of_a_request_are_the_first_start_and_token_and_the_last_token_of_its_texts(
+    bytewise: Tokenizer,
+) -> None:
+    """From its arrival at 10, on any clock."""
+    progress = Progress(bytewise, "r", [1], SamplingParams(n=2), 10.0, 11.0)
+    (a,) = bytewise.encode("a")
+    progress.push(Token(0, a, started_s=13.0), 15.0, index=1)
+    progress.push(Token(0, a, started_s=14.0), 16.0, index=0)
+    progress.push(Token(0, a, finish_reason="length"), 18.0, index=0)
+    output = progress.push(Token(0, a, finish_reason="length"), 17.0, index=1)
+    each = [(m.queued_s, m.started_s, m.ttft_s, m.last_token_s) for m in (c.metrics for c in output.outputs)]
+    assert each == [(1.0, 4.0, 6.0, 8.0), (1.0, 3.0, 5.0, 7.0)]
+    found = output.metrics
+    assert (found.queued_s, found.started_s, found.ttft_s, found.last_token_s) == (1.0, 3.0, 5.0, 8.0)
+
+
 # ---------------------------------------------------------------- log probabilities
 
 

@@ -141,6 +141,29 @@ def test_a_dropped_request_keeps_its_place_in_line() -> None:
     assert [r.id for r in world.state.first_waiting()] == [first, second]
 
 
+def test_a_prefill_starts_anew_after_a_drop_until_there_is_a_first_token() -> None:
+    limits = make_limits(num_device_pages=8, host_offload="never", num_host_pages=0)
+    world = World(limits, chunk_tokens=8, caches_prefixes=False)
+    chat = world.add(20, 4, best_effort=False)
+    request = world.state.requests[chat]
+    assert request.started_s is None
+    for now in (1.0, 2.0):
+        world.now = now
+        world.step()
+        assert request.started_s == now
+        world.step()
+        assert request.started_s == now, "a chunk more is no new start"
+        world.state.commit(_drop_plan(chat), now)
+    world.now = 3.0
+    while not world.produced[chat]:
+        world.step()
+    world.state.commit(_drop_plan(chat), 4.0)
+    world.now = 5.0
+    world.step()
+    assert request.phase is not Phase.WAITING
+    assert request.started_s == 3.0
+
+
 def _drop_plan(request_id: int) -> object:
     from omniserve.policy.plan import Plan
 

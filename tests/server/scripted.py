@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -68,7 +69,8 @@ class ScriptedLLM:
 
     running: requests in the engine; asked: what each came with; refuse_with: what every request raises;
     deadly: a prompt that holds this ends the engine.
-    tpot_s: of every text. counted: statistics that differ from STATS. is_silent: it does not answer.
+    tpot_s: of every text; metrics: what else each experienced. counted: statistics that differ from STATS.
+    is_silent: it does not answer.
     """
 
     startup_s, engine_pid = 0.0, 1
@@ -85,6 +87,7 @@ class ScriptedLLM:
         self.refuse_with: OmniServeError | None = None
         self.num_encoded = self.num_stats = 0
         self.tpot_s = 0.0
+        self.metrics = RequestMetrics(0.0)
         self.counted: dict[str, Any] = {}
         self.is_silent = False
         self.silent_s = 0.0
@@ -126,7 +129,7 @@ class ScriptedLLM:
                     await self._turn()
                 reason = "length" if number == count else None
                 tokens = list(range(97, 97 + number))
-                metrics = RequestMetrics(0.0, self.tpot_s)
+                metrics = replace(self.metrics, tpot_s=self.tpot_s)
                 one = CompletionOutput(0, tokens, "x" * number, reason, metrics=metrics)  # type: ignore[arg-type]
                 yield RequestOutput(request_id, ids, [one])
         finally:

@@ -153,6 +153,10 @@ def test_a_chat_and_a_flex_request_show_where_they_should(exposition: dict[str, 
     assert value("omniserve:swap_bytes_total", direction="out") > 0
     assert value("omniserve:host_up") == value("omniserve:ready") == value("omniserve:promises_slo") == 1
     assert value("vllm:generation_tokens_total", model_name="tiny", engine="0") == 8, "of the chat alone"
+    chats = {name for name in sample_names(exposition) if re.match("vllm:request_.*_count", name)}
+    assert len(chats) == 11
+    for name in chats:
+        assert value(name, model_name="tiny", engine="0") == 1, f"{name}: of the chat alone"
 
 
 def test_names_and_types_follow_the_conventions(exposition: dict[str, Metric]) -> None:

@@ -1,6 +1,7 @@
 """What /metrics says of requests and of the engine."""
 
 import asyncio
+import math
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,12 +18,16 @@ from omniserve.errors import EngineDeadError, SloUnattainableError
 from omniserve.server import scrape
 from omniserve.server.attainment import MISSED
 from omniserve.server.metrics import ServerMetrics
+from omniserve.server.served import Served
 from omniserve.server.server_series import BatchFacts, ServerFacts
-from omniserve.types import BEST_EFFORT, SLO, ServiceClass
+from omniserve.types import BEST_EFFORT, SLO, RequestMetrics, ServiceClass
 from server.scripted import HELLO, PATIENCE_S, standing
 
 MODEL = {"model_name": "tiny", "engine": "0"}
 CHAT, BATCH = "latency_sensitive", "best_effort"
+# Handed to the engine 0.01 s after its arrival, begun after 0.06, first token after 0.2, last after 0.25.
+TIMES = RequestMetrics(0.2, 0.05, num_cached_tokens=4, queued_s=0.01, started_s=0.06, last_token_s=0.25)
+SERVED = Served(7, 4, 2, 2, 1, 16, TIMES)
 
 
 def value(metrics: ServerMetrics | str, name: str, **labels: str) -> float | None:
@@ -50,7 +55,7 @@ def test_a_chat_waits_runs_and_ends_in_the_series_of_vllm() -> None:
     assert value(metrics, "vllm:num_requests_waiting", **MODEL) == 1
     assert value(metrics, "vllm:num_requests_running", **MODEL) == 1
     metrics.token_gap(CHAT, 0.05)
-    metrics.finished(CHAT, "stop", 7, 2, 0.3, 0.05)
+    metrics.finished(CHAT, "stop", 0.3, SERVED)
     assert value(metrics, "vllm:num_requests_running", **MODEL) == 0
     assert value(metrics, "vllm:prompt_tokens_total", **MODEL) == 7
     assert value(metrics, "vllm:generation_tokens_total", **MODEL) == 2
@@ -70,10 +75,100 @@ def test_batch_work_is_in_no_series_of_vllm() -> None:
     metrics.first_token(BATCH, 4.0)
     metrics.token_gap(BATCH, 1.0)
     metrics.arrived(BATCH)
-    metrics.finished(BATCH, "length", 100, 50, 60.0, 1.0)
+    metrics.finished(BATCH, "length", 60.0, SERVED)
     metrics.refused(BATCH, "resource_unavailable")
     assert {v for name, v in series(metrics) if name.startswith("vllm:")} == {0.0}
-    assert value(metrics, "omniserve:output_tokens_total", service_class=BATCH) == 50
+    assert value(metrics, "omniserve:output_tokens_total", service_class=BATCH) == 2
+
+
+def histogram(metrics: ServerMetrics | str, name: str) -> tuple[float | None, float | None]:
+    """How many, and their sum."""
+    return value(metrics, f"vllm:{name}_count", **MODEL), value(metrics, f"vllm:{name}_sum", **MODEL)
+
+
+def test_what_waits_waits_for_capacity_in_the_series_of_vllm() -> None:
+    metrics = ServerMetrics("tiny")
+    for service_class in (CHAT, CHAT, BATCH):
+        metrics.arrived(service_class)
+    metrics.first_token(CHAT, 0.2)
+    name = "vllm:num_requests_waiting_by_reason"
+    assert value(metrics, name, reason="capacity", **MODEL) == 1
+    assert value(metrics, name, reason="deferred", **MODEL) == 0
+    assert value(metrics, "vllm:num_requests_waiting", **MODEL) == 1, "their sum"
+
+
+def test_a_chat_that_ended_shows_what_its_time_went_to() -> None:
+    metrics = ServerMetrics("tiny")
+    metrics.finished(CHAT, "stop", 0.3, SERVED)
+    for name, s in (("queue", 0.05), ("prefill", 0.14), ("decode", 0.05), ("inference", 0.19)):
+        assert histogram(metrics, f"request_{name}_time_seconds") == (1, pytest.approx(s))
+
+
+def test_a_chat_whose_engine_has_told_no_start_is_in_no_series_of_intervals() -> None:
+    metrics = ServerMetrics("tiny")
+    metrics.finished(CHAT, "stop", 0.3, replace(SERVED, metrics=RequestMetrics(0.2, queued_s=0.01)))
+    for name in ("queue", "prefill", "decode", "inference"):
+        assert histogram(metrics, f"request_{name}_time_seconds") == (0, 0)
+    assert histogram(metrics, "request_prompt_tokens") == (1, 7)
+
+
+def test_a_request_of_two_prompts_shows_its_sizes_and_what_was_cached_of_it() -> None:
+    async def story() -> None:
+        async with standing(before=9) as stand:
+            stand.llm.metrics = TIMES
+            body = {"model": "tiny", "prompt": ["Hello", "Goodbye"], "max_tokens": 3}
+            for tier in ("default", "flex"):
+                answer = await stand.http.post("/v1/completions", json=body | {"service_tier": tier})
+                assert answer.status_code == 200
+            text = (await stand.http.get("/metrics")).text
+            assert histogram(text, "request_prompt_tokens") == (1, 12)
+            assert histogram(text, "request_prefill_kv_computed_tokens") == (1, 12 - 2 * 4)
+            assert histogram(text, "request_generation_tokens") == (1, 6)
+            assert histogram(text, "request_max_num_generation_tokens") == (1, 3)
+            assert histogram(text, "request_params_n") == (1, 1)
+            assert histogram(text, "request_params_max_tokens") == (1, 3)
+            assert value(text, "vllm:prompt_tokens_cached_total", **MODEL) == 8
+            sources = {"local_compute": 4, "local_cache_hit": 8, "external_kv_transfer": 0}
+            for source, count in sources.items():
+                assert value(text, "vllm:prompt_tokens_by_source_total", source=source, **MODEL) == count
+            assert histogram(text, "request_queue_time_seconds")[0] == 1
+
+    asyncio.run(story())
+
+
+def test_max_tokens_is_counted_of_requests_that_say_it() -> None:
+    async def story() -> None:
+        async with standing(before=9) as stand:
+            assert (await stand.chat()).status_code == 200
+            text = (await stand.http.get("/metrics")).text
+            assert histogram(text, "request_params_max_tokens") == (0, 0)
+            assert histogram(text, "request_params_n") == (1, 1)
+
+    asyncio.run(story())
+
+
+# Bounds of vLLM's buckets; those of sizes end at a model's context length there, at a million here.
+SECONDS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6)
+HISTOGRAMS = {
+    **{f"request_{name}_time_seconds": SECONDS for name in ("queue", "prefill", "decode", "inference")},
+    "request_prompt_tokens": TOKENS,
+    "request_prefill_kv_computed_tokens": TOKENS,
+    "request_generation_tokens": TOKENS,
+    "request_max_num_generation_tokens": TOKENS,
+    "request_params_max_tokens": TOKENS,
+    "request_params_n": (1, 2, 5, 10, 20),
+}
+
+
+@pytest.mark.parametrize("name", HISTOGRAMS)
+def test_histograms_have_the_buckets_and_labels_of_vllm(name: str) -> None:
+    text = ServerMetrics("tiny").exposition().decode()
+    (family,) = (f for f in text_string_to_metric_families(text) if f.name == f"vllm:{name}")
+    assert family.type == "histogram"
+    buckets = [s.labels for s in family.samples if s.name.endswith("_bucket")]
+    assert [float(labels["le"]) for labels in buckets] == [*HISTOGRAMS[name], math.inf]
+    assert all(labels == {**MODEL, "le": labels["le"]} for labels in buckets)
 
 
 def test_a_scrape_asks_the_engine() -> None:

@@ -96,7 +96,7 @@ class VllmRequests:
         )
         if queued_s is None or started_s is None or first_s is None or last_s is None:
             return
-        self._queue.observe(max(0.0, started_s - queued_s))
+        self._queue.observe(started_s - queued_s)
         self._prefill.observe(first_s - started_s)
         self._decode.observe(last_s - first_s)
         self._inference.observe(last_s - started_s)
