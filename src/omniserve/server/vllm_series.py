@@ -88,12 +88,8 @@ class VllmRequests:
 
     def _observe_times(self, times: RequestMetrics) -> None:
         """Nothing of a request whose engine has not told when it began."""
-        queued_s, started_s, first_s, last_s = (
-            times.queued_s,
-            times.started_s,
-            times.ttft_s,
-            times.last_token_s,
-        )
+        queued_s, started_s = times.queued_s, times.started_s
+        first_s, last_s = times.ttft_s, times.last_token_s
         if queued_s is None or started_s is None or first_s is None or last_s is None:
             return
         self._queue.observe(started_s - queued_s)
