@@ -73,7 +73,7 @@ def serve_case(smollm2: Subject, pool: Pool, case: Case, lengths: list[int]) -> 
 
 @pytest.mark.parametrize("case", once_each(pairwise(EXTREMES)), ids=name_of)
 def test_tokens_equal_in_every_scenario(smollm2: Subject, pool: Pool, case: Case) -> None:
-    """Small models have the other pairs of settings (test_parity_tiny.py), the full matrix all of them."""
+    """Each under one of the settings; the full matrix has all, small models others (test_parity_tiny.py)."""
     serve_case(smollm2, pool, case, few_lengths(random.Random(name_of(case))))
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from omniserve.config import EngineConfig
 from omniserve.errors import SloUnattainableError
+from omniserve.server.engine_keeper import SILENT_S
 from omniserve.server.routes_dashboard import PAGE
 from omniserve.server.settings import ApiKey
 from omniserve.types import BEST_EFFORT, LATENCY_SENSITIVE, SLO
@@ -181,6 +182,16 @@ def test_a_request_that_fails_after_its_first_token_was_not_refused() -> None:
                 stand.llm.end.set()
                 assert [line async for line in lines if "engine_unavailable" in line]
             assert (await told(stand))["refusals"]["last"] == []
+
+    asyncio.run(story())
+
+
+def test_the_page_says_of_a_silent_engine_what_ready_says() -> None:
+    async def story() -> None:
+        async with standing() as stand:
+            stand.llm.silent_s = SILENT_S
+            assert (await stand.http.get("/ready")).json()["status"] == "unresponsive"
+            assert (await told(stand))["server"]["state"] == "unresponsive"
 
     asyncio.run(story())
 

@@ -52,6 +52,14 @@ class Endpoints:
     refusals: RefusalLog
     field_log: FieldLog
 
+    @property
+    def state(self) -> str:
+        """Whether requests are served, which they are when it is "ready" alone: the keeper's word, but for
+        "stopping" and "unresponsive"."""
+        if self.doors.is_draining:
+            return "stopping"
+        return "unresponsive" if self.keeper.is_silent else self.keeper.state
+
     def check_serving(self) -> None:
         """ApiError 503 when nothing can be served now: asked before a body is even read."""
         try:

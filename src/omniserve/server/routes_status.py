@@ -39,11 +39,7 @@ def status_router(
 
     @router.get("/ready", responses={503: {"description": "loading, restarting, unresponsive or stopping"}})
     async def ready() -> JsonBody:
-        state: str = endpoints.keeper.state
-        if endpoints.doors.is_draining:
-            state = "stopping"
-        elif endpoints.keeper.is_silent:
-            state = "unresponsive"
+        state = endpoints.state
         return JsonBody({"status": state}, 200 if state == "ready" else 503)
 
     @router.get("/version")

@@ -52,7 +52,7 @@ class Scrape:
     def _facts(self, batches: BatchFacts | None) -> ServerFacts:
         doors, keeper = self._endpoints.doors, self._endpoints.keeper
         return ServerFacts(
-            is_ready=keeper.state == "ready" and not (doors.is_draining or keeper.is_silent),
+            is_ready=self._endpoints.state == "ready",
             num_restarts=keeper.num_restarts,
             engine_silent_s=keeper.silent_s,
             uptime_s=time.monotonic() - self._started_s,

@@ -136,12 +136,12 @@ class Watch:
         }
 
     def _server_view(self) -> dict[str, Any]:
-        keeper, doors = self._endpoints.keeper, self._endpoints.doors
+        state = self._endpoints.state
         return {
             "model": self._model_name,
             "version": __version__,
-            "state": "draining" if doors.is_draining else keeper.state,
-            "num_restarts": keeper.num_restarts,
+            "state": "draining" if state == "stopping" else state,
+            "num_restarts": self._endpoints.keeper.num_restarts,
             "uptime_s": time.monotonic() - self._started_s,
         }
 
