@@ -125,6 +125,18 @@ def test_harmless_and_unknown_fields_are_named_in_a_header(server: Served) -> No
     assert server.log.count("field wibble") == 1, "told once"
 
 
+def test_unknown_keys_inside_fields_are_named_by_their_place(server: Served) -> None:
+    part = {"type": "text", "text": "Hello", "cache_control": {"type": "ephemeral"}, "absent": None}
+    options = {"include_usage": True, "include_obfuscation": False, "absent": None}
+    answer = chat(server, stream=True, stream_options=options, messages=[{"role": "user", "content": [part]}])
+    ignored = answer.headers["x-omniserve-ignored"].split(", ")
+    assert ignored == ["stream_options.include_obfuscation", "messages[].content[].cache_control"]
+    options = {"include_usage": True, "wobble": 1}
+    answer = complete(server, stream=True, stream_options=options)
+    assert answer.headers["x-omniserve-ignored"] == "stream_options.wobble"
+    assert server.log.count("field stream_options.wobble") == 1, "told in the log"
+
+
 def test_names_of_unknown_fields_cannot_forge_headers(server: Served) -> None:
     messages = [{"role": "user", "content": "Hello", "\U00071ee8": 1}]
     answer = chat(server, **{"a\r\nset-cookie: b": 1, "é" * 100: 2, "messages": messages})

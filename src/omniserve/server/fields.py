@@ -49,7 +49,11 @@ def _ignored(*names: str, note: str = "") -> tuple[Field, ...]:
 _SHARED = (
     Field("model", "supported", "unset: the first served name"),
     Field("stream", "supported", "server-sent events, a comment line every 15 s"),
-    Field("stream_options", "supported", "`include_usage`; other keys are ignored; refused without `stream`"),
+    Field(
+        "stream_options",
+        "supported",
+        "`include_usage`; other keys are ignored and named; refused without `stream`",
+    ),
     Field("service_tier", "supported", "`flex` is best-effort, all others latency-sensitive"),
     Field("temperature", "supported", "0 is greedy, and then `n` must be 1"),
     *_supported("top_p", "presence_penalty", "frequency_penalty"),

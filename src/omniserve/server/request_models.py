@@ -33,10 +33,19 @@ _MUST = {
 _OUT_OF_RANGE = ("greater_than", "less_than", "finite_number", "literal_error")
 _TOO_LONG_OR_SHORT = ("too_short", "too_long")
 _STRICT = ConfigDict(strict=True)
+_OPEN = ConfigDict(strict=True, extra="allow")
+
+
+def _extras(found: BaseModel | None) -> list[str]:
+    """Fields that nobody knows and that have a value."""
+    extra = (found and found.model_extra) or {}
+    return [name for name, value in extra.items() if value is not None]
 
 
 class TextPart(BaseModel):
-    model_config = _STRICT
+    """Other fields than these are ignored."""
+
+    model_config = _OPEN
     type: Literal["text"]
     text: str
 
@@ -44,7 +53,7 @@ class TextPart(BaseModel):
 class Message(BaseModel):
     """One message. Other fields than these are ignored, but for calls of tools, which are refused."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = _OPEN
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
 
@@ -57,7 +66,9 @@ class Message(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    model_config = _STRICT
+    """Other keys than these are ignored."""
+
+    model_config = _OPEN
     include_usage: bool = False
 
 
@@ -97,6 +108,11 @@ class TextRequest(BaseModel):
     def names(self) -> dict[str, str]:
         """Names here of fields of SamplingParams that are called otherwise there."""
         return {"prompt_logprobs": "logprobs"}
+
+    @property
+    def ignored(self) -> list[str]:
+        """Fields inside others that are without effect."""
+        return [f"stream_options.{name}" for name in _extras(self.stream_options)]
 
     def _params(self, **more: Any) -> SamplingParams:
         try:
@@ -142,9 +158,12 @@ class ChatRequest(TextRequest):
 
     @property
     def ignored(self) -> list[str]:
-        """Fields of messages without effect."""
-        names = {name for message in self.messages for name in message.model_extra or {}}
-        return [f"messages[].{name}" for name in sorted(names)]
+        names = {f"messages[].{name}" for message in self.messages for name in _extras(message)}
+        parts = [
+            one for message in self.messages if isinstance(message.content, list) for one in message.content
+        ]
+        names |= {f"messages[].content[].{name}" for part in parts for name in _extras(part)}
+        return [*super().ignored, *sorted(names)]
 
 
 Prompt = str | list[str] | list[int] | list[list[int]]

@@ -93,7 +93,7 @@ class Reader:
             params=params,
             shape=self._shape(ChatShape, asked, tier, origin, params),
             names={"prompt": "messages", **asked.names},
-            **self._shared(asked, [*ignored, *asked.ignored], tier, origin),
+            **self._shared(asked, ignored, tier, origin),
         )
 
     def _completion(self, asked: CompletionRequest, ignored: list[str], tier: Tier, origin: Origin) -> Work:
@@ -115,6 +115,7 @@ class Reader:
         return kind(origin.answer_id, name, tier.stated, asked.include_usage, params.logprobs or 0)
 
     def _shared(self, asked: TextRequest, ignored: list[str], tier: Tier, origin: Origin) -> dict[str, Any]:
+        ignored += asked.ignored
         slo_headers = [origin.headers.get(name) for name in (TTFT_HEADER, TPOT_HEADER)]
         slo = None
         if not tier.is_best_effort:
