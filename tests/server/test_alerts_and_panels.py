@@ -39,6 +39,8 @@ ALERT_NAMES = {
     "OmniServeHostDown",
     "OmniServeLaneStuck",
     "OmniServeEngineRestarting",
+    "OmniServeEngineSilent",
+    "OmniServeBatchLinesGivenUp",
     "OmniServeBatchOverdue",
     "OmniServeStateDiskFull",
     "OmniServeBestEffortStarved",
