@@ -33,7 +33,8 @@ def push_all(tokenizer: Tokenizer, ids: Sequence[int], **params: Any) -> list[Re
     outputs = []
     for i, token in enumerate(ids):
         reason = "length" if i == len(ids) - 1 else None
-        outputs.append(progress.push(Token(0, token, finish_reason=reason), 0.0))
+        progress.push(Token(0, token, finish_reason=reason), 0.0)
+        outputs.append(progress.output())
         if progress.is_finished:
             break
     return outputs
@@ -115,7 +116,8 @@ def test_a_stop_string_or_token_stays_in_the_text_if_asked(bytewise: Tokenizer) 
         progress = Progress(bytewise, "r", [1], params, 0.0)
         for token in ids[:2]:
             progress.push(Token(0, token), 0.0)
-        (output,) = progress.push(Token(0, ids[2], finish_reason="stop"), 0.0).outputs
+        progress.push(Token(0, ids[2], finish_reason="stop"), 0.0)
+        (output,) = progress.output().outputs
         assert (output.text, output.token_ids, output.stop_reason) == (expected, ids[:3], ids[2])
 
 
@@ -133,7 +135,8 @@ def test_texts_of_one_request_grow_and_end_each_for_itself(bytewise: Tokenizer) 
     a, b, x = (bytewise.encode(c)[0] for c in "abx")
     progress.push(Token(0, b, by_lane=True), 1.0, index=2)
     progress.push(Token(0, a), 2.0, index=0)
-    output = progress.push(Token(0, x), 3.0, index=0)
+    progress.push(Token(0, x), 3.0, index=0)
+    output = progress.output()
     assert [c.index for c in output.outputs] == [0, 1, 2]
     assert [c.text for c in output.outputs] == ["a", "", "b"]
     assert [c.finish_reason for c in output.outputs] == ["stop", None, None]
@@ -141,12 +144,29 @@ def test_texts_of_one_request_grow_and_end_each_for_itself(bytewise: Tokenizer) 
     assert not progress.is_finished
     assert not output.finished
     assert (output.metrics.num_lane_tokens, output.metrics.ttft_s) == (1, 1.0)
-    late = progress.push(Token(0, b), 4.0, index=0)
-    assert late.outputs[0].text == "a", "a token behind the end changes nothing"
+    progress.push(Token(0, b), 4.0, index=0)
+    assert progress.output().outputs[0].text == "a", "a token behind the end changes nothing"
     progress.push(Token(0, a, finish_reason="length"), 5.0, index=1)
-    ended = progress.abort()
+    progress.abort()
+    ended = progress.output()
     assert [c.finish_reason for c in ended.outputs] == ["stop", "length", "abort"]
     assert ended.finished
+
+
+def test_an_output_once_given_stays_as_it_is(bytewise: Tokenizer) -> None:
+    progress = Progress(bytewise, "r", [1], SamplingParams(n=2, logprobs=0), 0.0)
+    (a,) = bytewise.encode("a")
+    token = Token(0, a, logprobs=TokenLogprobs([a], [-1.0], 1))
+    progress.push(token, 1.0)
+    before = progress.output()
+    progress.push(token, 2.0)
+    progress.push(token, 3.0, index=1)
+    progress.abort()
+    assert [(c.text, len(c.token_ids), len(c.logprobs or ())) for c in before.outputs] == [
+        ("a", 1, 1), ("", 0, 0)
+    ]  # fmt: skip
+    assert not before.finished
+    assert [c.text for c in progress.output().outputs] == ["aa", "a"]
 
 
 def test_times_of_a_request_are_the_first_start_and_token_and_the_last_token_of_its_texts(
@@ -158,7 +178,8 @@ def test_times_of_a_request_are_the_first_start_and_token_and_the_last_token_of_
     progress.push(Token(0, a, started_s=13.0), 15.0, index=1)
     progress.push(Token(0, a, started_s=14.0), 16.0, index=0)
     progress.push(Token(0, a, finish_reason="length"), 18.0, index=0)
-    output = progress.push(Token(0, a, finish_reason="length"), 17.0, index=1)
+    progress.push(Token(0, a, finish_reason="length"), 17.0, index=1)
+    output = progress.output()
     each = [(m.queued_s, m.started_s, m.ttft_s, m.last_token_s) for m in (c.metrics for c in output.outputs)]
     assert each == [(1.0, 4.0, 6.0, 8.0), (1.0, 3.0, 5.0, 7.0)]
     found = output.metrics
@@ -175,7 +196,8 @@ def test_log_probabilities_come_by_token_id_with_rank_text_and_sum(bytewise: Tok
     progress.push(
         Token(0, c, logprobs=TokenLogprobs([c, a, b], [-3.0, -0.5, -1.0], 7), prompt_logprobs=prompt), 0.0
     )
-    output = progress.push(Token(0, a, logprobs=TokenLogprobs([a, a, c], [-0.5, -0.5, -2.0], 1)), 0.0)
+    progress.push(Token(0, a, logprobs=TokenLogprobs([a, a, c], [-0.5, -0.5, -2.0], 1)), 0.0)
+    output = progress.output()
     (text,) = output.outputs
     assert output.prompt_logprobs == [None, {b: Logprob(-0.25, 1, "b")}]
     assert text.logprobs == [

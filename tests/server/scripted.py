@@ -64,6 +64,16 @@ class ScriptedTokenizer:
         return "".join(map(chr, ids))
 
 
+class ScriptedProgress:
+    """As Progress is to the server."""
+
+    def __init__(self, output: RequestOutput) -> None:
+        self._output, self.texts = output, output.outputs
+
+    def output(self) -> RequestOutput:
+        return self._output
+
+
 class ScriptedLLM:
     """As AsyncLLM is to the server. A request has `before` tokens at once; more come with `go`, all of them.
 
@@ -112,7 +122,7 @@ class ScriptedLLM:
         self, ids: list[int], params: SamplingParams, service_class: str, request_id: str, arrived_s: float,
         cache_salt: str | None = None, slo: Any = None, completion_window_s: float | None = None,
         priority: int = 0,
-    ) -> AsyncGenerator[RequestOutput, None]:  # fmt: skip
+    ) -> AsyncGenerator[ScriptedProgress, None]:  # fmt: skip
         own = {"class": service_class, "salt": cache_salt, "slo": slo, "priority": priority}
         self.asked.append({**own, "window": completion_window_s, "params": params, "id": request_id})
         if self.refuse_with is not None:
@@ -131,7 +141,7 @@ class ScriptedLLM:
                 tokens = list(range(97, 97 + number))
                 metrics = replace(self.metrics, tpot_s=self.tpot_s)
                 one = CompletionOutput(0, tokens, "x" * number, reason, metrics=metrics)  # type: ignore[arg-type]
-                yield RequestOutput(request_id, ids, [one])
+                yield ScriptedProgress(RequestOutput(request_id, ids, [one]))
         finally:
             self.running.discard(request_id)
 

@@ -7,6 +7,7 @@ import itertools
 import operator
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any
@@ -191,8 +192,9 @@ class AsyncLLM:
         arrived_s = time.monotonic()
         ids, params = self.encode(prompt), sampling_params or SamplingParams()
         service = (service_class, request_id, arrived_s, cache_salt, slo, completion_window_s, priority)
-        async for output in self.stream(ids, params, *service):
-            yield output
+        async with aclosing(self.stream(ids, params, *service)) as stream:
+            async for progress in stream:
+                yield progress.output()
 
     async def stream(
         self,
@@ -205,8 +207,12 @@ class AsyncLLM:
         slo: SLO | None = None,
         completion_window_s: float | None = None,
         priority: int = 0,
-    ) -> AsyncGenerator[RequestOutput, None]:
-        """`submit` for a tokenised prompt whose time counts from `arrived_s` (time.monotonic())."""
+    ) -> AsyncGenerator[Progress, None]:
+        """`submit` for a tokenised prompt whose time counts from `arrived_s` (time.monotonic()).
+
+        It yields the same Progress after each token: to look at what is new costs the same however long the
+        text is.
+        """
         check_service(self.config, service_class, slo, completion_window_s)
         bad_words = self._checked_bad_words(ids, params, cache_salt)
         name = request_id if request_id is not None else f"request-{next(self._names)}"
@@ -241,7 +247,11 @@ class AsyncLLM:
                     raise item
                 if item is not None and progress.has_ended(index):
                     continue  # it was under way when a stop string ended its text
-                yield progress.push(item, when_s, index) if item is not None else progress.abort()
+                if item is not None:
+                    progress.push(item, when_s, index)
+                else:
+                    progress.abort()
+                yield progress
                 if progress.has_ended(index):
                     self._client.abort(engine_ids[index])
         finally:

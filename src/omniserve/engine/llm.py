@@ -11,6 +11,7 @@ from typing import Any, Self, TypeVar, cast
 
 from omniserve.config import EngineConfig
 from omniserve.engine.async_llm import AsyncLLM, Message
+from omniserve.engine.progress import Progress
 from omniserve.errors import EngineDeadError, RequestError
 from omniserve.model.tokenizer import Tokenizer
 from omniserve.types import SLO, Prompt, RequestOutput, SamplingParams
@@ -160,13 +161,13 @@ class LLM:
                 raise RequestError(error.field, f"{error.reason} (prompt number {i})") from None
 
         async def run_one(i: int) -> RequestOutput:
-            last: RequestOutput | None = None
+            progress: Progress | None = None
             service = (classes[i], None, arrived_s, salts[i], slos[i], window_s)
-            async for last in self._llm.stream(batch[i], params[i], *service):
+            async for progress in self._llm.stream(batch[i], params[i], *service):
                 if on_progress is not None:
-                    on_progress(i, last)
-            assert last is not None
-            return last
+                    on_progress(i, progress.output())
+            assert progress is not None
+            return progress.output()
 
         async def run_all() -> list[RequestOutput]:
             tasks = [asyncio.create_task(run_one(i)) for i in range(len(batch))]

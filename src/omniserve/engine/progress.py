@@ -18,7 +18,10 @@ from omniserve.types import (
 
 
 class Progress:
-    """Takes in tokens of the `n` texts of one request, gives out cumulative outputs."""
+    """Takes in tokens of the `n` texts of one request. What it holds grows; `output` is how it stands.
+
+    texts: in order of their index.
+    """
 
     def __init__(
         self,
@@ -34,43 +37,44 @@ class Progress:
         self._name = name
         self._prompt = list(prompt)
         self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-        self._texts = [Text(tokenizer, i, params, arrived_s, queued_s) for i in range(params.n)]
-        self._outputs = [text.output() for text in self._texts]
+        self.texts = [Text(tokenizer, i, params, arrived_s, queued_s) for i in range(params.n)]
+        self._num_open = params.n
 
     @property
     def is_finished(self) -> bool:
         """Whether every text has ended."""
-        return all(text.is_finished for text in self._texts)
+        return self._num_open == 0
 
     def has_ended(self, index: int) -> bool:
         """Whether the text of this index has ended, by itself or by a stop string."""
-        return self._texts[index].is_finished
+        return self.texts[index].is_finished
 
-    def push(self, token: Token, arrived_s: float, index: int = 0) -> RequestOutput:
-        """The output with one more token of text `index`, which arrived at `arrived_s` (time.monotonic()).
+    def push(self, token: Token, arrived_s: float, index: int = 0) -> None:
+        """One more token of text `index`, which arrived at `arrived_s` (time.monotonic()).
 
         A token that was under way when its text ended changes nothing.
         """
         if token.prompt_logprobs is not None:
             self._prompt_logprobs = [p and _by_id(self._tokenizer, p) for p in token.prompt_logprobs]
-        if not self._texts[index].is_finished:
-            self._texts[index].push(token, arrived_s)
-            self._outputs[index] = self._texts[index].output()
-        return self._output()
+        text = self.texts[index]
+        if not text.is_finished:
+            text.push(token, arrived_s)
+            self._num_open -= text.is_finished
 
-    def abort(self) -> RequestOutput:
-        """The output as it stands, ended by the caller; texts that had ended before keep their reason."""
-        for i, text in enumerate(self._texts):
+    def abort(self) -> None:
+        """Ended by the caller; texts that had ended before keep their reason."""
+        for text in self.texts:
             text.abort()
-            self._outputs[i] = text.output()
-        return self._output()
+        self._num_open = 0
 
-    def _output(self) -> RequestOutput:
-        return RequestOutput(self._name, self._prompt, list(self._outputs), self._prompt_logprobs)
+    def output(self) -> RequestOutput:
+        """As it stands now. It copies all there is: not for every token of a long text."""
+        texts = [text.output() for text in self.texts]
+        return RequestOutput(self._name, self._prompt, texts, self._prompt_logprobs)
 
 
 class Text:
-    """One growing text.
+    """One growing text. index, token_ids, logprobs, finish_reason: as in CompletionOutput, so far.
 
     A stop string ends it before its first occurrence, also when it spans tokens; until it can no longer begin
     there, the end of the text is held back, so that text once given never shrinks.
@@ -85,7 +89,7 @@ class Text:
         queued_s: float | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._index = index
+        self.index = index
         self._params = params
         self._stops = tuple(params.stop or ())
         self._held = 0
@@ -94,10 +98,10 @@ class Text:
         self._stream = tokenizer.stream(params.skip_special_tokens)
         self._text = ""
         self._searched = 0
-        self._tokens: list[int] = []
-        self._logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+        self.token_ids: list[int] = []
+        self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self._sum: float | None = None if params.logprobs is None else 0.0
-        self._reason: FinishReason | None = None
+        self.finish_reason: FinishReason | None = None
         self._stop_reason: int | str | None = None
         self._num_lane_tokens = 0
         self._is_exact = True
@@ -107,26 +111,28 @@ class Text:
         self._started_s: float | None = None
         self._first_s: float | None = None
         self._last_s = arrived_s
+        self._output: CompletionOutput | None = None
 
     @property
     def is_finished(self) -> bool:
-        return self._reason is not None
+        return self.finish_reason is not None
 
     def push(self, token: Token, arrived_s: float) -> None:
+        self._output = None
         self._last_s = arrived_s
         if self._first_s is None:
             self._first_s = self._last_s
             self._started_s = None if token.started_s is None else token.started_s - self._arrived_s
-        self._tokens.append(token.token_id)
-        self._reason = token.finish_reason
+        self.token_ids.append(token.token_id)
+        self.finish_reason = token.finish_reason
         self._num_lane_tokens += token.by_lane
         self._is_exact = self._is_exact and token.is_exact
         self._num_cached_tokens = token.num_cached
-        if token.logprobs is not None and self._logprobs is not None and self._sum is not None:
-            self._logprobs.append(_by_id(self._tokenizer, token.logprobs))
+        if token.logprobs is not None and self.logprobs is not None and self._sum is not None:
+            self.logprobs.append(_by_id(self._tokenizer, token.logprobs))
             self._sum += token.logprobs.logprobs[0]
         self._grow(token)
-        if len(self._tokens) > self._params.min_tokens:
+        if len(self.token_ids) > self._params.min_tokens:
             self._stop_at_string()
         self._searched = len(self._text)
 
@@ -136,7 +142,7 @@ class Text:
             self._stop_reason = token.token_id
         if not is_stop or self._params.include_stop_str_in_output:
             self._text += self._stream.push(token.token_id)
-        if self._reason is not None:
+        if self.finish_reason is not None:
             self._text += self._stream.finish()
 
     def _stop_at_string(self) -> None:
@@ -146,33 +152,41 @@ class Text:
             return
         first, stop = min(found, key=lambda f: f[0])
         self._text = self._text[: first + (len(stop) if self._params.include_stop_str_in_output else 0)]
-        self._reason, self._stop_reason = "stop", stop
+        self.finish_reason, self._stop_reason = "stop", stop
 
     def _find(self, stop: str) -> int:
         return self._text.find(stop, max(0, self._searched - len(stop) + 1))
 
     def abort(self) -> None:
-        self._reason = self._reason or "abort"
+        self._output = None
+        self.finish_reason = self.finish_reason or "abort"
+
+    @property
+    def text(self) -> str:
+        """What may be shown."""
+        if self.is_finished or not self._held:
+            return self._text
+        return self._text[: max(0, len(self._text) - self._held)]
 
     def output(self) -> CompletionOutput:
-        text = self._text
-        if not self.is_finished and self._held:
-            text = text[: max(0, len(text) - self._held)]
-        return CompletionOutput(
-            self._index,
-            list(self._tokens),
-            text,
-            self._reason,
-            self._stop_reason,
-            None if self._logprobs is None else list(self._logprobs),
-            self._sum,
-            self._metrics(),
-        )
+        """As it stands now; the same object until something is new."""
+        if self._output is None:
+            self._output = CompletionOutput(
+                self.index,
+                list(self.token_ids),
+                self.text,
+                self.finish_reason,
+                self._stop_reason,
+                None if self.logprobs is None else list(self.logprobs),
+                self._sum,
+                self._metrics(),
+            )
+        return self._output
 
     def _metrics(self) -> RequestMetrics:
         if self._first_s is None:
             return RequestMetrics()
-        later = len(self._tokens) - 1
+        later = len(self.token_ids) - 1
         tpot_s = (self._last_s - self._first_s) / later if later else None
         ttft_s = self._first_s - self._arrived_s
         return RequestMetrics(

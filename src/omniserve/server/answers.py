@@ -37,14 +37,18 @@ def error_answer(error: ApiError) -> JsonBody:
 
 
 class Answer(Response):
-    """Runs `produce(send)` until it ends or the client goes away, which cancels it."""
+    """Runs `produce(send)` until it ends or the client goes away, which cancels it.
+
+    What it sends goes straight to the gate: FastAPI's layers each take a call for each token, to note what
+    the gate notes too.
+    """
 
     def __init__(self, produce: Callable[[Send], Awaitable[None]]) -> None:
         self._produce = produce
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = asyncio.ensure_future(self._produce(send))
+        work = asyncio.ensure_future(self._produce(scope["state"]["send"]))
         gone = asyncio.create_task(_gone(receive))
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)

@@ -36,7 +36,7 @@ current_request_id: ContextVar[str] = ContextVar("current_request_id", default="
 
 
 class Gate:
-    """Puts `arrived_s`, `request_id` and `caller` into the state of each request."""
+    """Puts `arrived_s`, `request_id`, `caller` and `send` into the state of each request."""
 
     def __init__(self, app: ASGIApp, keyring: Keyring, visitors: Visitors, max_body_bytes: int) -> None:
         self._app, self._max_body_bytes = app, max_body_bytes
@@ -52,6 +52,7 @@ class Gate:
         state = scope.setdefault("state", {})
         state["arrived_s"], state["request_id"] = arrived_s, request_id
         noted = _Noted(send, request_id)
+        state["send"] = noted
         try:
             if _is_private(scope["path"]):
                 self._visitors.check(scope["method"], headers)

@@ -10,6 +10,8 @@ from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 from omniserve.engine.async_llm import AsyncLLM
+from omniserve.engine.progress import Progress
+from omniserve.engine.progress import Text as TextProgress
 from omniserve.errors import RequestError, SloUnattainableError
 from omniserve.server.errors import invalid, timed_out
 from omniserve.server.metrics import ServerMetrics
@@ -47,7 +49,7 @@ class Generation:
 
 
 class Run:
-    """One request in the engine, all its prompts. Iterate `texts` or await `whole`, once."""
+    """One request in the engine, all its prompts. Iterate `grown` or await `whole`, once."""
 
     def __init__(
         self,
@@ -61,7 +63,7 @@ class Run:
         self._llm, self._work, self._origin = llm, work, origin
         self._tokenising, self._metrics, self._timeout_s = tokenising, metrics, timeout_s
         self._class = work.tier.service_class
-        self._latest: list[RequestOutput | None] = [None] * len(work.prompts)
+        self._progress: list[Progress | None] = [None] * len(work.prompts)
         self.growing = [Growing(i) for i in range(work.params.n * len(work.prompts))]
         self.ttft_s: float | None = None
 
@@ -100,7 +102,7 @@ class Run:
     @property
     def outputs(self) -> list[RequestOutput]:
         """What there is of each prompt that has begun."""
-        return [output for output in self._latest if output is not None]
+        return [progress.output() for progress in self._progress if progress is not None]
 
     @property
     def usage(self) -> dict[str, Any]:
@@ -108,8 +110,8 @@ class Run:
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object; ApiError."""
-        async with aclosing(self._outputs()) as outputs:
-            async for _ in outputs:
+        async with aclosing(self.grown()) as grown:
+            async for _ in grown:
                 pass
         texts = [
             self._whole_text(at * self._work.params.n + one.index, output, one)
@@ -118,18 +120,27 @@ class Run:
         ]
         return self._work.shape.whole(texts, self.usage)
 
-    async def texts(self) -> AsyncGenerator[Text, None]:
-        """What is new, token by token, of each choice; ApiError."""
-        n = self._work.params.n
-        async with aclosing(self._outputs()) as outputs:
-            async for at, output in outputs:
-                for one in output.outputs:
-                    growing = self.growing[at * n + one.index]
-                    if self._work.echo and not growing.has_begun:
-                        yield growing.begin(self._echo(growing.index, output))
-                    new = growing.take(one, self._work.shows_output)
-                    if new is not None:
-                        yield new
+    def grown(self) -> AsyncGenerator[int, None]:
+        """The index of a prompt whenever one of its texts has a new token; ApiError.
+
+        Few layers lie under it, for each takes its time for each token of each stream.
+        """
+        streams = [self._grown(at) for at in range(len(self._work.prompts))]
+        return streams[0] if len(streams) == 1 else merged(streams)
+
+    def news(self, at: int) -> list[Text]:
+        """What the choices of a prompt have that was not told yet."""
+        progress, n = self._progress[at], self._work.params.n
+        assert progress is not None
+        found: list[Text] = []
+        for one in progress.texts:
+            growing = self.growing[at * n + one.index]
+            if self._work.echo and not growing.has_begun:
+                found.append(growing.begin(self._echo(growing.index, progress.output())))
+            new = growing.take(one, self._work.shows_output)
+            if new is not None:
+                found.append(new)
+        return found
 
     # ------------------------------------------------------------ echo
 
@@ -160,16 +171,7 @@ class Run:
 
     # ------------------------------------------------------------ engine
 
-    async def _outputs(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-        """Outputs of all prompts as they come, with the index of their prompt."""
-        prompts = range(len(self._work.prompts))
-        streams = [self._one(at) for at in prompts]
-        async with aclosing(streams[0] if len(streams) == 1 else merged(streams)) as outputs:
-            async for at, output in outputs:
-                self._note(at, output)
-                yield at, output
-
-    async def _one(self, at: int) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    async def _grown(self, at: int) -> AsyncGenerator[int, None]:
         work, origin = self._work, self._origin
         await self._in_time(self._check_arrival(at))
         ids = await self._in_time(self._encoded(at))
@@ -179,15 +181,17 @@ class Run:
         stream = self._llm.stream(ids, work.params, self._class, name, origin.arrived_s, *service)
         async with aclosing(stream):
             try:
-                first = await self._in_time(anext(stream))
+                progress = await self._in_time(anext(stream))
             except SloUnattainableError:
                 raise
             except RequestError as error:
                 field = work.names.get(error.field, error.field)
                 raise invalid(field, f"{field}: {error.reason}") from None
-            yield at, first
-            async for output in stream:
-                yield at, output
+            self._note(at, progress)
+            yield at
+            async for progress in stream:
+                self._note(at, progress)
+                yield at
 
     async def _check_arrival(self, at: int) -> None:
         """Whatever can be known without the tokens of a long text is asked before they are made."""
@@ -222,14 +226,14 @@ class Run:
         except TimeoutError:
             raise timed_out(self._timeout_s, self._work.tier.is_best_effort) from None
 
-    def _note(self, at: int, output: RequestOutput) -> None:
-        """Keep the output, and note the times of its new tokens."""
-        self._latest[at] = output
+    def _note(self, at: int, progress: Progress) -> None:
+        """Keep it, and note the times of its new tokens."""
+        self._progress[at] = progress
         now = time.monotonic()
         if self.ttft_s is None:
             self.ttft_s = now - self._origin.arrived_s
             self._metrics.first_token(self._class, self.ttft_s)
-        for one in output.outputs:
+        for one in progress.texts:
             gap_s = self.growing[at * self._work.params.n + one.index].gap_s(len(one.token_ids), now)
             if gap_s is not None:
                 self._metrics.token_gap(self._class, gap_s)
@@ -249,7 +253,7 @@ class Growing:
         self.has_begun, self._offset = True, len(echo.text)
         return echo
 
-    def take(self, one: CompletionOutput, shows_output: bool) -> Text | None:
+    def take(self, one: TextProgress, shows_output: bool) -> Text | None:
         """What is new; None when nothing is that can be shown yet."""
         self.has_begun = True
         if self._has_ended or (len(one.token_ids) == self._num_tokens and one.finish_reason is None):

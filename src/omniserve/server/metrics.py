@@ -67,6 +67,7 @@ class ServerMetrics:
         times = self.ttft, self.gap, self.tpot, self.duration
         for one in (self.num_arrived, *tokens, *times):
             one.labels(LATENCY_SENSITIVE.name)  # 0 until something happens, not absent
+        self._gaps: dict[str, Histogram] = {}
         for kind in classes:
             if kind.slo is not None:
                 self.num_met.labels(kind.name)
@@ -94,7 +95,10 @@ class ServerMetrics:
         self.ttft.labels(service_class).observe(ttft_s)
 
     def token_gap(self, service_class: str, s: float) -> None:
-        self.gap.labels(service_class).observe(s)
+        gaps = self._gaps.get(service_class)
+        if gaps is None:  # to look for it takes as long as to note what is observed, each token
+            gaps = self._gaps[service_class] = self.gap.labels(service_class)
+        gaps.observe(s)
 
     def finished(self, service_class: str, reason: str, duration_s: float, served: Served) -> None:
         """reason: "stop", "length", the code of an error, or "disconnected". duration_s: from its arrival."""

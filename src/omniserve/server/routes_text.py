@@ -92,13 +92,16 @@ async def respond(
 
 async def _push_texts(stream: EventStream, work: Work, run: Run) -> None:
     opened: set[int] = set()
-    async with aclosing(run.texts()) as texts:
-        async for text in texts:
-            events = work.shape.chunk(text)
-            if text.index not in opened:
-                opened.add(text.index)
-                events = work.shape.opening(text.index) + events
-            await stream.push(events)
+    async with aclosing(run.grown()) as grown:
+        async for at in grown:
+            events = b""
+            for text in run.news(at):
+                if text.index not in opened:
+                    opened.add(text.index)
+                    events += work.shape.opening(text.index)
+                events += work.shape.chunk(text)
+            if events:
+                await stream.push(events)
 
 
 def _headers(work: Work) -> dict[str, str]:
