@@ -10,27 +10,19 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
-from dataclasses import replace
 from typing import TypeVar
 
+from omniserve.batch.attempts import Attempts
 from omniserve.batch.errors import StorageError
 from omniserve.batch.jobs import Job, RunnerSettings, RunnerStatus, outlook, urgency
 from omniserve.batch.limits import Quota
-from omniserve.batch.line_runner import (
-    EngineGone,
-    LineResponse,
-    LineRunner,
-    Request,
-    decode_request,
-    failure,
-    is_not_now,
-)
+from omniserve.batch.line_runner import EngineGone, LineResponse, LineRunner, decode_request
 from omniserve.batch.pace import Pace
 from omniserve.batch.records import BatchRecord, Line
-from omniserve.batch.results import answered, never_run, request_id_of
+from omniserve.batch.results import never_run, request_id_of
 from omniserve.batch.states import NEVER_RUN_CODE, Event, Status
 from omniserve.batch.store import Store
-from omniserve.batch.suspicion import given_up, is_given_up, runs_alone
+from omniserve.batch.suspicion import runs_alone
 from omniserve.batch.writer import Writer
 
 __all__ = ["BatchRunner", "EngineGone", "LineResponse", "LineRunner", "RunnerSettings", "RunnerStatus"]
@@ -59,7 +51,8 @@ class BatchRunner:
         is_known_model: Callable[[str], bool] = lambda name: True,
         quota_of: Callable[[str], Quota] = lambda owner: Quota(),
     ) -> None:
-        self._store, self._writer, self._line_runner = store, writer, line_runner
+        self._store, self._writer = store, writer
+        self._attempts = Attempts(store, writer, line_runner, now)
         self._settings, self._now = settings or RunnerSettings(), now
         self._is_known_model, self._quota_of = is_known_model, quota_of
         self._jobs: dict[int, Job] = {}
@@ -69,7 +62,6 @@ class BatchRunner:
         self._pause_s, self._held_until_s = self._settings.first_pause_s, 0.0
         self._next_sweep_s = 0.0
         self._is_suspect_running = False
-        self._num_given_up = 0
         self._wake, self._has_results, self._is_idle = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._loops: list[asyncio.Task[None]] = []
 
@@ -125,7 +117,7 @@ class BatchRunner:
             self._trouble,
             num_overdue,
             longest_eta_s,
-            self._num_given_up,
+            self._attempts.num_given_up,
         )
 
     def eta_s(self, batch: BatchRecord) -> float | None:
@@ -306,53 +298,14 @@ class BatchRunner:
             self._trouble = None
 
     async def _run(self, job: Job, line: Line) -> None:
-        request = decode_request(line)
-        response: LineResponse | None = None
-        try:
-            if not is_given_up(line):
-                response = await self._answer(job, line, request)
-        except EngineGone:
-            line = await self._noted_death(job, line)
-        if is_given_up(line):
-            log.error("line %d of %s is given up: engines die of it", line.number, job.batch.id)
-            response = given_up(line)
-            self._num_given_up += 1
-        if response is None:
+        line, result = await self._attempts.make(job.batch, line)
+        if result is None:
             job.put_back(line)
             self._hold()
             return
-        status_code, body = response.status_code, response.body
-        job.results.append(answered(job.batch.id, line.number, request.custom_id, status_code, body))
+        job.results.append(result)
         self._held_until_s, self._pause_s = 0.0, self._settings.first_pause_s
         self._has_results.set()
-
-    async def _noted_death(self, job: Job, line: Line) -> Line:
-        """The line with one more death, which is on disk before the line may run again."""
-        log.info("line %d of %s was in an engine that died", line.number, job.batch.id)
-        try:
-            await self._do(self._store.batches.note_death, job.batch.seq, line.number)
-        except Exception:
-            log.exception("the death could not be recorded; it counts until the server ends")
-        return replace(line, num_deaths=line.num_deaths + 1)
-
-    async def _answer(self, job: Job, line: Line, request: Request) -> LineResponse | None:
-        """None: the line was not run and is to be tried again. EngineGone."""
-        if request.body is None:
-            message = "the body is not valid JSON in UTF-8"
-            return failure(400, message, "invalid_request_error", "invalid_json")
-        seconds_left = max(0.0, job.batch.expires_at - self._now())
-        request_id = request_id_of(job.batch.id, line.number)
-        try:
-            response = await self._line_runner.run_line(
-                job.batch.owner, job.batch.endpoint, request.body, request_id, seconds_left
-            )
-        except EngineGone:
-            raise
-        except Exception:
-            log.exception("line %d of %s failed inside the server", line.number, job.batch.id)
-            message = "the server failed while it ran this request"
-            response = failure(500, message, "server_error", "internal_error")
-        return None if is_not_now(response) else response
 
     def _hold(self) -> None:
         """Start no line for a while: there is no room, or no engine. A line that ends makes room again."""
