@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -194,6 +195,8 @@ def check_numbers(eyes: Eyes, ended: str, under_way: str) -> None:
     eyes.wait_text("#chat-tiles", r"(within|above) 1 s")
     eyes.wait_text("#batch-tiles", r"[1-9][\d.,]* per s")
     eyes.wait_text("#batch-tiles", r"up.*% busy")
+    eyes.wait_text("#chat-now", r"Running now: .*(waits?|decodes?)")
+    eyes.wait_text("#batch-now", r"[1-9]\d* decodes?, the longest gap now is [\d.]+ m?s")
     eyes.wait_text("#refusals", r"slo unattainable.*predicted [\d.]+ m?s, target 1.0 ms")
     eyes.wait_text("#batches", r"\d+ of 2,000 lines.*done in about \d+")
     for batch_id in (ended, under_way):
@@ -246,6 +249,32 @@ def test_the_page_shows_a_server_at_work(tiny: Path, tmp_path: Path) -> None:
             look_again(chromium, server)
         server.post("/admin/best_effort/pause", authorization=f"Bearer {ADMIN_KEY}")
         eyes.page.get_by_text("best-effort paused").wait_for(state="visible")
+        assert eyes.errors == []
+
+
+def test_a_chat_that_is_stuck_shows_while_it_runs(tiny: Path) -> None:
+    def ask() -> None:
+        with server.client() as client, suppress(openai.RateLimitError):  # its target has passed
+            client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=4)
+
+    with serving(str(tiny), *SETTINGS) as server, browser() as chromium:
+        eyes = Eyes(chromium, server.base_url, PHONE)
+        eyes.unlock()
+        eyes.wait_text("#chat-now", "Running now: nothing")
+        found = re.search(r"the engine is up .*\(pid (\d+)\)", server.log)
+        assert found is not None
+        chat, engine = threading.Thread(target=ask), int(found[1])
+        os.kill(engine, signal.SIGSTOP)
+        try:
+            chat.start()
+            eyes.wait_text("#chat-now", r"1 request waits .* the oldest for [\d.]+ s .* 1 past the target")
+            eyes.wait_text("#state", "no sign")
+            assert not eyes.overflows
+            eyes.shoot("stuck")
+        finally:
+            os.kill(engine, signal.SIGCONT)
+            chat.join()
+        eyes.wait_text("#chat-now", "Running now: nothing")
         assert eyes.errors == []
 
 

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,43 @@ def test_chats_that_end_show_in_attainment_times_tokens_and_history() -> None:
             assert columns[f"{CHAT}.attainment"][-1] == 0.75
             assert columns[f"{CHAT}.ttft_p99_s"][-1] == pytest.approx(chat["ttft_p99_s"], rel=1e-3)
             assert columns["lanes"][-1] == 2
+
+    asyncio.run(story())
+
+
+def test_running_requests_show_how_long_they_wait_though_none_has_ended() -> None:
+    nothing = {
+        "num_waiting": 0,
+        "longest_wait_s": None,
+        "num_late": 0,
+        "num_decoding": 0,
+        "longest_gap_s": None,
+    }
+
+    async def story() -> None:
+        async with standing(WITH_TARGETS, before=1) as stand:
+            assert (await told(stand))["classes"][CHAT]["running"] == nothing
+            async with stand.streaming() as (_, lines):
+                await anext(lines)
+                stand.llm.before = 0
+                waiting = [asyncio.create_task(stand.chat(service_tier=tier)) for tier in ("auto", "flex")]
+                await stand.until(lambda: len(stand.llm.running) == 3)
+                first, late_s = await told(stand), time.monotonic() + 1.0
+                await stand.until(lambda: time.monotonic() > late_s)
+                second = await told(stand)
+                stand.llm.go.set()
+                await asyncio.gather(*waiting)
+                assert [line async for line in lines]
+            chat, flex = (second["classes"][name]["running"] for name in (CHAT, FLEX))
+            assert (chat["num_waiting"], chat["num_late"], chat["num_decoding"]) == (1, 1, 1)
+            assert (flex["num_waiting"], flex["num_late"], flex["num_decoding"]) == (1, 0, 0), "no target"
+            assert chat["longest_wait_s"] > first["classes"][CHAT]["running"]["longest_wait_s"] > 0
+            assert chat["longest_gap_s"] > first["classes"][CHAT]["running"]["longest_gap_s"] > 0
+            assert (first["classes"][CHAT]["ttft_p99_s"], second["classes"][CHAT]["ttft_p99_s"]) == (
+                None,
+                None,
+            )
+            assert (await told(stand))["classes"][CHAT]["running"] == nothing
 
     asyncio.run(story())
 

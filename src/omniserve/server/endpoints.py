@@ -25,6 +25,7 @@ from omniserve.server.generation import Generation, Run
 from omniserve.server.metrics import ServerMetrics
 from omniserve.server.prompts import check_counts
 from omniserve.server.refusals import Refusal, RefusalLog
+from omniserve.server.running import Running
 from omniserve.server.settings import ServerConfig
 from omniserve.server.tiers import BATCH_TIER, Tier, tier_of
 from omniserve.server.work import CHAT, Origin, Reader, Work
@@ -51,6 +52,7 @@ class Endpoints:
     metrics: ServerMetrics
     refusals: RefusalLog
     field_log: FieldLog
+    running: Running
 
     @property
     def state(self) -> str:
@@ -88,7 +90,8 @@ class Endpoints:
                 work = self.reader.read(endpoint, body, tier, origin)
                 self.field_log.note(work.ignored)
                 started = self.generation.start(self.keeper.llm, work, origin)
-                yield work, started
+                with self.running.hold(started):
+                    yield work, started
         except asyncio.CancelledError:
             self._account(tier, origin, started, DISCONNECTED)
             self._judge_left(tier, origin, started)
@@ -162,6 +165,7 @@ def make_endpoints(
         metrics=metrics,
         refusals=RefusalLog(),
         field_log=FieldLog(),
+        running=Running(),
     )
 
 

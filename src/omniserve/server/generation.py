@@ -62,7 +62,7 @@ class Run:
     ) -> None:
         self._llm, self._work, self._origin = llm, work, origin
         self._tokenising, self._metrics, self._timeout_s = tokenising, metrics, timeout_s
-        self._class = work.tier.service_class
+        self.service_class = work.tier.service_class
         self._progress: list[Progress | None] = [None] * len(work.prompts)
         self.growing = [Growing(i) for i in range(work.params.n * len(work.prompts))]
         self.ttft_s: float | None = None
@@ -75,6 +75,21 @@ class Run:
     @property
     def has_token(self) -> bool:
         return self.ttft_s is not None
+
+    @property
+    def silent_since_s(self) -> float:
+        """When the text that waits longest had its newest token; its arrival when it has none.
+
+        As the server took tokens in: a client that does not read what it is sent holds that up.
+        """
+        arrived_s, n = self._origin.arrived_s, self._work.params.n
+        since_s = [
+            self.growing[at * n + i].last_s or arrived_s
+            for at, progress in enumerate(self._progress)
+            for i in range(n)
+            if progress is None or progress.texts[i].finish_reason is None
+        ]
+        return min(since_s, default=time.monotonic())
 
     @property
     def tpot_s(self) -> float | None:
@@ -178,7 +193,7 @@ class Run:
         name = origin.answer_id if len(work.prompts) == 1 else f"{origin.answer_id}-{at}"
         window_s = None if origin.window_s is None else max(1.0, origin.window_s)
         service = (work.cache_salt, work.slo, window_s, work.priority)
-        stream = self._llm.stream(ids, work.params, self._class, name, origin.arrived_s, *service)
+        stream = self._llm.stream(ids, work.params, self.service_class, name, origin.arrived_s, *service)
         async with aclosing(stream):
             try:
                 progress = await self._in_time(anext(stream))
@@ -202,7 +217,7 @@ class Run:
         # A template may leave out what it likes of a chat.
         least = 1 if work.is_chat else -(-count // llm.tokenizer.longest_token)
         limit, arrived_s = work.params.max_tokens, self._origin.arrived_s
-        await llm.check_arrival(least, limit, self._class, arrived_s, work.slo, work.priority)
+        await llm.check_arrival(least, limit, self.service_class, arrived_s, work.slo, work.priority)
 
     async def _encoded(self, at: int) -> list[int]:
         prompt, param = self._work.prompts[at], "messages" if self._work.is_chat else "prompt"
@@ -232,21 +247,21 @@ class Run:
         now = time.monotonic()
         if self.ttft_s is None:
             self.ttft_s = now - self._origin.arrived_s
-            self._metrics.first_token(self._class, self.ttft_s)
+            self._metrics.first_token(self.service_class, self.ttft_s)
         for one in progress.texts:
             gap_s = self.growing[at * self._work.params.n + one.index].gap_s(len(one.token_ids), now)
             if gap_s is not None:
-                self._metrics.token_gap(self._class, gap_s)
+                self._metrics.token_gap(self.service_class, gap_s)
 
 
 class Growing:
-    """How much of one choice has been given out, and when its last token came."""
+    """How much of one choice has been given out. last_s: when its newest token came; None before."""
 
     def __init__(self, index: int) -> None:
         self.index = index
         self.has_begun = False
         self._offset = self._num_chars = self._num_tokens = self._num_timed = 0
-        self._last_s: float | None = None
+        self.last_s: float | None = None
         self._has_ended = False
 
     def begin(self, echo: Text) -> Text:
@@ -275,7 +290,7 @@ class Growing:
         if num_tokens == self._num_timed:
             return None
         self._num_timed = num_tokens
-        last_s, self._last_s = self._last_s, now
+        last_s, self.last_s = self.last_s, now
         return None if last_s is None else now - last_s
 
 

@@ -12,10 +12,12 @@ from omniserve.types import ServiceClass
 MAX_LABEL = 160
 
 
-def class_view(kind: ServiceClass, snapshot: Mapping[str, Any], tokens_per_s: float | None) -> dict[str, Any]:
-    """A service class: its targets, and what became of them."""
+def class_view(
+    kind: ServiceClass, snapshot: Mapping[str, Any], running: Mapping[str, Any], tokens_per_s: float | None
+) -> dict[str, Any]:
+    """A service class: its targets, what became of them, and its requests that run now."""
     targets = None if kind.slo is None else {"ttft_s": kind.slo.ttft_s, "tpot_s": kind.slo.tpot_s}
-    return {"targets": targets, "tokens_per_s": tokens_per_s, **snapshot}
+    return {"targets": targets, "tokens_per_s": tokens_per_s, **snapshot, "running": running}
 
 
 def engine_view(stats: Mapping[str, Any], busy_share: float | None, age_s: float) -> dict[str, Any]:

@@ -98,9 +98,11 @@ class Watch:
         # What an engine that is silent said last is not as it is now.
         stats = None if self._engine.is_open else self._engine.value
         self._pace = Pace() if stats is None else pace_of(stats, self._rates)
-        snapshots = self._endpoints.metrics.attainment.snapshot(time.monotonic())
+        now_s = time.monotonic()
+        ended = self._endpoints.metrics.attainment.snapshot(now_s)
+        running = self._endpoints.running.snapshot(self._classes, now_s)
         self._now = {
-            name: class_view(kind, asdict(snapshots[name]), self._pace.tokens_per_s(kind))
+            name: class_view(kind, asdict(ended[name]), asdict(running[name]), self._pace.tokens_per_s(kind))
             for name, kind in self._classes.items()
         }
         row: dict[str, Number] = {
