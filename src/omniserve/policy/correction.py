@@ -153,7 +153,7 @@ class ErrorWindow:
     were planned by. Nothing is left out as an outlier."""
 
     def __init__(self, size: int, expected: Iterable[float] = ()) -> None:
-        """expected: relative errors that fill the window until walks do."""
+        """expected: relative errors that are there from the start."""
         self._pairs: deque[tuple[float, float]] = deque(maxlen=size)
         self._errors: deque[float] = deque()
         self._sorted: list[float] = []
@@ -171,6 +171,10 @@ class ErrorWindow:
             del self._sorted[bisect_left(self._sorted, self._errors.popleft())]
         self._errors.append(error)
         insort(self._sorted, error)
+
+    @property
+    def num_errors(self) -> int:
+        return len(self._errors)
 
     def margin(self, quantile: float) -> float:
         """Share of a prediction to add so that `quantile` of walks stay below; never negative.

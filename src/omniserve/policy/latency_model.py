@@ -17,6 +17,8 @@ from omniserve.policy.staircase import Staircase
 # Of the plain data: fits of another version are measured again.
 SCHEMA = "omniserve-latency/1"
 WINDOW = 256
+# Of so many walks of its kind, a margin is of them alone; before, of the last walks of any kind.
+ENOUGH_WALKS = 40
 # From this share on a walk counts as one beside a busy host.
 BUSY_SHARE = 0.5
 # How fast `host_share` follows the walks.
@@ -141,7 +143,9 @@ class LatencyModel:
         self.quantile = quantile
         self.host_share = 0.0
         self._correction = Correction()
-        self._windows = {kind: ErrorWindow(WINDOW, fit.residuals.get(kind, ())) for kind in KINDS}
+        self._expected = {kind: ErrorWindow(WINDOW, fit.residuals.get(kind, ())) for kind in KINDS}
+        self._windows = {kind: ErrorWindow(WINDOW) for kind in KINDS}
+        self._lately = ErrorWindow(WINDOW)
         self._margins = self._largest_margins()
         self._dense = (fit.idle.dense.table(), fit.busy.dense.table())
         self._head = (fit.idle.head.table(), fit.busy.head.table())
@@ -162,7 +166,7 @@ class LatencyModel:
 
     def _largest_margins(self) -> dict[tuple[str, bool], float]:
         """By kind, and whether a walk with lanes has chunks too."""
-        own = {kind: window.margin(self.quantile) for kind, window in self._windows.items()}
+        own = {kind: self._errors_of(kind).margin(self.quantile) for kind in KINDS}
         return {
             (kind_name(what, busy), chunks): max(
                 own[kind_name(part, host)]
@@ -173,6 +177,17 @@ class LatencyModel:
             for busy in (False, True)
             for chunks in (False, True)
         }
+
+    def _errors_of(self, kind: str) -> ErrorWindow:
+        """Of this kind where there were enough, else of all the last walks, else of the fit.
+
+        A kind that never comes alone (decodes without lanes beside a full host) would keep for good what was
+        measured in the minute of the fit, and be part of every bound.
+        """
+        for window in (self._windows[kind], self._lately):
+            if window.num_errors >= ENOUGH_WALKS:
+                return window
+        return self._expected[kind]
 
     def pass_s(self, num_rows: int, host_is_busy: float) -> float:
         """Expected seconds of one lane pass: post_attention(l), then pre_attention(l + 1)."""
@@ -225,7 +240,8 @@ class LatencyModel:
         self._windows[kind].note(expected_s, seconds)
         if planned is not None:
             kind, least_s = kind_of(*planned), min(expected_s, self.walk_s(*planned))
-        self._windows[kind].add_error(seconds / least_s - 1)
+        for window in (self._windows[kind], self._lately):
+            window.add_error(seconds / least_s - 1)
         self._margins = self._largest_margins()
         self._correction.observe(parts, host_is_busy, seconds)
         self.host_share += _SHARE_STEP * (host_is_busy - self.host_share)
