@@ -132,6 +132,7 @@ class World:
         sizes = (self.limits.page_size, self.limits.host_page_size)
         self._hashes[request_id] = (PageHashes(sizes[0], salt), PageHashes(sizes[1], salt))
         self._extend_hashes(request, text)
+        self.state.note_arrival(request, self.now)
         self.state.add(request)
         return request_id
 

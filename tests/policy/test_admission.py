@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from omniserve.policy.admission import Admission, admit
-from omniserve.policy.forecast import forecast
+from omniserve.policy.forecast import forecast, prompt_of
 from omniserve.policy.latency import WalkLoad
 from omniserve.policy.request import Request
 from omniserve.types import SLO
@@ -167,7 +167,8 @@ def test_a_share_kept_for_best_effort_work_stretches_the_forecast() -> None:
 def test_a_forecast_tells_each_prompt_its_own_end() -> None:
     scene = Scene()
     pending = [scene.waiting(50), scene.waiting(50), scene.waiting(100)]
-    ahead = forecast(ExactModel(), WalkLoad(), pending, [0, 0, 0], tpot_s=0.11, max_tokens=1000)
+    prompts = [prompt_of(scene.state, request) for request in pending]
+    ahead = forecast(ExactModel(), WalkLoad(), prompts, tpot_s=0.11, max_tokens=1000)
     # Two walks of 100 tokens.
     assert ahead.is_possible
     assert ahead.finish_s == pytest.approx((0.11, 0.11, 0.22))
@@ -177,7 +178,8 @@ def test_a_forecast_counts_chunks_logits_and_the_earlier_kv_of_prompts_that_go_o
     scene = Scene()
     pending = [scene.prefilling(50, 20), scene.prefilling(60, 30), scene.waiting(100)]
     model = ExactModel(walk=0.0, row=0.0, sample=0.001, chunk=0.01, context_read=0.0001)
-    ahead = forecast(model, WalkLoad(), pending, [20, 30, 0], tpot_s=9.0, max_tokens=1000)
+    prompts = [prompt_of(scene.state, request) for request in pending]
+    ahead = forecast(model, WalkLoad(), prompts, tpot_s=9.0, max_tokens=1000)
     assert ahead.finish_s[-1] == pytest.approx(3 * 0.001 + 3 * 0.01 + (50 + 60) * 0.0001)
 
 

@@ -367,8 +367,8 @@ def test_a_plan_looks_up_the_pages_of_the_prompt_and_no_others() -> None:
         def __iter__(self) -> object:  # type: ignore[override]
             raise AssertionError("a plan goes through all pages")
 
+    world.add([*world.texts[0], 7], 1, best_effort=False)
     counted = Counted(world.state.device._page_of)
     world.state.device._page_of = counted  # type: ignore[assignment]
-    world.add([*world.texts[0], 7], 1, best_effort=False)
     schedule(world.state, 0.0, world.cost)
     assert counted.num_lookups <= 41

@@ -129,6 +129,7 @@ class Engine:
             device, host = (PageHashes(size, cache_salt) for size in sizes)
             self._hashes[request_id] = device, host
             self._extend_hashes(request, prompt)
+        self.state.note_arrival(request, self._clock())
         self._refuse_unattainable(request)
         seed = derive_seed(self.config.seed, request_id + 1) if params.seed is None else params.seed
         self.executor.add(
@@ -203,6 +204,8 @@ class Engine:
         verdict = self.policy.admit(self.state, request, now)
         if verdict.obstacle is None or (is_least and not verdict.refuses_longer):
             return
+        if is_least:  # the others were noted before
+            self.state.arrivals.note(request, now, num_tokens=None)
         self._hashes.pop(request.id, None)
         refusal = refusal_of(verdict, request, now)
         self.history.note_refusal(refusal)

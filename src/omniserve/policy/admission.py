@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from heapq import merge
 from typing import Literal
 
-from omniserve.policy.forecast import Forecast, forecast
-from omniserve.policy.latency import Prediction, WalkLoad
+from omniserve.policy.forecast import Forecast, at_half_way, forecast, prompt_of
+from omniserve.policy.latency import Prediction
 from omniserve.policy.request import Phase, Request
 from omniserve.policy.slack import MOST_LENT_GAPS, tightest, tightest_tpot_s
 from omniserve.policy.state import State
@@ -69,13 +69,14 @@ def admit(state: State, request: Request, now: float, model: Prediction, terms: 
     waiting = state.in_class(Phase.WAITING, best_effort=False)
     pending = list(merge(parked, waiting, [request], key=lambda r: r.order))
     others = [*running, *(r for r in pending if r is not request)]
-    riding, pages = _at_half_way(state, others)
-    own, own_pages = _at_half_way(state, [request])
+    # Best-effort work gives way, so only latency-sensitive texts count.
+    riding, pages = at_half_way(state, others)
+    own, own_pages = at_half_way(state, [request])
     everyone = riding.copy()
     everyone.add_decode(own.decode_context)
     # Nobody's gap bounds the first walks while nobody decodes.
     prefill_tpot_s = tightest_tpot_s([*running, *pending[:-1]])
-    done = [state.tokens_done(r) for r in pending]
+    prompts = [prompt_of(state, r) for r in pending]
     most_rows = terms.max_num_batched_tokens
     stretch = 1.0 / (1.0 - terms.best_effort_share)
     index = next(i for i, one in enumerate(pending) if one is request)
@@ -86,10 +87,10 @@ def admit(state: State, request: Request, now: float, model: Prediction, terms: 
         ttft_s = now - request.arrival_s + finish[index]
         return ttft_s > slo.ttft_s, _breaks_others(pending, finish, index, now)
 
-    ahead = forecast(model, riding, pending, done, prefill_tpot_s, most_rows)
+    ahead = forecast(model, riding, prompts, prefill_tpot_s, most_rows)
     if any(is_late(ahead)):  # then running chats lend what they have in hand
         lent_s = tightest(running, MOST_LENT_GAPS)[0] - now
-        ahead = forecast(model, riding, pending, done, prefill_tpot_s, most_rows, lent_s)
+        ahead = forecast(model, riding, prompts, prefill_tpot_s, most_rows, lent_s)
     own_is_late, others_are_late = is_late(ahead)
     tpot_s = min(prefill_tpot_s, tightest_tpot_s(pending[-1:]))
     ttft = now - request.arrival_s + ahead.finish_s[index] * stretch
@@ -105,18 +106,6 @@ def admit(state: State, request: Request, now: float, model: Prediction, terms: 
     }
     obstacle = next((name for name, is_there in obstacles.items() if is_there), None)
     return Admission(obstacle, ttft, slo.ttft_s, tpot, tpot_s, ahead.bound_s * stretch)
-
-
-def _at_half_way(state: State, requests: Sequence[Request]) -> tuple[WalkLoad, int]:
-    """A walk in which all of them decode, half way from here to their expected ends, and the device pages
-    that they hold at their ends. Best-effort work gives way, so only latency-sensitive texts count.
-    """
-    load, pages = WalkLoad(), 0
-    for request in requests:
-        expected = state.lengths.expected_output(request)
-        load.add_decode(request.num_tokens + (expected - request.num_out) // 2)
-        pages += state.device.pages_for(request.num_prompt + expected)
-    return load, pages
 
 
 def _breaks_others(pending: Sequence[Request], finish: Sequence[float], index: int, now: float) -> bool:

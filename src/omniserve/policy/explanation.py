@@ -35,6 +35,7 @@ class Explanation:
                        of the budget, what latency-sensitive rows alone take, by `bound_s`.
     best_effort_s      budget for a walk with best-effort rows: also bounded by what waiting prompts and
                        arrivals can stand, and raised by what is owed to best-effort work.
+    newcomers_spare_s  what likely newcomers could spare; None: none are to be expected, or nobody asked.
     predicted_s, bound_s
                        of the walk as planned, its lane rows included: expected, and with the learned margin.
     host_is_busy       share of the time in which the host is expected to stream.
@@ -53,6 +54,7 @@ class Explanation:
     load: WalkLoad
     values: tuple[tuple[str, float], ...] = ()
     left_out: tuple[LeftOut, ...] = ()
+    newcomers_spare_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

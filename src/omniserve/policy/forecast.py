@@ -12,11 +12,26 @@ from dataclasses import dataclass
 
 from omniserve.policy.latency import Prediction, WalkLoad
 from omniserve.policy.request import Request
+from omniserve.policy.state import State
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What is to be computed of one prompt, or of `count` alike together.
+
+    num_tokens: not computed yet; prefill_load: the sum of their context lengths. length: of the whole text.
+    """
+
+    num_tokens: int
+    prefill_load: int
+    length: int
+    is_begun: bool = False
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """Seconds from now until each pending prefill has its first token, in the order given.
+    """Seconds from now until each pending prompt has its first token, in the order given.
 
     is_possible: false when the decodes' TPOT leaves no room for a token of prefill; `finish_s` then assumes
     one token a walk. bound_s: of each of the walks, with margin; 0 when nothing is pending.
@@ -27,40 +42,56 @@ class Forecast:
     bound_s: float
 
 
-def prefill_load(request: Request, done: int) -> int:
-    """Sum of context lengths over the tokens to be prefilled after the first `done`."""
-    total = request.num_tokens
-    return (total - done) * (total + done + 1) // 2
+def prefill_load(num_tokens: int, done: int) -> int:
+    """Sum of context lengths over the tokens of a text to be prefilled after the first `done`."""
+    return (num_tokens - done) * (num_tokens + done + 1) // 2
+
+
+def prompt_of(state: State, request: Request) -> Prompt:
+    """What is to be computed of a pending request, or of one that is about to be."""
+    done = state.tokens_done(request)
+    load = prefill_load(request.num_tokens, done)
+    return Prompt(request.num_tokens - done, load, request.num_tokens, done > 0)
+
+
+def at_half_way(state: State, requests: Sequence[Request]) -> tuple[WalkLoad, int]:
+    """A walk in which all of them decode, half way from here to their expected ends, and the device pages
+    that they hold at their ends.
+    """
+    load, pages = WalkLoad(), 0
+    for request in requests:
+        expected = state.lengths.expected_output(request)
+        load.add_decode(request.num_tokens + (expected - request.num_out) // 2)
+        pages += state.device.pages_for(request.num_prompt + expected)
+    return load, pages
 
 
 def forecast(
     model: Prediction,
     decodes: WalkLoad,
-    pending: Sequence[Request],
-    done: Sequence[int],
+    prompts: Sequence[Prompt],
     tpot_s: float,
     max_tokens: int,
     lent_s: float = 0.0,
 ) -> Forecast:
-    """Spread the pending prefills evenly over the fewest walks that keep `tpot_s` and `max_tokens`.
+    """Spread the pending prompts evenly over the fewest walks that keep `tpot_s` and `max_tokens`.
 
-    decodes: rows that ride in every one of those walks. done: tokens of each prompt that need no computing.
-    lent_s: what the first walk may take, where that is more: together they may take so much longer.
+    decodes: rows that ride in every one of those walks. lent_s: what the first walk may take, where that is
+    more: together they may take so much longer.
     """
-    tokens = [r.num_tokens - before for r, before in zip(pending, done, strict=True)]
-    loads = [prefill_load(r, before) for r, before in zip(pending, done, strict=True)]
-    total, total_load = sum(tokens), sum(loads)
+    total, total_load = sum(p.num_tokens for p in prompts), sum(p.prefill_load for p in prompts)
     if not total:
         return Forecast((), True, 0.0)
-    longest = max(r.num_tokens for r in pending)
-    begun = sum(r.num_tokens for r, before in zip(pending, done, strict=True) if before)
+    num_prompts = sum(p.count for p in prompts)
+    longest = max(p.length for p in prompts)
+    begun = sum(p.length for p in prompts if p.is_begun)
 
     def walk(count: int) -> WalkLoad:
         load = decodes.copy()
         load.num_tokens += -(-total // count)
         load.prefill_load += -(-total_load // count)
-        load.num_chunks += 1 + -(-(len(pending) - 1) // count)
-        load.num_samples += -(-len(pending) // count)
+        load.num_chunks += 1 + -(-(num_prompts - 1) // count)
+        load.num_samples += -(-num_prompts // count)
         # Earlier KV is read for prompts begun before; in several walks for one that goes on, too.
         load.chunk_context += begun if count == 1 else max(longest, -(-begun // count))
         return load
@@ -80,8 +111,8 @@ def forecast(
     bound_s = model.bound_s(load, 0.0)
     finish = []
     upto = upto_load = 0
-    for own, own_load in zip(tokens, loads, strict=True):
-        upto, upto_load = upto + own, upto_load + own_load
+    for prompt in prompts:
+        upto, upto_load = upto + prompt.num_tokens, upto_load + prompt.prefill_load
         share = max(upto / total, upto_load / total_load)
         finish.append(math.ceil(count * share - 1e-9) * walk_s + (bound_s - walk_s))
     return Forecast(tuple(finish), is_possible, bound_s)

@@ -143,7 +143,7 @@ class LatencyModel:
         self.quantile = quantile
         self.host_share = 0.0
         self._correction = Correction()
-        self._expected = {kind: ErrorWindow(WINDOW, fit.residuals.get(kind, ())) for kind in KINDS}
+        self._early = {kind: ErrorWindow(WINDOW, fit.residuals.get(kind, ())) for kind in KINDS}
         self._windows = {kind: ErrorWindow(WINDOW) for kind in KINDS}
         self._lately = ErrorWindow(WINDOW)
         self._margins = self._largest_margins()
@@ -179,7 +179,7 @@ class LatencyModel:
         }
 
     def _errors_of(self, kind: str) -> ErrorWindow:
-        """Of this kind where there were enough, else of all the last walks, else of the fit.
+        """Of this kind where there were enough, else of all the last walks, else of the fit and first walks.
 
         A kind that never comes alone (decodes without lanes beside a full host) would keep for good what was
         measured in the minute of the fit, and be part of every bound.
@@ -187,7 +187,7 @@ class LatencyModel:
         for window in (self._windows[kind], self._lately):
             if window.num_errors >= ENOUGH_WALKS:
                 return window
-        return self._expected[kind]
+        return self._early[kind]
 
     def pass_s(self, num_rows: int, host_is_busy: float) -> float:
         """Expected seconds of one lane pass: post_attention(l), then pre_attention(l + 1)."""
@@ -240,7 +240,7 @@ class LatencyModel:
         self._windows[kind].note(expected_s, seconds)
         if planned is not None:
             kind, least_s = kind_of(*planned), min(expected_s, self.walk_s(*planned))
-        for window in (self._windows[kind], self._lately):
+        for window in (self._windows[kind], self._lately, self._early[kind]):
             window.add_error(seconds / least_s - 1)
         self._margins = self._largest_margins()
         self._correction.observe(parts, host_is_busy, seconds)

@@ -9,6 +9,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator
 from itertools import islice
 
+from omniserve.policy.arrivals import Arrivals
 from omniserve.policy.lengths import Lengths
 from omniserve.policy.pages import PagePool
 from omniserve.policy.plan import PageCopy, Reserve
@@ -39,6 +40,7 @@ class Ledger:
         self.best_effort_debt_s = 0.0
         self.lane_rows_per_walk = 0.0
         self.lengths = Lengths()
+        self.arrivals = Arrivals()
         self.num_dropped = 0
         self.num_displaced = 0
         self.num_swapped_in = 0

@@ -39,3 +39,8 @@ class Lengths:
         own = (float(request.num_prompt), float(min(request.max_tokens, PRIOR_OUTPUT)))
         prompt, output = self._means.get(request.service_class, own)
         return output / max(1.0, prompt)
+
+    def usual(self, service_class: str, num_prompt: int) -> tuple[int, int]:
+        """Prompt and output tokens of its finished texts in the mean; `num_prompt` and a guess before any."""
+        prompt, output = self._means.get(service_class, (float(num_prompt), float(PRIOR_OUTPUT)))
+        return max(1, num_prompt, round(prompt)), max(1, round(output))

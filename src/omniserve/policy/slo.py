@@ -16,10 +16,11 @@ from omniserve.policy.admission import Admission, admit
 from omniserve.policy.budget import OMNISERVE, BestEffortStages, Budget, LaneShare, Rules
 from omniserve.policy.division import Values, split_rows, value_uses
 from omniserve.policy.explanation import Explanation, LeftOut
-from omniserve.policy.forecast import forecast
+from omniserve.policy.forecast import forecast, prompt_of
 from omniserve.policy.host_outlook import HostOutlook
 from omniserve.policy.latency import Prediction, WalkLoad
 from omniserve.policy.request import Phase, Request
+from omniserve.policy.reserve import spare_of_newcomers
 from omniserve.policy.slack import MOST_LENT_GAPS, tightest, tightest_tpot_s
 from omniserve.policy.state import State
 from omniserve.policy.terms import Terms
@@ -57,26 +58,29 @@ class SloBudget:
     def __init__(self, policy: SloPolicy, state: State, now: float) -> None:
         self.model, self.terms, self.rules = policy.model, policy.terms, policy.rules
         self.state, self.now, self.num_layers = state, now, state.limits.num_layers
-        running = list(state.in_class(Phase.DEVICE, best_effort=False))
+        self.running = list(state.in_class(Phase.DEVICE, best_effort=False))
+        self.pending = self._pending()
+        self.prompts = [prompt_of(state, request) for request in self.pending]
         self.host = HostOutlook(state, self.model, self.terms)
         self.busy = self.host.busy
         riding = WalkLoad()
-        for request in running:
+        for request in self.running:
             riding.add_decode(request.kv_tokens + 1)
-        self.slack_s, self.tightest = self._slack(running, self._gap_with_margin(riding))
-        self.spare_s = self._spare_of_prompts(riding, running)
+        self.slack_s, self.tightest = self._slack(self._gap_with_margin(riding))
+        self.spare_s = self._spare_of_prompts(riding)
         self.chunk_slack_s = self.slack_s
         if self.spare_s < 0.0:
-            lent = self._slack(running, MOST_LENT_GAPS)
+            lent = self._slack(MOST_LENT_GAPS)
             self.chunk_slack_s, self.tightest = max((self.slack_s, self.tightest), lent, key=itemgetter(0))
+        self.newcomers_spare_s = math.inf  # not asked yet
         self.forced_s = 0.0  # what had to be done whatever it takes
         self.latency_sensitive_s = 0.0
         self.best_effort_s = min(self.slack_s, self.terms.walk_bound_s)
         self.values: Values | None = None
         self.lane_reserve_s = 0.0
 
-    def _slack(self, running: Sequence[Request], lent_gaps: float) -> tuple[float, int | None]:
-        due_s, request_id = tightest(running, lent_gaps)
+    def _slack(self, lent_gaps: float) -> tuple[float, int | None]:
+        due_s, request_id = tightest(self.running, lent_gaps)
         return due_s - self.now, request_id
 
     def _gap_with_margin(self, riding: WalkLoad) -> float:
@@ -85,21 +89,26 @@ class SloBudget:
         expected_s = self.model.walk_s(riding, self.busy) if riding.num_tokens else 0.0
         return self.bound_s(riding) / expected_s if expected_s > 0.0 else 1.0
 
-    def _spare_of_prompts(self, riding: WalkLoad, running: Sequence[Request]) -> float:
-        """Seconds by which the first tokens of all pending prompts could come later than forecast."""
+    def _pending(self) -> list[Request]:
+        """Chats without their first token, in line."""
         parked = self.state.in_class(Phase.PREFILL, best_effort=False)
         waiting = self.state.in_class(Phase.WAITING, best_effort=False)
-        pending = list(merge(parked, waiting, key=lambda r: r.order))
-        if not any(r.slo is not None for r in pending):
+        return list(merge(parked, waiting, key=lambda r: r.order))
+
+    def _spare_of_prompts(self, riding: WalkLoad) -> float:
+        """Seconds by which the first tokens of all pending prompts could come later than forecast."""
+        if not any(r.slo is not None for r in self.pending):
             return math.inf
-        tpot_s = tightest_tpot_s([*running, *pending[:-1]])
-        rows = self.terms.max_num_batched_tokens
-        done = [self.state.tokens_done(r) for r in pending]
-        ahead = forecast(self.model, riding, pending, done, tpot_s, rows)
+        tpot_s = tightest_tpot_s([*self.running, *self.pending[:-1]])
+        ahead = forecast(self.model, riding, self.prompts, tpot_s, self.terms.max_num_batched_tokens)
         return min(
             tightest([r])[0] - self.now - finish_s
-            for r, finish_s in zip(pending, ahead.finish_s, strict=True)
+            for r, finish_s in zip(self.pending, ahead.finish_s, strict=True)
         )
+
+    def _spare_of_newcomers(self) -> float:
+        chats = (self.running, self.pending, self.prompts)
+        return spare_of_newcomers(self.state, self.now, self.model, self.terms, *chats)
 
     # ------------------------------------------------------------ device rows
 
@@ -168,7 +177,8 @@ class SloBudget:
     def _open_best_effort(self, load: WalkLoad) -> None:
         """From here on rows are best-effort: what they may use, and what they are owed."""
         self.latency_sensitive_s = self.bound_s(load)
-        spare_s = self.latency_sensitive_s + max(0.0, self.spare_s)
+        self.newcomers_spare_s = self._spare_of_newcomers()
+        spare_s = self.latency_sensitive_s + max(0.0, min(self.spare_s, self.newcomers_spare_s))
         allowed_s = min(self.slack_s, self.terms.walk_bound_s, spare_s)
         owed_s = self.state.best_effort_debt_s
         self.best_effort_s = max(allowed_s, self.latency_sensitive_s + owed_s)
@@ -284,6 +294,7 @@ class SloBudget:
             budget_s=_finite(max(allowed_s, self.forced_s)),
             latency_sensitive_s=self.latency_sensitive_s,
             best_effort_s=self.best_effort_s,
+            newcomers_spare_s=_finite(self.newcomers_spare_s),
             predicted_s=self.model.walk_s(whole, self.busy) if lanes is not None else 0.0,
             bound_s=bound_s if lanes is not None else 0.0,
             host_is_busy=self.busy,

@@ -48,6 +48,10 @@ class State(Ledger):
 
     # ------------------------------------------------------------ arrivals and departures
 
+    def note_arrival(self, request: Request, now: float) -> None:
+        """Before anybody has decided on it: refused ones count, they would have needed room."""
+        self.arrivals.note(request, now, request.num_tokens - self.tokens_done(request))
+
     def add(self, request: Request) -> None:
         assert request.id not in self.requests
         self.requests[request.id] = request

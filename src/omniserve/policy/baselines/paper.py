@@ -53,7 +53,7 @@ def _one_pass_s(state: State, request: Request, model: Prediction) -> float:
     pending = [r for p in (Phase.PREFILL, Phase.WAITING) for r in state.in_class(p, best_effort=False)]
     for one in (*pending, request):
         load.num_tokens += one.num_tokens - one.kv_tokens
-        load.prefill_load += prefill_load(one, one.kv_tokens)
+        load.prefill_load += prefill_load(one.num_tokens, one.kv_tokens)
         load.num_chunks += 1
         load.chunk_context += one.num_tokens if one.kv_tokens else 0
         load.num_samples += 1
@@ -75,17 +75,17 @@ class PaperBudget(SloBudget):
     def may_return(self, load: WalkLoad, lane: Request) -> bool:
         return self._fits_best_effort(load, lane.kv_tokens + 1)
 
-    def _slack(self, running: Sequence[Request], lent_gaps: float) -> tuple[float, int | None]:
-        targets = [(r.slo.tpot_s, r.id) for r in running if r.slo is not None]
+    def _slack(self, lent_gaps: float) -> tuple[float, int | None]:
+        targets = [(r.slo.tpot_s, r.id) for r in self.running if r.slo is not None]
         return min(targets, default=(float("inf"), None))
 
-    def _spare_of_prompts(self, riding: WalkLoad, running: Sequence[Request]) -> float:
+    def _spare_of_prompts(self, riding: WalkLoad) -> float:
         """The paper's "must not break the LS prefill SLO": seconds until the first of them is due."""
-        pending = [
-            r for p in (Phase.PREFILL, Phase.WAITING) for r in self.state.in_class(p, best_effort=False)
-        ]
-        due_s = min((r.due_s for r in pending if r.slo is not None), default=float("inf"))
+        due_s = min((r.due_s for r in self.pending if r.slo is not None), default=float("inf"))
         return due_s - self.now - self.model.walk_s(riding, self.busy)
+
+    def _spare_of_newcomers(self) -> float:
+        return float("inf")  # the paper keeps nothing for who is not here yet
 
     def best_effort_stages(self, load: WalkLoad) -> BestEffortStages:
         self._note_decodes(load)
