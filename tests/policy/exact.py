@@ -115,6 +115,7 @@ class Scene:
         self.state = State(limits or roomy())
         if self.state.limits.host_offload != "never":
             self.state.host_started()
+        self.state.last_walk_s = 0.0  # predictions are fresh
         self._next_id = 0
 
     def _request(

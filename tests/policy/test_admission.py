@@ -193,3 +193,23 @@ def test_a_tighter_target_is_never_admitted_where_a_looser_one_is_not() -> None:
         for ttft_s in (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
     ]
     assert answers == sorted(answers)
+
+
+@pytest.mark.parametrize("last_walk_s", [None, -11.0])
+def test_an_idle_engine_tries_what_an_old_prediction_forbids(last_walk_s: float | None) -> None:
+    """Refusals make no walks, and only walks correct predictions: it would refuse for ever."""
+    by_ttft, by_tpot = SLO(0.2, 0.1), SLO(5.0, 0.006)
+    for slo, within_doubt in ((by_ttft, 200), (by_tpot, 1)):
+        scene = Scene()
+        assert not verdict(scene, scene.newcomer(within_doubt, slo=slo)).is_accepted, "fresh"
+        scene.state.last_walk_s = last_walk_s
+        assert verdict(scene, scene.newcomer(within_doubt, slo=slo)).is_accepted
+        scene.waiting(1, best_effort=True)
+        assert not verdict(scene, scene.newcomer(within_doubt, slo=slo)).is_accepted, "batch work will tell"
+
+
+def test_what_is_far_from_its_target_is_refused_by_an_old_prediction_too() -> None:
+    scene = Scene()
+    scene.state.last_walk_s = None
+    assert verdict(scene, scene.newcomer(500, slo=SLO(0.2, 0.1))).obstacle == "ttft"
+    assert verdict(scene, scene.newcomer(1, slo=SLO(5.0, 0.005))).obstacle == "tpot"

@@ -15,6 +15,10 @@ from omniserve.policy.slack import MOST_LENT_GAPS, tightest, tightest_tpot_s
 from omniserve.policy.state import State
 from omniserve.policy.terms import Terms
 
+# Only walks correct a prediction. Where there was none for so long, one may be wrong by so much: a slow
+# moment that is over, or a profile measured in one.
+STALE_S, DOUBT = 10.0, 2.0
+
 Obstacle = Literal["ttft", "tpot", "others", "memory", "rows"]
 
 
@@ -97,15 +101,22 @@ def admit(state: State, request: Request, now: float, model: Prediction, terms: 
     tpot = model.bound_s(everyone, 0.0) * stretch
     if not ahead.is_possible:  # beside the decodes not even one token of a prompt fits
         tpot = max(tpot, ahead.bound_s)
+    doubt = _doubt(state, now)
     obstacles: dict[Obstacle, bool] = {
         "memory": bool(others) and pages + own_pages > state.limits.num_device_pages,
         "rows": len(others) + 1 > min(state.limits.max_num_seqs, most_rows),
-        "tpot": not ahead.is_possible or tpot > tpot_s,
-        "ttft": own_is_late,
+        "tpot": not ahead.is_possible or tpot > doubt * tpot_s,
+        "ttft": own_is_late and ttft > doubt * slo.ttft_s,
         "others": others_are_late,
     }
     obstacle = next((name for name, is_there in obstacles.items() if is_there), None)
     return Admission(obstacle, ttft, slo.ttft_s, tpot, tpot_s, ahead.bound_s * stretch)
+
+
+def _doubt(state: State, now: float) -> float:
+    """An idle engine that refuses everybody would never learn better: one that nobody else uses tries it."""
+    is_stale = state.last_walk_s is None or now - state.last_walk_s > STALE_S
+    return DOUBT if state.is_idle and is_stale else 1.0
 
 
 def _breaks_others(pending: Sequence[Request], finish: Sequence[float], index: int, now: float) -> bool:

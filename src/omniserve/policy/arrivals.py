@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from omniserve.policy.request import Order, Request
 from omniserve.types import SLO
@@ -32,6 +32,11 @@ class Newcomers:
     count: int
     num_tokens: int
     slo: SLO
+
+    def part(self, share: float) -> Newcomers:
+        """So many of them, at least one."""
+        count = max(1, int(self.count * share))
+        return replace(self, count=count, num_tokens=max(count, int(self.num_tokens * share)))
 
 
 @dataclass(slots=True)

@@ -39,6 +39,7 @@ class Ledger:
         self.lanes_waiting: tuple[int, ...] = ()  # by layer, at the end of the last step
         self.best_effort_debt_s = 0.0
         self.lane_rows_per_walk = 0.0
+        self.last_walk_s: float | None = None  # its end, on the engine's clock
         self.lengths = Lengths()
         self.arrivals = Arrivals()
         self.num_dropped = 0

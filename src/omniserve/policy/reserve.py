@@ -9,58 +9,102 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from omniserve.policy.arrivals import Newcomers
 from omniserve.policy.forecast import Prompt, at_half_way, forecast, prefill_load
-from omniserve.policy.latency import Prediction
+from omniserve.policy.latency import Prediction, WalkLoad
 from omniserve.policy.request import Request
 from omniserve.policy.slack import tightest_tpot_s
 from omniserve.policy.state import State
 from omniserve.policy.terms import Terms
 
+# A burst too large for an idle device is cut at least to this share of it at a time.
+LESS = 0.8
 
-def spare_of_newcomers(
-    state: State,
-    now: float,
-    model: Prediction,
-    terms: Terms,
-    running: Sequence[Request],
-    pending: Sequence[Request],
-    prompts: Sequence[Prompt],
-) -> float:
+
+@dataclass(frozen=True, slots=True)
+class Chats:
+    """Those that are here: who decodes, and who waits for its first token, in line, with its prompt."""
+
+    running: Sequence[Request]
+    pending: Sequence[Request]
+    prompts: Sequence[Prompt]
+
+
+NOBODY = Chats((), (), ())
+
+
+def spare_of_newcomers(state: State, now: float, model: Prediction, terms: Terms, chats: Chats) -> float:
     """Seconds by which the first tokens of all newcomers could come later than forecast, were they admitted
     now; 0 when they would be refused, infinity when none are to be expected.
 
-    running, pending: chats that decode and those that will, in line; prompts: of the latter. Judged as
-    admission judges (admission.py), but for what running chats can lend: that stays for the burst that is
-    larger than foreseen.
+    Judged as admission judges (admission.py), but for what running chats can lend: that stays for the burst
+    that is larger than foreseen. Of a burst that an idle device could not serve in time either, only the part
+    that it could.
     """
-    newcomers = list(state.arrivals.newcomers(now))
+    newcomers = tuple(state.arrivals.newcomers(now))
     if not newcomers:
         return math.inf
-    load, pages = at_half_way(state, [*running, *pending])
-    num_chats = len(running) + len(pending) + sum(n.count for n in newcomers)
-    line = [(r.order, prompt, math.inf) for r, prompt in zip(pending, prompts, strict=True)]
-    for group in newcomers:
-        length, output = _lengths(state, group)
-        for _ in range(group.count):
-            load.add_decode(length + output // 2)
-        pages += group.count * state.device.pages_for(length + output)
-        line.append((group.order, _prompt_of(group, length), group.slo.ttft_s))
-    tpot_s = min(tightest_tpot_s([*running, *pending]), *(n.slo.tpot_s for n in newcomers))
-    limits, most_rows = state.limits, terms.max_num_batched_tokens
-    stretch = 1.0 / (1.0 - terms.best_effort_share)
-    is_refused = (
-        pages > limits.num_device_pages
-        or num_chats > min(limits.max_num_seqs, most_rows)
-        or model.bound_s(load, 0.0) * stretch > tpot_s
-    )
-    if is_refused:
-        return 0.0
-    line.sort(key=lambda one: one[0])
-    ahead = forecast(model, load, [prompt for _, prompt, _ in line], tpot_s, most_rows)
-    spare_s = min(ttft_s - s * stretch for (_, _, ttft_s), s in zip(line, ahead.finish_s, strict=True))
-    return max(0.0, spare_s) if ahead.is_possible else 0.0
+    outlook = _Outlook(state, model, terms)
+    spare_s = outlook.spare_s(chats, newcomers)
+    if spare_s < terms.walk_bound_s:
+        part = outlook.servable(newcomers)
+        if part is not newcomers:
+            spare_s = outlook.spare_s(chats, part)
+    return max(0.0, spare_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outlook:
+    state: State
+    model: Prediction
+    terms: Terms
+
+    def servable(self, newcomers: tuple[Newcomers, ...]) -> tuple[Newcomers, ...]:
+        """As many of them as a device with nothing else to do serves in time, after the longest walk that
+        they may meet: `walk_bound_s`. None, when it is not even one."""
+        most_s = min(n.slo.ttft_s for n in newcomers)
+        share = 1.0
+        part = newcomers
+        while (spare_s := self.spare_s(NOBODY, part)) < self.terms.walk_bound_s:
+            if all(n.count == 1 for n in part):
+                return ()
+            in_time_s, needed_s = most_s - self.terms.walk_bound_s, most_s - spare_s
+            share *= min(LESS, in_time_s / needed_s)
+            part = tuple(n.part(share) for n in newcomers)
+        return part
+
+    def spare_s(self, chats: Chats, newcomers: Sequence[Newcomers]) -> float:
+        """Below zero when some are late or refused; infinity for none."""
+        here = [*chats.running, *chats.pending]
+        if not newcomers:
+            return math.inf
+        load, pages = at_half_way(self.state, here)
+        line = [(r.order, prompt, math.inf) for r, prompt in zip(chats.pending, chats.prompts, strict=True)]
+        for group in newcomers:
+            length, output = _lengths(self.state, group)
+            for _ in range(group.count):
+                load.add_decode(length + output // 2)
+            pages += group.count * self.state.device.pages_for(length + output)
+            line.append((group.order, _prompt_of(group, length), group.slo.ttft_s))
+        tpot_s = min(tightest_tpot_s(here), *(n.slo.tpot_s for n in newcomers))
+        stretch = 1.0 / (1.0 - self.terms.best_effort_share)
+        if self._is_refused(load, pages, tpot_s / stretch):
+            return -math.inf
+        line.sort(key=lambda one: one[0])
+        prompts = [prompt for _, prompt, _ in line]
+        ahead = forecast(self.model, load, prompts, tpot_s, self.terms.max_num_batched_tokens)
+        spare_s = [ttft_s - s * stretch for (_, _, ttft_s), s in zip(line, ahead.finish_s, strict=True)]
+        return min(spare_s) if ahead.is_possible else -math.inf
+
+    def _is_refused(self, everyone: WalkLoad, pages: int, tpot_s: float) -> bool:
+        limits = self.state.limits
+        return (
+            pages > limits.num_device_pages
+            or everyone.num_decodes > min(limits.max_num_seqs, self.terms.max_num_batched_tokens)
+            or self.model.bound_s(everyone, 0.0) > tpot_s
+        )
 
 
 def _lengths(state: State, group: Newcomers) -> tuple[int, int]:

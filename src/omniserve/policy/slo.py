@@ -20,7 +20,7 @@ from omniserve.policy.forecast import forecast, prompt_of
 from omniserve.policy.host_outlook import HostOutlook
 from omniserve.policy.latency import Prediction, WalkLoad
 from omniserve.policy.request import Phase, Request
-from omniserve.policy.reserve import spare_of_newcomers
+from omniserve.policy.reserve import Chats, spare_of_newcomers
 from omniserve.policy.slack import MOST_LENT_GAPS, tightest, tightest_tpot_s
 from omniserve.policy.state import State
 from omniserve.policy.terms import Terms
@@ -107,8 +107,8 @@ class SloBudget:
         )
 
     def _spare_of_newcomers(self) -> float:
-        chats = (self.running, self.pending, self.prompts)
-        return spare_of_newcomers(self.state, self.now, self.model, self.terms, *chats)
+        chats = Chats(self.running, self.pending, self.prompts)
+        return spare_of_newcomers(self.state, self.now, self.model, self.terms, chats)
 
     # ------------------------------------------------------------ device rows
 

@@ -187,6 +187,7 @@ class State(Ledger):
         self.lanes_unserved = result.lanes_unserved
         self.lanes_waiting = result.lanes_waiting
         if step.kind == "walk":
+            self.last_walk_s = now
             self.lane_rows_per_walk += NEWEST_WALK * (result.lane_rows - self.lane_rows_per_walk)
         finished = []
         for token in result.tokens:
