@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omniserve.policy.latency import WalkLoad
-from omniserve.policy.latency_model import KINDS, LatencyFit, LatencyModel, kind_of, load_of
+from omniserve.policy.latency_model import ENOUGH_WALKS, KINDS, LatencyFit, LatencyModel, kind_of, load_of
 from omniserve.policy.plan import DeviceRows, PageCopy, Step
 from policy.latency_fits import MS, NUM_LAYERS, decodes, small_fit
 
@@ -223,6 +223,33 @@ def test_before_anything_is_learned_the_margin_is_that_of_the_fits_own_errors() 
     load = decodes(8, 100)
     assert model.bound_s(load, False) == pytest.approx(1.10 * model.walk_s(load, False))
     assert LatencyModel(small_fit()).bound_s(load, False) == model.walk_s(load, False), "nothing is known"
+
+
+def test_a_kind_that_never_comes_alone_does_not_keep_the_margin_of_a_bad_minute() -> None:
+    """Every walk here has a chunk; its bound covers its decodes too, which were measured beside a neighbour."""
+    model = LatencyModel(
+        small_fit(residuals={"decode, host idle": [1.0] * 25, "chunk, host idle": [0.1] * 25})
+    )
+    load = decodes(8, 100)
+    load.add_chunk(0, 4)
+    assert model.bound_s(load, 0.0) == pytest.approx(2.0 * model.walk_s(load, 0.0))
+    for _ in range(ENOUGH_WALKS):
+        model.observe(load, 0.0, 1.05 * model.walk_s(load, 0.0))
+    assert model.bound_s(load, 0.0) <= 1.06 * model.walk_s(load, 0.0)
+    assert model.bound_s(decodes(8, 100), 0.0) <= 1.06 * model.walk_s(decodes(8, 100), 0.0)
+
+
+def test_a_kind_with_walks_of_its_own_has_their_margin_alone() -> None:
+    """Walks with lanes bring twenty rows where their plans expect one; those without are as planned."""
+    machine, model = LatencyModel(small_fit()), LatencyModel(small_fit())
+    good, planned, ran = decodes(8, 100), decodes(8, 100), decodes(8, 100)
+    planned.add_lane_rows(1, NUM_LAYERS)
+    ran.add_lane_rows(20, NUM_LAYERS)
+    for _ in range(ENOUGH_WALKS):
+        model.observe(good, 0.0, machine.walk_s(good, 0.0))
+        model.observe(ran, 0.0, machine.walk_s(ran, 0.0), (planned, 0.0))
+    assert model.bound_s(good, 0.0) == pytest.approx(machine.walk_s(good, 0.0))
+    assert model.bound_s(planned, 0.0) >= machine.walk_s(ran, 0.0) > 1.05 * machine.walk_s(planned, 0.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

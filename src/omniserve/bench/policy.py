@@ -54,6 +54,7 @@ class Stand:
 
     def add(self, best_effort: bool) -> Request:
         request = self.request(best_effort)
+        self.state.note_arrival(request, self.now)
         self.state.add(request)
         return request
 

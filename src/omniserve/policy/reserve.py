@@ -70,8 +70,8 @@ class _Outlook:
         while (spare_s := self.spare_s(NOBODY, part)) < self.terms.walk_bound_s:
             if all(n.count == 1 for n in part):
                 return ()
-            in_time_s, needed_s = most_s - self.terms.walk_bound_s, most_s - spare_s
-            share *= min(LESS, in_time_s / needed_s)
+            fitting = (most_s - self.terms.walk_bound_s) / (most_s - spare_s)
+            share *= min(LESS, fitting) if fitting > 0.0 else LESS
             part = tuple(n.part(share) for n in newcomers)
         return part
 
