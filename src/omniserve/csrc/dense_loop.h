@@ -61,12 +61,14 @@ void block(const PanelArgs& a, int row, int vec, int first, int last) {
     if (k < last) add_inputs<Ops, kType, 1>(w, x, k, sum);
     float* to = a.sums + row * kPanel + vec * Ops::kLanes;
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows && row + r < a.num_rows; ++r, to += kPanel)
+    for (int r = 0; r < kRows; ++r, to += kPanel) {
+        if (row + r >= a.num_rows) break;  // not in the loop's condition: gcc unrolls no loop with two of them
 #pragma GCC unroll 8
         for (int v = 0; v < kVecs; ++v) {
             float* total = to + v * Ops::kLanes;
             Ops::store(total, first == 0 ? sum[r][v] : Ops::add(Ops::load(total), sum[r][v]));
         }
+    }
 }
 
 /// As many vectors of outputs at a time as keep the sums in registers.
