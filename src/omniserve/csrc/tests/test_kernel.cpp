@@ -206,7 +206,7 @@ void check_groups_and_lengths(Store& store) {
 
 }  // namespace
 
-TEST(attention_is_the_reference_for_every_type_page_and_head_size) {
+TEST_OF_ONE_THREAD(attention_is_the_reference_for_every_type_page_and_head_size) {
     on_every_path([] {
         for (DType dtype : {DType::f32, DType::bf16, DType::f16, DType::i8})
             for (int page_size : {1, 3, 16, 40})
@@ -222,7 +222,7 @@ TEST(every_group_size_reads_its_own_queries) {
     });
 }
 
-TEST(the_best_path_is_the_reference_for_every_combination_of_sizes) {
+TEST_OF_ONE_THREAD(the_best_path_is_the_reference_for_every_combination_of_sizes) {
     std::printf("best path: %s\n", kernels().name);
     for (DType dtype : {DType::f32, DType::bf16, DType::f16, DType::i8})
         for (int page_size : {1, 5, 16, 64, 80})
@@ -232,7 +232,7 @@ TEST(the_best_path_is_the_reference_for_every_combination_of_sizes) {
             }
 }
 
-TEST(no_path_reads_past_the_end_of_a_store) {
+TEST_OF_ONE_THREAD(no_path_reads_past_the_end_of_a_store) {
     on_every_path([] {
         for (DType dtype : {DType::f32, DType::bf16, DType::f16, DType::i8})
             for (int page_size : {1, 3, 16, 64})
