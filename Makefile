@@ -1,6 +1,8 @@
 # OmniServe: one command each. Every target sets up .venv when it has to, and only then.
 PYTHON ?= python3
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+# Processes that share the tests out. More than two gain little: every engine is pinned to the first CPUs.
+TEST_PROCESSES ?= 2
 SOAK_SECONDS ?= 600
 KILLS ?= 200
 
@@ -16,6 +18,8 @@ SANITIZERS := $(SANITIZED:built=passed)
 # gcc's thread sanitizer cannot map its shadow under high ASLR entropy: run without randomisation where allowed.
 SANITIZED_RUN := $(shell setarch -R true 2>/dev/null && echo setarch -R)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# What was given to a process is taken on by one that has nothing left to do; neighbours share engines and models.
+PYTEST := $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
 
 .DEFAULT_GOAL := help
@@ -31,10 +35,10 @@ demo: setup  ## latency-sensitive and best-effort requests on a real model
 	$(BIN)/omniserve demo
 
 test: setup test-native  ## all tests but the full parity matrix and those in a browser
-	$(BIN)/python -m pytest -m "not full and not page"
+	$(PYTEST) -m "not full and not page"
 
 test-fast: setup  ## tests that take a moment each
-	$(BIN)/python -m pytest -m "not full and not slow and not page"
+	$(PYTEST) -m "not full and not slow and not page"
 
 test-page: setup $(BROWSER)  ## the live page in headless Chromium, over a real server; screenshots in build/page
 	@scripts/preflight.sh --page

@@ -19,6 +19,8 @@ if os.environ.get("CI"):
 # A name that nobody knows must not be asked for on the network. Read by huggingface_hub when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+pytest_plugins = ["engine.tally"]
+
 TinyLlama = Callable[..., Path]
 
 # The default shape: small, grouped queries, a head size that every kernel path takes.

@@ -1,9 +1,9 @@
-"""Engine fixtures: models with their references, and what was counted about ties."""
+"""Engine fixtures: models with their references."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from engine.driver import Subject
-from engine.reference import MAX_TIED_SHARE, TALLY
 
 TinySubject = Callable[..., Subject]
 
@@ -34,18 +33,3 @@ def tiny_subject(tiny_llama: Callable[..., Path]) -> TinySubject:
         return made[key]
 
     return make
-
-
-@pytest.fixture(scope="session", autouse=True)
-def few_outputs_are_ties() -> Iterator[None]:
-    """The promise about all float32 outputs of the run, model by model."""
-    yield
-    for model in TALLY.outputs:
-        assert TALLY.tied_share(model) <= MAX_TIED_SHARE, TALLY.lines()
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if TALLY.outputs or TALLY.notes:
-        terminalreporter.section("token equality with transformers")
-        for line in TALLY.lines():
-            terminalreporter.line(line)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from engine.driver import Subject, run
 from engine.prompts import Pool
-from engine.reference import TALLY, Reference
+from engine.reference import Reference
 from engine.scenarios import SCENARIOS, Settings, config_of
+from engine.tally import TALLY
 
 # Of two equally good decoders the mean error of thousands of logits differs by a few percent.
 ERROR_RATIO = 1.3

@@ -6,43 +6,20 @@ product, so where the two best logits of the reference lie within TIE of the sca
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from engine.tally import TALLY
+
 TIE = 1e-3
 # Measured on all scenarios: below 1e-5 of the scale; a wrong or missing KV entry costs 1e-2 and more.
 LOGIT_TOLERANCE = 2e-4
-MAX_TIED_SHARE = 0.02
-
-
-@dataclass(slots=True)
-class Tally:
-    """Counts of one test run, for the promise about ties and for the summary at its end; outputs by model."""
-
-    outputs: Counter[str] = field(default_factory=Counter)
-    tied_outputs: Counter[str] = field(default_factory=Counter)
-    worst_logit_error: float = 0.0
-    notes: list[str] = field(default_factory=list)
-
-    def tied_share(self, model: str) -> float:
-        return self.tied_outputs[model] / self.outputs[model]
-
-    def lines(self) -> list[str]:
-        ties = [
-            f"{model}: {self.tied_outputs[model]} of {count} outputs differ from transformers by a tie"
-            for model, count in self.outputs.items()
-        ]
-        return [*ties, f"worst logit error {self.worst_logit_error:.1e} of the scale", *self.notes]
-
-
-TALLY = Tally()
 
 
 @dataclass(frozen=True, slots=True)

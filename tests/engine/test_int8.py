@@ -13,7 +13,6 @@ import torch
 
 from engine.driver import Arrival, Outcome, Subject, run
 from engine.prompts import Pool, pool_of, text_of
-from engine.reference import TALLY
 from engine.scenarios import (
     SCENARIOS,
     Scenario,
@@ -23,6 +22,7 @@ from engine.scenarios import (
     config_of,
     few_lengths,
 )
+from engine.tally import TALLY
 from omniserve import LLM, SamplingParams
 from omniserve.config import EngineConfig
 from omniserve.engine.build import make_limits

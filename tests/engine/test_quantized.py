@@ -17,8 +17,8 @@ from torch import Tensor
 
 from engine.driver import Arrival, Subject, run
 from engine.prompts import Pool, pool_of, text_of
-from engine.reference import TALLY
 from engine.scenarios import SCENARIOS, Scenario, Settings, config_of, few_lengths, serve
+from engine.tally import TALLY
 from omniserve import LLM, SamplingParams
 from omniserve.config import Quantization
 from omniserve.model.tokenizer import Tokenizer
