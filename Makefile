@@ -8,6 +8,7 @@ KILLS ?= 200
 
 VENV := .venv
 BIN := $(VENV)/bin
+TOOLS := $(VENV)/.stamp-tools
 DEPS := $(VENV)/.stamp-deps
 PLOTS := $(VENV)/.stamp-plots
 BROWSER := $(VENV)/.stamp-browser
@@ -108,11 +109,17 @@ clean:  ## build outputs and caches, not the virtual environments
 distclean: clean  ## the virtual environments too (a full download to get them back)
 	rm -rf $(VENV) build
 
-# Build tools and every dependency first: the project is then built without isolation, hence without a second torch.
-$(DEPS): pyproject.toml constraints.txt scripts/requirements.py
+# Apart from the rest, so that `make -j` compiles for the sanitizers while pip still fetches torch.
+$(TOOLS): pyproject.toml constraints.txt scripts/requirements.py
 	PYTHON=$(PYTHON) scripts/preflight.sh
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt pip
+	$(BIN)/python scripts/requirements.py build > $(VENV)/requirements-build.txt
+	$(PIP) install -c constraints.txt -r $(VENV)/requirements-build.txt
+	touch $@
+
+# Build tools and every dependency first: the project is then built without isolation, hence without a second torch.
+$(DEPS): $(TOOLS)
 	$(BIN)/python scripts/requirements.py > $(VENV)/requirements.txt
 	$(PIP) install -c constraints.txt -r $(VENV)/requirements.txt
 	touch $@
@@ -132,7 +139,7 @@ $(INSTALLED): $(DEPS) $(NATIVE)
 	$(PIP) install --no-build-isolation --no-deps -c constraints.txt -e .
 	touch $@
 
-build/%/.stamp-built: $(DEPS) $(NATIVE)
+build/%/.stamp-built: $(TOOLS) $(NATIVE)
 	@mkdir -p build/$*
 	$(BIN)/cmake -S . -B build/$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DOMNISERVE_PYTHON=OFF \
 	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O1 -g1" -DOMNISERVE_TESTS=ON -DOMNISERVE_SANITIZE=$(SANITIZE) > build/$*/configure.log \
@@ -145,7 +152,7 @@ build/%/.stamp-passed: build/%/.stamp-built
 	touch $@
 
 # The emulated CPU is an ARMv8.0-A one: anything newer ends in an illegal instruction.
-build/neon/.stamp-passed: $(DEPS) $(NATIVE) scripts/aarch64.cmake
+build/neon/.stamp-passed: $(TOOLS) $(NATIVE) scripts/aarch64.cmake
 	@scripts/preflight.sh --neon
 	@mkdir -p build/neon
 	$(BIN)/cmake -S . -B build/neon -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DOMNISERVE_PYTHON=OFF \
