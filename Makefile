@@ -1,7 +1,7 @@
 # OmniServe: one command each. Every target sets up .venv when it has to, and only then.
 PYTHON ?= python3
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
-# Processes that share the tests out. More than two gain little: every engine is pinned to the first CPUs.
+# Processes that share the tests out. Each loads models of its own.
 TEST_PROCESSES ?= 2
 SOAK_SECONDS ?= 600
 KILLS ?= 200
