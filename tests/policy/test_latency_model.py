@@ -226,7 +226,7 @@ def test_before_anything_is_learned_the_margin_is_that_of_the_fits_own_errors() 
 
 
 def test_a_kind_that_never_comes_alone_does_not_keep_the_margin_of_a_bad_minute() -> None:
-    """Every walk here has a chunk; its bound covers its decodes too, which were measured beside a neighbour."""
+    """Every walk here has a chunk; its bound covers its decodes too, measured beside a neighbour."""
     model = LatencyModel(
         small_fit(residuals={"decode, host idle": [1.0] * 25, "chunk, host idle": [0.1] * 25})
     )
