@@ -128,7 +128,7 @@ def test_a_refusal_says_what_decided_and_what_may_help(obstacle: Obstacle, words
 
 
 def test_a_prompt_that_is_cached_is_admitted_where_a_new_one_is_not(engine: Engine) -> None:
-    prompt, slo = list(range(1, 40)), SLO(0.03, 1.0)
+    prompt, slo = list(range(1, 40)), SLO(0.022, 1.0)
     with pytest.raises(SloUnattainableError):
         engine.add(prompt, GREEDY, LS, slo=slo)
     engine.add(prompt, GREEDY, LS)
