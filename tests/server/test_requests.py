@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -301,6 +302,15 @@ def test_a_body_above_the_limit_is_refused(server: Served) -> None:
     assert error_of(server.post_raw(COMPLETIONS, body)) == (413, None, "request_too_large")
     pieces = (body[at : at + 65536] for at in range(0, len(body), 65536))
     assert error_of(server.post_raw(COMPLETIONS, pieces)) == (413, None, "request_too_large")
+
+
+# ---------------------------------------------------------------- probes
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_probes_may_ask_for_the_head_alone(server: Served, path: str) -> None:
+    answer = httpx.head(server.base_url + path, timeout=10)
+    assert (answer.status_code, answer.content) == (200, b"")
 
 
 # ---------------------------------------------------------------- request ids

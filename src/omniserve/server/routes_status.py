@@ -32,11 +32,14 @@ def status_router(
             shown["max_model_len"] = endpoints.keeper.llm.acceptance.max_model_len
         return shown
 
+    # HEAD: what some load balancers ask with.
+    @router.head("/health", include_in_schema=False)
     @router.get("/health")
     async def health() -> dict[str, str]:
         """The process lives and answers; whether it can serve is /ready's affair."""
         return {"status": "ok"}
 
+    @router.head("/ready", include_in_schema=False)
     @router.get("/ready", responses={503: {"description": "loading, restarting, unresponsive or stopping"}})
     async def ready() -> JsonBody:
         state = endpoints.state
