@@ -57,6 +57,8 @@ class EngineConfig:
                       half of them, or those that host_threads leaves.
     host_threads      threads of host attention; None: all of the cores where the sides share them, else the
                       remaining ones.
+    pin_cpus          keep each side's threads on CPUs of their own, the first ones of the affinity mask.
+                      False for several engines that share one mask: all would choose the same.
     device_memory_bytes, host_memory_bytes
                       KV memory of each side; None: shares of the cgroup's memory limit.
     host_mlock        keep the host's KV from being swapped out; refused: a warning, and on without.
@@ -109,6 +111,7 @@ class EngineConfig:
     device: Literal["auto", "cpu"] = "auto"
     device_threads: int | None = None
     host_threads: int | None = None
+    pin_cpus: bool = True
     device_memory_bytes: int | None = None
     host_memory_bytes: int | None = None
     host_mlock: bool = False
@@ -148,7 +151,7 @@ class EngineConfig:
         check_classes(self.classes)
         if self.revision is not None and not (isinstance(self.revision, str) and self.revision):
             raise ConfigError(f"revision: must be a branch, tag or commit, got {self.revision!r}")
-        for name in ("host_mlock", "enable_prefix_caching"):
+        for name in ("pin_cpus", "host_mlock", "enable_prefix_caching"):
             if type(getattr(self, name)) is not bool:
                 raise ConfigError(f"{name}: must be True or False, got {getattr(self, name)!r}")
         if self.device not in ("auto", "cpu"):
@@ -235,7 +238,8 @@ class CpuSplit:
     """Threads of each side and the CPUs they are pinned to; empty: not pinned.
 
     Where the sides overlap, the host's threads have the lower priority. Under a CPU quota smaller than the
-    affinity mask nothing is pinned: every container of the machine would choose the same CPUs.
+    affinity mask nothing is pinned: every container of the machine would choose the same CPUs. Nor is it with
+    `pin_cpus=False`.
     """
 
     device_threads: int
@@ -255,7 +259,7 @@ def split_cpus(config: EngineConfig, budget: CpuBudget | None = None) -> CpuSpli
     """
     budget = available_cpus() if budget is None else budget
     device, host = _threads(config, budget.count)
-    if budget.count < len(budget.cpus):
+    if budget.count < len(budget.cpus) or not config.pin_cpus:
         return CpuSplit(device, host, (), ())
     return CpuSplit(device, host, budget.cpus[:device], budget.cpus[budget.count - host :])
 

@@ -491,3 +491,9 @@ def test_one_cpu_is_shared_and_a_quota_pins_nobody() -> None:
     quota = split_cpus(EngineConfig(), budget(4, tuple(range(64))))
     assert (quota.device_threads, quota.host_threads) == (2, 2)
     assert quota.device_cpus == quota.host_cpus == ()
+
+
+def test_engines_that_share_cpus_can_be_told_to_pin_nothing() -> None:
+    assert split_cpus(EngineConfig(pin_cpus=False), budget(4, (0, 1, 2, 3))) == CpuSplit(2, 2, (), ())
+    with pytest.raises(ConfigError, match="pin_cpus: must be True or False"):
+        EngineConfig(pin_cpus=0)  # type: ignore[arg-type]

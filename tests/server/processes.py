@@ -16,7 +16,10 @@ import openai
 PATIENCE_S = 120.0
 KEY = "sk-test"
 # Small, quick to start, and the same for all tests that do not need more.
-SMALL = ("--host-offload", "never", "--device-threads", "1", "--device-memory-bytes", str(64 * 1024**2))
+SMALL = (
+    *("--host-offload", "never", "--device-threads", "1", "--device-memory-bytes", str(64 * 1024**2)),
+    "--no-pin-cpus",  # tests run side by side
+)
 
 
 class Served:
