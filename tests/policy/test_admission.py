@@ -67,6 +67,20 @@ def test_decodes_that_leave_no_room_for_prefill_mean_no() -> None:
     assert found.predicted_ttft_s is not None
 
 
+def test_the_walks_of_a_prompt_keep_the_targets_of_others_in_the_mean() -> None:
+    """With a margin of a quarter: 90 rows a walk, not 70. What is given to best-effort work is bounded."""
+    scene = Scene()
+    scene.decoding(20)
+    model = ExactModel(margin=0.25)
+    found = admit(scene.state, scene.newcomer(445), 0.0, model, make_terms())
+    assert found.predicted_ttft_s == pytest.approx(5 * 0.011 + 0.445 + 0.25 * 0.1, abs=0.001)
+    prompts = [prompt_of(scene.state, scene.newcomer(445))]
+    decodes = WalkLoad()
+    decodes.add_decode(20)
+    bounded = forecast(model, decodes, prompts, tpot_s=0.1, max_tokens=256)
+    assert bounded.finish_s[0] == pytest.approx(7 * 0.011 + 0.445 + 0.25 * 0.0746, abs=0.004)
+
+
 def test_one_more_decode_that_would_slow_down_all_of_them_is_refused() -> None:
     scene = Scene()
     for _ in range(88):

@@ -91,10 +91,13 @@ def admit(state: State, request: Request, now: float, model: Prediction, terms: 
         ttft_s = now - request.arrival_s + finish[index]
         return ttft_s > slo.ttft_s, _breaks_others(pending, finish, index, now)
 
-    ahead = forecast(model, riding, prompts, prefill_tpot_s, most_rows)
+    def look(lent_s: float = 0.0) -> Forecast:
+        return forecast(model, riding, prompts, prefill_tpot_s, most_rows, lent_s, in_the_mean=True)
+
+    ahead = look()
     if any(is_late(ahead)):  # then running chats lend what they have in hand
         lent_s = tightest(running, MOST_LENT_GAPS)[0] - now
-        ahead = forecast(model, riding, prompts, prefill_tpot_s, most_rows, lent_s)
+        ahead = look(lent_s)
     own_is_late, others_are_late = is_late(ahead)
     tpot_s = min(prefill_tpot_s, tightest_tpot_s(pending[-1:]))
     ttft = now - request.arrival_s + ahead.finish_s[index] * stretch

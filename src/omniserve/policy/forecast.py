@@ -73,11 +73,13 @@ def forecast(
     tpot_s: float,
     max_tokens: int,
     lent_s: float = 0.0,
+    in_the_mean: bool = False,
 ) -> Forecast:
     """Spread the pending prompts evenly over the fewest walks that keep `tpot_s` and `max_tokens`.
 
     decodes: rows that ride in every one of those walks. lent_s: what the first walk may take, where that is
-    more: together they may take so much longer.
+    more: together they may take so much longer. in_the_mean: walks keep `tpot_s` by their expected time, not
+    by their bound: a chat's TPOT is a mean, and what one walk takes too long another makes good.
     """
     total, total_load = sum(p.num_tokens for p in prompts), sum(p.prefill_load for p in prompts)
     if not total:
@@ -101,9 +103,11 @@ def forecast(
         fullest = walk(-(-total // max(1, max_tokens - decodes.num_tokens)))
         more_s = max(0.0, min(lent_s, model.bound_s(fullest, 0.0)) - tpot_s)
 
+    seconds_of = model.walk_s if in_the_mean else model.bound_s
+
     def fits(count: int) -> bool:
         load = walk(count)
-        return load.num_tokens <= max_tokens and model.bound_s(load, 0.0) <= tpot_s + more_s / count
+        return load.num_tokens <= max_tokens and seconds_of(load, 0.0) <= tpot_s + more_s / count
 
     count, is_possible = _fewest(total, fits)
     load = walk(count)
