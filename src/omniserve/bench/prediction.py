@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from omniserve.bench.measure import machine, write_json
+from omniserve.bench.slo_variants import split_with_targets
 from omniserve.config import DEVICE_ROWS_WITH_TARGETS, CpuSplit, EngineConfig, split_cpus
 from omniserve.engine.build import device_decoder, lane_geometry, make_engine, make_limits
 from omniserve.engine.calibration import ensure_profile
@@ -248,15 +249,24 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("results/prediction.json"))
     parser.add_argument("--walks", type=int, default=WALKS, help="of each kind, at least")
     parser.add_argument("--repeats", type=int, default=REPEATS, help="of the plan of the noise floor")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        nargs=2,
+        metavar=("DEVICE", "HOST"),
+        help="default: those that an engine with targets takes, which shares all CPUs",
+    )
     parser.add_argument("--refresh", action="store_true", help="measure the profile again")
     options = parser.parse_args(arguments)
     console = Console()
+    usual = split_with_targets(MODEL)
+    device_threads, host_threads = options.threads or (usual.device_threads, usual.host_threads)
     config = EngineConfig(
         model=MODEL,
         max_model_len=MODEL_LEN,
         max_num_batched_tokens=DEVICE_ROWS_WITH_TARGETS,
-        device_threads=1,
-        host_threads=1,
+        device_threads=device_threads,
+        host_threads=host_threads,
         host_offload="always",
         device_memory_bytes=1 << 30,
         host_memory_bytes=3 << 30,
