@@ -115,6 +115,14 @@ def test_memory_that_running_chats_will_need_is_counted() -> None:
     assert verdict(scene, scene.newcomer(100)).obstacle == "memory"
 
 
+def test_memory_is_that_of_the_chats_that_are_there_at_the_same_time() -> None:
+    """One chat ends soon; the newcomer will need its last pages only then."""
+    scene = Scene(roomy(num_device_pages=40))  # 640 tokens
+    scene.decoding(100, out=190)  # ten more tokens: 300
+    scene.decoding(100)  # 300 at its end
+    assert verdict(scene, scene.newcomer(100)).is_accepted, "600 when the first one ends, 600 at the end"
+
+
 def test_there_must_be_a_row_for_every_chat() -> None:
     for limits, terms in ((roomy(max_num_seqs=3), {}), (roomy(), {"max_num_batched_tokens": 3})):
         scene = Scene(limits)

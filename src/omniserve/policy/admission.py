@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from heapq import merge
 from typing import Literal
 
-from omniserve.policy.forecast import Forecast, at_half_way, forecast, prompt_of
+from omniserve.policy.forecast import Forecast, at_half_way, forecast, most_pages, prompt_of
 from omniserve.policy.latency import Prediction
 from omniserve.policy.request import Phase, Request
 from omniserve.policy.slack import MOST_LENT_GAPS, tightest, tightest_tpot_s
@@ -74,8 +74,9 @@ def admit(state: State, request: Request, now: float, model: Prediction, terms: 
     pending = list(merge(parked, waiting, [request], key=lambda r: r.order))
     others = [*running, *(r for r in pending if r is not request)]
     # Best-effort work gives way, so only latency-sensitive texts count.
-    riding, pages = at_half_way(state, others)
-    own, own_pages = at_half_way(state, [request])
+    riding, _ = at_half_way(state, others)
+    own, _ = at_half_way(state, [request])
+    pages = most_pages(state, [*others, request])
     everyone = riding.copy()
     everyone.add_decode(own.decode_context)
     # Nobody's gap bounds the first walks while nobody decodes.
@@ -106,7 +107,7 @@ def admit(state: State, request: Request, now: float, model: Prediction, terms: 
         tpot = max(tpot, ahead.bound_s)
     doubt = _doubt(state, now)
     obstacles: dict[Obstacle, bool] = {
-        "memory": bool(others) and pages + own_pages > state.limits.num_device_pages,
+        "memory": bool(others) and pages > state.limits.num_device_pages,
         "rows": len(others) + 1 > min(state.limits.max_num_seqs, most_rows),
         "tpot": not ahead.is_possible or tpot > doubt * tpot_s,
         "ttft": own_is_late and ttft > doubt * slo.ttft_s,

@@ -7,7 +7,7 @@ and lanes without rows have nothing to attend to.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from omniserve.policy.latency import Prediction, WalkLoad
@@ -64,6 +64,17 @@ def at_half_way(state: State, requests: Sequence[Request]) -> tuple[WalkLoad, in
         load.add_decode(request.num_tokens + (expected - request.num_out) // 2)
         pages += state.device.pages_for(request.num_prompt + expected)
     return load, pages
+
+
+def most_pages(state: State, requests: Iterable[Request]) -> int:
+    """Most device pages that they hold at once while all grow by a token a walk and end as expected."""
+    page_size = state.limits.page_size
+    texts = [(r.num_tokens, state.lengths.expected_output(r) - r.num_out) for r in requests]
+    most = tokens = count = 0
+    for there, to_come in sorted(texts, key=lambda text: -text[1]):
+        tokens, count = tokens + there, count + 1  # when this one ends, those before it are there still
+        most = max(most, tokens + count * (to_come + page_size - 1))
+    return most // page_size
 
 
 def forecast(
