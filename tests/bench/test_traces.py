@@ -95,7 +95,11 @@ def test_wrong_input_is_refused_with_line_and_field(tmp_path: Path, text: str, m
         read(tmp_path, text)
 
 
-@pytest.mark.parametrize("content", [b"\x1f\x8b broken", gzip.compress(SPLITWISE.encode())[:-12], b"no"])
+@pytest.mark.parametrize(
+    "content",
+    [b"\x1f\x8b broken", gzip.compress(SPLITWISE.encode(), mtime=0)[:-12], b"no"],
+    ids=["no stream", "cut off", "no archive"],
+)
 def test_a_broken_archive_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "trace.csv.gz"
     path.write_bytes(content)
