@@ -123,6 +123,17 @@ def test_memory_is_that_of_the_chats_that_are_there_at_the_same_time() -> None:
     assert verdict(scene, scene.newcomer(100)).is_accepted, "600 when the first one ends, 600 at the end"
 
 
+def test_a_chat_that_outlived_what_was_expected_is_not_taken_for_gone() -> None:
+    """It may go on, for half a usual text as far as anybody knows."""
+    scene = Scene(roomy(num_device_pages=40))
+    done = scene.newcomer(20)
+    done.num_tokens += 100  # usual: 100 tokens
+    scene.state.lengths.add(done)
+    scene.decoding(100, out=150)  # 250 tokens, 300 with half a usual text
+    assert verdict(scene, scene.newcomer(240)).is_accepted, "590 tokens when the old one ends"
+    assert verdict(scene, scene.newcomer(290)).obstacle == "memory"
+
+
 def test_there_must_be_a_row_for_every_chat() -> None:
     for limits, terms in ((roomy(max_num_seqs=3), {}), (roomy(), {"max_num_batched_tokens": 3})):
         scene = Scene(limits)
@@ -228,6 +239,15 @@ def test_an_idle_engine_tries_what_an_old_prediction_forbids(last_walk_s: float 
         assert verdict(scene, scene.newcomer(within_doubt, slo=slo)).is_accepted
         scene.waiting(1, best_effort=True)
         assert not verdict(scene, scene.newcomer(within_doubt, slo=slo)).is_accepted, "batch work will tell"
+
+
+def test_the_older_a_prediction_the_more_it_is_doubted() -> None:
+    scene = Scene()
+    slow = scene.newcomer(100, slo=SLO(0.03, 0.1))  # predicted: 0.11 s
+    assert not verdict(scene, slow, now=0.0).is_accepted
+    for idle_s, is_accepted in ((9.0, False), (11.0, False), (21.0, True)):
+        late = scene.newcomer(100, slo=SLO(0.03, 0.1), arrival_s=idle_s)
+        assert verdict(scene, late, now=idle_s).is_accepted == is_accepted
 
 
 def test_what_is_far_from_its_target_is_refused_by_an_old_prediction_too() -> None:

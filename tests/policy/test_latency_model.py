@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from omniserve.policy.latency import WalkLoad
-from omniserve.policy.latency_model import ENOUGH_WALKS, KINDS, LatencyFit, LatencyModel, kind_of, load_of
+from omniserve.policy.latency_model import (
+    ENOUGH_WALKS,
+    KINDS,
+    LONG_AGO_WALKS,
+    LatencyFit,
+    LatencyModel,
+    kind_of,
+    load_of,
+)
 from omniserve.policy.plan import DeviceRows, PageCopy, Step
 from policy.latency_fits import MS, NUM_LAYERS, decodes, small_fit
 
@@ -237,6 +245,18 @@ def test_a_kind_that_never_comes_alone_does_not_keep_the_margin_of_a_bad_minute(
         model.observe(load, 0.0, 1.05 * model.walk_s(load, 0.0))
     assert model.bound_s(load, 0.0) <= 1.06 * model.walk_s(load, 0.0)
     assert model.bound_s(decodes(8, 100), 0.0) <= 1.06 * model.walk_s(decodes(8, 100), 0.0)
+
+
+def test_a_kind_that_has_not_come_for_long_has_the_margin_of_the_last_walks() -> None:
+    model = LatencyModel(small_fit())
+    alone, chunk = decodes(8, 100), decodes(8, 100)
+    chunk.add_chunk(0, 4)
+    for factor in [1.0, 1.5] * ENOUGH_WALKS:
+        model.observe(alone, 0.0, factor * model.walk_s(alone, 0.0))
+    assert model.bound_s(alone, 0.0) > 1.2 * model.walk_s(alone, 0.0)
+    for _ in range(LONG_AGO_WALKS + 1):
+        model.observe(chunk, 0.0, model.walk_s(chunk, 0.0))
+    assert model.bound_s(alone, 0.0) == pytest.approx(model.walk_s(alone, 0.0))
 
 
 def test_a_kind_with_walks_of_its_own_has_their_margin_alone() -> None:

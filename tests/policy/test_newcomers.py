@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -67,12 +68,13 @@ def test_unequal_prompts_ask_for_more_room_than_equal_ones() -> None:
     assert of_unequal.num_tokens > 1.1 * of_equal.num_tokens
 
 
-def test_a_burst_as_large_as_foreseen_is_seldom_exceeded() -> None:
+@pytest.mark.parametrize("rate", [0.1, 0.5, 2.0, 10.0])
+def test_a_burst_as_large_as_foreseen_is_seldom_exceeded(rate: float) -> None:
     """Real Poisson arrivals with prompts of very unequal lengths: what then comes within a TTFT."""
     rng, arrivals, now = random.Random(1), Arrivals(), 0.0
     came: list[tuple[float, int]] = []
     for _ in range(4000):
-        now += rng.expovariate(2.0)
+        now += rng.expovariate(rate)
         came.append((now, min(1000, round(rng.lognormvariate(4.0, 1.0)))))
     exceeded = windows = at = 0
     for start in range(0, 4000, 4):
@@ -85,7 +87,7 @@ def test_a_burst_as_large_as_foreseen_is_seldom_exceeded() -> None:
         (group,) = arrivals.newcomers(begin_s)
         windows += 1
         exceeded += sum(n for t, n in came if begin_s < t <= begin_s + CHAT.ttft_s) > group.num_tokens
-    assert exceeded / windows < 0.08, "two deviations of a skewed sum"
+    assert exceeded / windows < 0.1, "two deviations of a skewed sum"
 
 
 def test_who_stays_away_is_no_longer_expected() -> None:
@@ -110,6 +112,11 @@ def test_a_refused_arrival_of_unknown_length_counts_as_a_usual_one() -> None:
     (after,) = arrivals.newcomers(0.0)
     assert after.num_tokens > before.num_tokens
     assert after.num_tokens / after.count == pytest.approx(100, abs=10), "the last of them a part"
+
+
+def test_where_little_comes_the_next_prompt_is_expected_whole() -> None:
+    (group,) = seen(rate=0.05, num_prompt=100).newcomers(0.0)
+    assert (group.count, group.num_tokens) == (1, 100)
 
 
 def test_each_class_is_expected_by_its_own_targets() -> None:
@@ -153,16 +160,24 @@ def test_batch_work_stands_back_when_a_likely_burst_could_not_be_borne() -> None
 
 
 def test_batch_work_has_no_more_of_a_walk_than_newcomers_can_spare() -> None:
-    scene = scene_expecting(
-        2.0, num_prompt=121
-    )  # 2 + 2 sqrt(2) prompts: 585 tokens, in 7 walks beside 50 chats
-    for _ in range(50):
-        scene.decoding(20)
-    tokens, explanation = batch_tokens(scene)
+    kept, free = scene_expecting(3.0), Scene()
+    for scene in (kept, free):
+        for _ in range(25):
+            scene.decoding(20)
+    (tokens, explanation), (unbounded, _) = batch_tokens(kept), batch_tokens(free)
     spare_s = explanation.newcomers_spare_s
     assert spare_s is not None
-    assert tokens <= spare_s / 0.001 + 1e-6
-    assert explanation.best_effort_s <= explanation.latency_sensitive_s + spare_s + 1e-9
+    assert 0 < tokens <= spare_s / 0.001 + 1e-6
+    assert tokens < unbounded
+
+
+def test_an_impossible_target_of_one_class_leaves_the_others_their_room() -> None:
+    scene = scene_expecting(2.0, num_prompt=125)
+    for _ in range(60):
+        scene.decoding(20)
+    for _ in range(10):
+        scene.state.arrivals.note(chat(10, 0.0, SLO(1.0, 0.001), "hasty"), 0.0, 10)
+    assert batch_tokens(scene)[1].newcomers_spare_s == 0.0
 
 
 def test_room_in_memory_is_kept_too() -> None:
@@ -184,15 +199,6 @@ def test_the_guaranteed_share_is_had_whoever_may_come() -> None:
     assert batch_tokens(scene, best_effort_share=0.1)[0] == 20
 
 
-def test_what_is_kept_for_newcomers_lends_no_time_of_running_chats() -> None:
-    """Only a prompt that is here, and late, may have more than a gap."""
-    scene = scene_expecting(2.5, num_prompt=200)
-    scene.decoding(20, out=10, first_token_s=-0.2, last_token_s=0.0)
-    scene.waiting(300)
-    plan = schedule(scene.state, 0.0, make_policy())
-    assert sum(c.num_tokens for c in plan.chunks) <= 89
-
-
 @given(rate=st.floats(0.01, 50.0), num_prompt=st.integers(1, 2000), is_known=st.booleans())
 def test_an_idle_device_is_batch_works_whoever_may_come(rate: float, num_prompt: int, is_known: bool) -> None:
     """A burst that not even such a device could serve is no reason to leave it idle."""
@@ -204,10 +210,14 @@ def test_an_idle_device_is_batch_works_whoever_may_come(rate: float, num_prompt:
     assert batch_tokens(scene)[0] == batch_tokens(Scene())[0] == 240
 
 
-@given(rate=st.floats(0.1, 5.0), num_prompt=st.integers(1, 500), num_chats=st.integers(0, 40))
-def test_newcomers_never_add_to_what_batch_work_has(rate: float, num_prompt: int, num_chats: int) -> None:
-    kept, free = scene_expecting(rate, num_prompt), Scene()
-    for scene in (kept, free):
+@pytest.mark.parametrize("num_chats", [0, 10, 30])
+def test_more_arrivals_never_give_batch_work_more(num_chats: int) -> None:
+    """Nor does a storm of them, of which most would be refused."""
+    tokens = []
+    for rate in (0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0):
+        scene = scene_expecting(rate)
         for _ in range(num_chats):
             scene.decoding(20)
-    assert batch_tokens(kept)[0] <= batch_tokens(free)[0]
+        tokens.append(batch_tokens(scene)[0])
+    slack = 12  # what rounding to whole prompts and walks may give back
+    assert all(later <= earlier + slack for earlier, later in pairwise(tokens))

@@ -15,9 +15,9 @@ from omniserve.policy.slack import MOST_LENT_GAPS, tightest, tightest_tpot_s
 from omniserve.policy.state import State
 from omniserve.policy.terms import Terms
 
-# Only walks correct a prediction. Where there was none for so long, one may be wrong by so much: a slow
-# moment that is over, or a profile measured in one.
-STALE_S, DOUBT = 10.0, 2.0
+# Only walks correct a prediction. Where there was none for so long, one may be wrong by so much, and the
+# longer, the more: a slow moment that is over, or a profile measured in one.
+STALE_S, DOUBT, MOST_DOUBT = 10.0, 2.0, 8.0
 
 Obstacle = Literal["ttft", "tpot", "others", "memory", "rows"]
 
@@ -119,8 +119,10 @@ def admit(state: State, request: Request, now: float, model: Prediction, terms: 
 
 def _doubt(state: State, now: float) -> float:
     """An idle engine that refuses everybody would never learn better: one that nobody else uses tries it."""
-    is_stale = state.last_walk_s is None or now - state.last_walk_s > STALE_S
-    return DOUBT if state.is_idle and is_stale else 1.0
+    if not state.is_idle:
+        return 1.0
+    idle_s = STALE_S if state.last_walk_s is None else now - state.last_walk_s
+    return min(MOST_DOUBT, DOUBT * idle_s / STALE_S) if idle_s >= STALE_S else 1.0
 
 
 def _breaks_others(pending: Sequence[Request], finish: Sequence[float], index: int, now: float) -> bool:

@@ -14,7 +14,7 @@ from omniserve.types import SLO
 
 # What came so long ago counts 1/e.
 MEMORY_S = 60.0
-# Deviations above the mean of what comes within a TTFT: about one time in fifty more comes.
+# Deviations above the mean of what comes within a TTFT: more comes in one of ten to one of fifty cases.
 DEVIATIONS = 2.0
 # An arrival of less weight than this in all of a class's is no reason to keep anything free.
 LEAST_WEIGHT = 0.01
@@ -33,10 +33,11 @@ class Newcomers:
     num_tokens: int
     slo: SLO
 
-    def part(self, share: float) -> Newcomers:
-        """So many of them, at least one."""
-        count = max(1, int(self.count * share))
-        return replace(self, count=count, num_tokens=max(count, int(self.num_tokens * share)))
+    def first(self, count: int) -> Newcomers:
+        """So many of them, or all."""
+        if count >= self.count:
+            return self
+        return replace(self, count=count, num_tokens=math.ceil(self.num_tokens * count / self.count))
 
 
 @dataclass(slots=True)
@@ -84,7 +85,7 @@ class Arrivals:
         """Of each class what may come within its TTFT: the mean and DEVIATIONS of a compound Poisson stream.
 
         With n arrivals expected in that time, of p tokens in the mean and q in the mean of squares: n p
-        tokens, of variance n q.
+        tokens, of variance n q. One usual prompt at least.
         """
         for name, seen in self._seen.items():
             kept = seen.kept_share(now)
@@ -93,8 +94,10 @@ class Arrivals:
                 continue
             slo = SLO(seen.ttft_s / seen.weight, seen.tpot_s / seen.weight)
             within = kept * slo.ttft_s / MEMORY_S
-            tokens = within * seen.tokens + DEVIATIONS * math.sqrt(within * seen.squared_tokens)
-            count = math.ceil(tokens * seen.weight / seen.tokens) if seen.tokens else 0
+            usual = seen.tokens / seen.weight
+            burst = within * seen.tokens + DEVIATIONS * math.sqrt(within * seen.squared_tokens)
+            tokens = max(usual, burst)
+            count = math.ceil(tokens / usual - 1e-9) if usual else 0
             if count:
                 order = (seen.rank, 0, now + slo.ttft_s, 0)
                 yield Newcomers(name, order, count, max(count, math.ceil(tokens)), slo)

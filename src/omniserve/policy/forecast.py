@@ -67,14 +67,21 @@ def at_half_way(state: State, requests: Sequence[Request]) -> tuple[WalkLoad, in
 
 
 def most_pages(state: State, requests: Iterable[Request]) -> int:
-    """Most device pages that they hold at once while all grow by a token a walk and end as expected."""
+    """Most device pages that they hold at once while all grow by a token a walk and end as expected.
+
+    Whoever has outlived, or nearly, what was expected is taken to go on for half a usual text.
+    """
     page_size = state.limits.page_size
-    texts = [(r.num_tokens, state.lengths.expected_output(r) - r.num_out) for r in requests]
+    texts = []
+    for r in requests:
+        more = min(r.max_tokens - r.num_out, state.lengths.usual(r.service_class, 1)[1] // 2)
+        texts.append((r.num_tokens, max(state.lengths.expected_output(r) - r.num_out, more)))
+    at_their_ends = sum(-(-(there + to_come) // page_size) for there, to_come in texts)
     most = tokens = count = 0
     for there, to_come in sorted(texts, key=lambda text: -text[1]):
         tokens, count = tokens + there, count + 1  # when this one ends, those before it are there still
         most = max(most, tokens + count * (to_come + page_size - 1))
-    return most // page_size
+    return min(most // page_size, at_their_ends)
 
 
 def forecast(
@@ -109,12 +116,13 @@ def forecast(
         load.chunk_context += begun if count == 1 else max(longest, -(-begun // count))
         return load
 
+    seconds_of = model.walk_s if in_the_mean else model.bound_s
     more_s = 0.0
     if lent_s > tpot_s:
         fullest = walk(-(-total // max(1, max_tokens - decodes.num_tokens)))
-        more_s = max(0.0, min(lent_s, model.bound_s(fullest, 0.0)) - tpot_s)
-
-    seconds_of = model.walk_s if in_the_mean else model.bound_s
+        # By its bound the first walk keeps what is lent.
+        lent_s *= seconds_of(fullest, 0.0) / model.bound_s(fullest, 0.0)
+        more_s = max(0.0, min(lent_s, seconds_of(fullest, 0.0)) - tpot_s)
 
     def fits(count: int) -> bool:
         load = walk(count)

@@ -44,10 +44,14 @@ class WalkLoad:
         )
 
     def add_decode(self, context: int) -> None:
-        self.num_tokens += 1
-        self.num_decodes += 1
-        self.decode_context += context
-        self.num_samples += 1
+        self.add_decodes(1, context)
+
+    def add_decodes(self, count: int, context: int) -> None:
+        """So many of the same context."""
+        self.num_tokens += count
+        self.num_decodes += count
+        self.decode_context += count * context
+        self.num_samples += count
 
     def add_lane_rows(self, rows: int, num_layers: int) -> None:
         """Lane rows over all layers: of those that enter, one in `num_layers` is at the end of a token."""

@@ -19,6 +19,8 @@ SCHEMA = "omniserve-latency/1"
 WINDOW = 256
 # Of so many walks of its kind, a margin is of them alone; before, of the last walks of any kind.
 ENOUGH_WALKS = 40
+# A kind that has not come for so many walks is one of those that hardly come.
+LONG_AGO_WALKS = 4 * WINDOW
 # From this share on a walk counts as one beside a busy host.
 BUSY_SHARE = 0.5
 # How fast `host_share` follows the walks.
@@ -146,6 +148,8 @@ class LatencyModel:
         self._early = {kind: ErrorWindow(WINDOW, fit.residuals.get(kind, ())) for kind in KINDS}
         self._windows = {kind: ErrorWindow(WINDOW) for kind in KINDS}
         self._lately = ErrorWindow(WINDOW)
+        self._num_walks = 0
+        self._last_walk = dict.fromkeys(KINDS, 0)
         self._margins = self._largest_margins()
         self._dense = (fit.idle.dense.table(), fit.busy.dense.table())
         self._head = (fit.idle.head.table(), fit.busy.head.table())
@@ -184,10 +188,10 @@ class LatencyModel:
         A kind that never comes alone (decodes without lanes beside a full host) would keep for good what was
         measured in the minute of the fit, and be part of every bound.
         """
-        for window in (self._windows[kind], self._lately):
-            if window.num_errors >= ENOUGH_WALKS:
-                return window
-        return self._early[kind]
+        is_recent = self._num_walks - self._last_walk[kind] <= LONG_AGO_WALKS
+        if is_recent and self._windows[kind].num_errors >= ENOUGH_WALKS:
+            return self._windows[kind]
+        return self._lately if self._lately.num_errors >= ENOUGH_WALKS else self._early[kind]
 
     def pass_s(self, num_rows: int, host_is_busy: float) -> float:
         """Expected seconds of one lane pass: post_attention(l), then pre_attention(l + 1)."""
@@ -240,8 +244,11 @@ class LatencyModel:
         self._windows[kind].note(expected_s, seconds)
         if planned is not None:
             kind, least_s = kind_of(*planned), min(expected_s, self.walk_s(*planned))
-        for window in (self._windows[kind], self._lately, self._early[kind]):
+        for window in (self._windows[kind], self._early[kind]):
             window.add_error(seconds / least_s - 1)
+        self._lately.add_error(seconds / expected_s - 1)  # of others' plans this kind need not know
+        self._num_walks += 1
+        self._last_walk[kind] = self._num_walks
         self._margins = self._largest_margins()
         self._correction.observe(parts, host_is_busy, seconds)
         self.host_share += _SHARE_STEP * (host_is_busy - self.host_share)

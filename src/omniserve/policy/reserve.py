@@ -19,9 +19,6 @@ from omniserve.policy.slack import tightest_tpot_s
 from omniserve.policy.state import State
 from omniserve.policy.terms import Terms
 
-# A burst too large for an idle device is cut at least to this share of it at a time.
-LESS = 0.8
-
 
 @dataclass(frozen=True, slots=True)
 class Chats:
@@ -39,8 +36,9 @@ def spare_of_newcomers(state: State, now: float, model: Prediction, terms: Terms
     """Seconds by which the first tokens of all newcomers could come later than forecast, were they admitted
     now; 0 when they would be refused, infinity when none are to be expected.
 
-    Judged as admission judges (admission.py), but for what running chats can lend: that stays for the burst
-    that is larger than foreseen. Of a burst that an idle device could not serve in time either, only the part
+    Judged as admission judges (admission.py), and more strictly: walks keep TPOT by their bound, memory holds
+    all texts to their ends, and running chats lend nothing, which stays for the burst that is larger than
+    foreseen. Of a burst that an idle device could not serve in time either, only the part
     that it could.
     """
     newcomers = tuple(state.arrivals.newcomers(now))
@@ -63,17 +61,23 @@ class _Outlook:
 
     def servable(self, newcomers: tuple[Newcomers, ...]) -> tuple[Newcomers, ...]:
         """As many of them as a device with nothing else to do serves in time, after the longest walk that
-        they may meet: `walk_bound_s`. None, when it is not even one."""
-        most_s = min(n.slo.ttft_s for n in newcomers)
-        share = 1.0
-        part = newcomers
-        while (spare_s := self.spare_s(NOBODY, part)) < self.terms.walk_bound_s:
-            if all(n.count == 1 for n in part):
-                return ()
-            fitting = (most_s - self.terms.walk_bound_s) / (most_s - spare_s)
-            share *= min(LESS, fitting) if fitting > 0.0 else LESS
-            part = tuple(n.part(share) for n in newcomers)
-        return part
+        they may meet (`walk_bound_s`): so many of each class at most, none of one that it could not serve.
+        """
+
+        def fits(part: Sequence[Newcomers]) -> bool:
+            return self.spare_s(NOBODY, part) >= self.terms.walk_bound_s
+
+        if fits(newcomers):
+            return newcomers
+        alone = [n for n in newcomers if fits([n.first(1)])]
+        low, high = 0, max((n.count for n in alone), default=0)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if fits([n.first(middle) for n in alone]):
+                low = middle
+            else:
+                high = middle - 1
+        return tuple(n.first(low) for n in alone) if low else ()
 
     def spare_s(self, chats: Chats, newcomers: Sequence[Newcomers]) -> float:
         """Below zero when some are late or refused; infinity for none."""
@@ -84,8 +88,7 @@ class _Outlook:
         line = [(r.order, prompt, math.inf) for r, prompt in zip(chats.pending, chats.prompts, strict=True)]
         for group in newcomers:
             length, output = _lengths(self.state, group)
-            for _ in range(group.count):
-                load.add_decode(length + output // 2)
+            load.add_decodes(group.count, length + output // 2)
             pages += group.count * self.state.device.pages_for(length + output)
             line.append((group.order, _prompt_of(group, length), group.slo.ttft_s))
         tpot_s = min(tightest_tpot_s(here), *(n.slo.tpot_s for n in newcomers))

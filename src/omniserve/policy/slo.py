@@ -177,9 +177,12 @@ class SloBudget:
     def _open_best_effort(self, load: WalkLoad) -> None:
         """From here on rows are best-effort: what they may use, and what they are owed."""
         self.latency_sensitive_s = self.bound_s(load)
-        self.newcomers_spare_s = self._spare_of_newcomers()
-        spare_s = self.latency_sensitive_s + max(0.0, min(self.spare_s, self.newcomers_spare_s))
+        spare_s = self.latency_sensitive_s + max(0.0, self.spare_s)
         allowed_s = min(self.slack_s, self.terms.walk_bound_s, spare_s)
+        has_best_effort = any(self.state.first_best_effort(phase) for phase in Phase)
+        if has_best_effort and allowed_s > self.latency_sensitive_s:
+            self.newcomers_spare_s = self._spare_of_newcomers()
+            allowed_s = min(allowed_s, self.latency_sensitive_s + self.newcomers_spare_s)
         owed_s = self.state.best_effort_debt_s
         self.best_effort_s = max(allowed_s, self.latency_sensitive_s + owed_s)
 

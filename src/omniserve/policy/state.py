@@ -50,7 +50,8 @@ class State(Ledger):
 
     def note_arrival(self, request: Request, now: float) -> None:
         """Before anybody has decided on it: refused ones count, they would have needed room."""
-        self.arrivals.note(request, now, request.num_tokens - self.tokens_done(request))
+        if request.slo is not None:
+            self.arrivals.note(request, now, request.num_tokens - self.tokens_done(request))
 
     def add(self, request: Request) -> None:
         assert request.id not in self.requests
