@@ -199,6 +199,18 @@ def test_the_guaranteed_share_is_had_whoever_may_come() -> None:
     assert batch_tokens(scene, best_effort_share=0.1)[0] == 20
 
 
+def test_what_running_chats_have_in_hand_is_not_counted_on() -> None:
+    """It stays for a prompt that is here and late."""
+    spares = []
+    for first_token_s in (-1.0, -0.1):  # behind their mean, and 0.9 s ahead of it
+        scene = scene_expecting(3.0)
+        for _ in range(25):
+            scene.decoding(20, out=10, first_token_s=first_token_s, last_token_s=0.0)
+        spares.append(batch_tokens(scene)[1].newcomers_spare_s)
+    assert spares[0] == spares[1]
+    assert spares[0] is not None
+
+
 @given(rate=st.floats(0.01, 50.0), num_prompt=st.integers(1, 2000), is_known=st.booleans())
 def test_an_idle_device_is_batch_works_whoever_may_come(rate: float, num_prompt: int, is_known: bool) -> None:
     """A burst that not even such a device could serve is no reason to leave it idle."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from heapq import merge
 from typing import Literal
 
 from omniserve.policy.forecast import Forecast, at_half_way, forecast, most_pages, prompt_of
@@ -69,16 +68,13 @@ def admit(state: State, request: Request, now: float, model: Prediction, terms: 
     if slo is None:
         return Admission()
     running = list(state.in_class(Phase.DEVICE, best_effort=False))
-    parked = state.in_class(Phase.PREFILL, best_effort=False)
-    waiting = state.in_class(Phase.WAITING, best_effort=False)
-    pending = list(merge(parked, waiting, [request], key=lambda r: r.order))
-    others = [*running, *(r for r in pending if r is not request)]
+    already = state.pending_chats()
+    others = [*running, *already]
+    pending = sorted([*already, request], key=lambda r: r.order)
     # Best-effort work gives way, so only latency-sensitive texts count.
-    riding, _ = at_half_way(state, others)
-    own, _ = at_half_way(state, [request])
+    riding, own = at_half_way(state, others), at_half_way(state, [request])
+    everyone = riding.with_decode(own.decode_context)
     pages = most_pages(state, [*others, request])
-    everyone = riding.copy()
-    everyone.add_decode(own.decode_context)
     # Nobody's gap bounds the first walks while nobody decodes.
     prefill_tpot_s = tightest_tpot_s([*running, *pending[:-1]])
     prompts = [prompt_of(state, r) for r in pending]

@@ -54,16 +54,18 @@ def prompt_of(state: State, request: Request) -> Prompt:
     return Prompt(request.num_tokens - done, load, request.num_tokens, done > 0)
 
 
-def at_half_way(state: State, requests: Sequence[Request]) -> tuple[WalkLoad, int]:
-    """A walk in which all of them decode, half way from here to their expected ends, and the device pages
-    that they hold at their ends.
-    """
-    load, pages = WalkLoad(), 0
+def at_half_way(state: State, requests: Iterable[Request]) -> WalkLoad:
+    """A walk in which all of them decode, half way from here to their expected ends."""
+    load = WalkLoad()
     for request in requests:
-        expected = state.lengths.expected_output(request)
-        load.add_decode(request.num_tokens + (expected - request.num_out) // 2)
-        pages += state.device.pages_for(request.num_prompt + expected)
-    return load, pages
+        load.add_decode(request.num_tokens + (state.lengths.expected_output(request) - request.num_out) // 2)
+    return load
+
+
+def final_pages(state: State, requests: Iterable[Request]) -> int:
+    """Device pages that they hold at their expected ends, all together."""
+    expected = state.lengths.expected_output
+    return sum(state.device.pages_for(r.num_prompt + expected(r)) for r in requests)
 
 
 def most_pages(state: State, requests: Iterable[Request]) -> int:

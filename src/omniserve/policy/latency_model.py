@@ -244,8 +244,9 @@ class LatencyModel:
         self._windows[kind].note(expected_s, seconds)
         if planned is not None:
             kind, least_s = kind_of(*planned), min(expected_s, self.walk_s(*planned))
-        for window in (self._windows[kind], self._early[kind]):
-            window.add_error(seconds / least_s - 1)
+        self._windows[kind].add_error(seconds / least_s - 1)
+        if self._lately.num_errors < ENOUGH_WALKS:  # later nobody asks for it
+            self._early[kind].add_error(seconds / least_s - 1)
         self._lately.add_error(seconds / expected_s - 1)  # of others' plans this kind need not know
         self._num_walks += 1
         self._last_walk[kind] = self._num_walks

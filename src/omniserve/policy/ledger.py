@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator
+from heapq import merge
 from itertools import islice
 
 from omniserve.policy.arrivals import Arrivals
@@ -85,6 +86,11 @@ class Ledger:
         first = self._first_best_effort(line)
         part = islice(line, first, None) if best_effort else islice(line, first)
         return (self.requests[order[-1]] for order in part)
+
+    def pending_chats(self) -> list[Request]:
+        """Those that are not best-effort and have no first token, started or not, in line."""
+        parked = self.in_class(Phase.PREFILL, best_effort=False)
+        return list(merge(parked, self.in_class(Phase.WAITING, best_effort=False), key=lambda r: r.order))
 
     def first_best_effort(self, phase: Phase) -> Request | None:
         """The first best-effort request in a phase's line."""

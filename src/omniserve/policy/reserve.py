@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from omniserve.policy.arrivals import Newcomers
-from omniserve.policy.forecast import Prompt, at_half_way, forecast, prefill_load
+from omniserve.policy.forecast import Prompt, at_half_way, final_pages, forecast, prefill_load
 from omniserve.policy.latency import Prediction, WalkLoad
 from omniserve.policy.request import Request
 from omniserve.policy.slack import tightest_tpot_s
@@ -38,8 +38,7 @@ def spare_of_newcomers(state: State, now: float, model: Prediction, terms: Terms
 
     Judged as admission judges (admission.py), and more strictly: walks keep TPOT by their bound, memory holds
     all texts to their ends, and running chats lend nothing, which stays for the burst that is larger than
-    foreseen. Of a burst that an idle device could not serve in time either, only the part
-    that it could.
+    foreseen. Of a burst that an idle device could not serve in time either, only the part that it could.
     """
     newcomers = tuple(state.arrivals.newcomers(now))
     if not newcomers:
@@ -55,6 +54,8 @@ def spare_of_newcomers(state: State, now: float, model: Prediction, terms: Terms
 
 @dataclass(frozen=True, slots=True)
 class _Outlook:
+    """What would become of newcomers beside some chats or none."""
+
     state: State
     model: Prediction
     terms: Terms
@@ -81,10 +82,10 @@ class _Outlook:
 
     def spare_s(self, chats: Chats, newcomers: Sequence[Newcomers]) -> float:
         """Below zero when some are late or refused; infinity for none."""
-        here = [*chats.running, *chats.pending]
         if not newcomers:
             return math.inf
-        load, pages = at_half_way(self.state, here)
+        here = [*chats.running, *chats.pending]
+        load, pages = at_half_way(self.state, here), final_pages(self.state, here)
         line = [(r.order, prompt, math.inf) for r, prompt in zip(chats.pending, chats.prompts, strict=True)]
         for group in newcomers:
             length, output = _lengths(self.state, group)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from heapq import merge
 from operator import itemgetter
 
 from omniserve.policy.admission import Admission, admit
@@ -59,7 +58,7 @@ class SloBudget:
         self.model, self.terms, self.rules = policy.model, policy.terms, policy.rules
         self.state, self.now, self.num_layers = state, now, state.limits.num_layers
         self.running = list(state.in_class(Phase.DEVICE, best_effort=False))
-        self.pending = self._pending()
+        self.pending = state.pending_chats()
         self.prompts = [prompt_of(state, request) for request in self.pending]
         self.host = HostOutlook(state, self.model, self.terms)
         self.busy = self.host.busy
@@ -88,12 +87,6 @@ class SloBudget:
         one that is expected to take a gap may come out longer when there is time in hand for that."""
         expected_s = self.model.walk_s(riding, self.busy) if riding.num_tokens else 0.0
         return self.bound_s(riding) / expected_s if expected_s > 0.0 else 1.0
-
-    def _pending(self) -> list[Request]:
-        """Chats without their first token, in line."""
-        parked = self.state.in_class(Phase.PREFILL, best_effort=False)
-        waiting = self.state.in_class(Phase.WAITING, best_effort=False)
-        return list(merge(parked, waiting, key=lambda r: r.order))
 
     def _spare_of_prompts(self, riding: WalkLoad) -> float:
         """Seconds by which the first tokens of all pending prompts could come later than forecast."""

@@ -50,8 +50,7 @@ def _one_pass_s(state: State, request: Request, model: Prediction) -> float:
     load = WalkLoad()
     for running in state.in_class(Phase.DEVICE, best_effort=False):
         load.add_decode(running.kv_tokens + 1)
-    pending = [r for p in (Phase.PREFILL, Phase.WAITING) for r in state.in_class(p, best_effort=False)]
-    for one in (*pending, request):
+    for one in (*state.pending_chats(), request):
         load.num_tokens += one.num_tokens - one.kv_tokens
         load.prefill_load += prefill_load(one.num_tokens, one.kv_tokens)
         load.num_chunks += 1
