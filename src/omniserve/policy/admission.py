@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from omniserve.policy.forecast import Forecast, at_half_way, forecast, most_pages, prompt_of
+from omniserve.policy.forecast import Forecast, at_half_way, fit_in_memory, forecast, prompt_of
 from omniserve.policy.latency import Prediction
 from omniserve.policy.request import Phase, Request
 from omniserve.policy.slack import MOST_LENT_GAPS, tightest, tightest_tpot_s
@@ -74,7 +74,6 @@ def admit(state: State, request: Request, now: float, model: Prediction, terms: 
     # Best-effort work gives way, so only latency-sensitive texts count.
     riding, own = at_half_way(state, others), at_half_way(state, [request])
     everyone = riding.with_decode(own.decode_context)
-    pages = most_pages(state, [*others, request])
     # Nobody's gap bounds the first walks while nobody decodes.
     prefill_tpot_s = tightest_tpot_s([*running, *pending[:-1]])
     prompts = [prompt_of(state, r) for r in pending]
@@ -103,7 +102,7 @@ def admit(state: State, request: Request, now: float, model: Prediction, terms: 
         tpot = max(tpot, ahead.bound_s)
     doubt = _doubt(state, now)
     obstacles: dict[Obstacle, bool] = {
-        "memory": bool(others) and pages > state.limits.num_device_pages,
+        "memory": bool(others) and not fit_in_memory(state, [*others, request]),
         "rows": len(others) + 1 > min(state.limits.max_num_seqs, most_rows),
         "tpot": not ahead.is_possible or tpot > doubt * tpot_s,
         "ttft": own_is_late and ttft > doubt * slo.ttft_s,

@@ -68,22 +68,25 @@ def final_pages(state: State, requests: Iterable[Request]) -> int:
     return sum(state.device.pages_for(r.num_prompt + expected(r)) for r in requests)
 
 
-def most_pages(state: State, requests: Iterable[Request]) -> int:
-    """Most device pages that they hold at once while all grow by a token a walk and end as expected.
+def fit_in_memory(state: State, requests: Sequence[Request]) -> bool:
+    """Whether the device's pages hold them while all grow by a token a walk and end as expected.
 
     Whoever has outlived, or nearly, what was expected is taken to go on for half a usual text.
     """
-    page_size = state.limits.page_size
+    page_size, num_pages = state.limits.page_size, state.limits.num_device_pages
+    half = {name: state.lengths.usual(name, 1)[1] // 2 for name in {r.service_class for r in requests}}
     texts = []
     for r in requests:
-        more = min(r.max_tokens - r.num_out, state.lengths.usual(r.service_class, 1)[1] // 2)
-        texts.append((r.num_tokens, max(state.lengths.expected_output(r) - r.num_out, more)))
-    at_their_ends = sum(-(-(there + to_come) // page_size) for there, to_come in texts)
+        out = r.num_out
+        more = min(r.max_tokens - out, half[r.service_class])
+        texts.append((r.num_tokens, max(state.lengths.expected_output(r) - out, more)))
+    if sum([-(-(there + to_come) // page_size) for there, to_come in texts]) <= num_pages:
+        return True  # all at their ends at once: mostly there is room for that
     most = tokens = count = 0
     for there, to_come in sorted(texts, key=lambda text: -text[1]):
         tokens, count = tokens + there, count + 1  # when this one ends, those before it are there still
         most = max(most, tokens + count * (to_come + page_size - 1))
-    return min(most // page_size, at_their_ends)
+    return most // page_size <= num_pages
 
 
 def forecast(

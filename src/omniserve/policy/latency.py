@@ -44,7 +44,10 @@ class WalkLoad:
         )
 
     def add_decode(self, context: int) -> None:
-        self.add_decodes(1, context)
+        self.num_tokens += 1
+        self.num_decodes += 1
+        self.decode_context += context
+        self.num_samples += 1
 
     def add_decodes(self, count: int, context: int) -> None:
         """So many of the same context."""
