@@ -53,11 +53,11 @@ class ScriptedRunner:
             self.num_now -= 1
 
 
-async def submit(service: BatchService, data: bytes, **changes: Any) -> BatchRecord:
-    upload = await service.begin_upload(OWNER)
+async def submit(service: BatchService, data: bytes, owner: str = OWNER, **changes: Any) -> BatchRecord:
+    upload = await service.begin_upload(owner)
     await upload.write(data)
     file = await upload.accept("in.jsonl")
-    return await service.create(OWNER, new_batch(file, **changes))
+    return await service.create(owner, new_batch(file, **changes))
 
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
@@ -71,7 +71,7 @@ async def ended(service: BatchService, batch: BatchRecord) -> BatchRecord:
 
     async def look() -> bool:
         nonlocal found
-        found = await service.batch(OWNER, batch.id)
+        found = await service.batch(batch.owner, batch.id)
         return found.has_ended
 
     await until(look)

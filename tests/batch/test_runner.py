@@ -143,8 +143,26 @@ def test_the_batch_with_the_earliest_deadline_goes_first(tmp_path: Path) -> None
     assert runner.seconds_left["question 1"] == DAY_S - 60
 
 
+def test_owners_take_turns_and_a_deadline_counts_among_the_batches_of_one(tmp_path: Path) -> None:
+    runner = ScriptedRunner()
+
+    async def promise(service: BatchService) -> None:
+        service.runner.pause()
+        many = await submit(service, jsonl(line(n) for n in range(1, 7)), window_s=HOUR_S)
+        few = await submit(service, jsonl(line(n) for n in (11, 12)), owner="ben", window_s=DAY_S)
+        urgent = await submit(service, jsonl(line(n) for n in (21,)), owner="ben", window_s=HOUR_S)
+        for batch in (many, few, urgent):
+            await until(lambda batch=batch: is_in(service, batch, "in_progress"))  # type: ignore[misc]
+        service.runner.resume()
+        for batch in (many, few, urgent):
+            await ended(service, batch)
+
+    run(promise, tmp_path, runner, settings=replace(SETTINGS, concurrency=1))
+    assert runner.order == [f"question {n}" for n in (1, 21, 2, 11, 3, 12, 4, 5, 6)]
+
+
 async def is_in(service: BatchService, batch: BatchRecord, status: str) -> bool:
-    return (await service.batch(OWNER, batch.id)).status == status
+    return (await service.batch(batch.owner, batch.id)).status == status
 
 
 def test_at_its_deadline_a_batch_keeps_what_is_done_and_names_what_is_not(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from omniserve.batch.records import BatchRecord, Line, LineResult
@@ -86,19 +86,33 @@ class Job:
 
 
 def urgency(job: Job) -> tuple[int, int]:
-    """Earliest deadline first; of two that are equal, the one that came first."""
+    """Of one owner's batches the earliest deadline goes first; of equal ones, the one that came first."""
     return job.batch.expires_at, job.batch.seq
 
 
-def outlook(jobs: Iterable[Job], now: float, lines_per_s: float | None) -> tuple[int, float | None]:
+def lines_until_through(jobs: Iterable[Job]) -> dict[int, int]:
+    """Lines of all owners that run until a batch is through, by its `seq`.
+
+    Its owner's batches before it run first; meanwhile each other owner runs as many, if there are any.
+    """
+    through: list[tuple[int, str, int]] = []
+    left: dict[str, int] = {}
+    for job in sorted(jobs, key=urgency):
+        owner = job.batch.owner
+        left[owner] = left.get(owner, 0) + job.batch.num_left
+        through.append((job.batch.seq, owner, left[owner]))
+    return {
+        seq: own + sum(min(own, theirs) for other, theirs in left.items() if other != owner)
+        for seq, owner, own in through
+    }
+
+
+def outlook(jobs: Collection[Job], now: float, lines_per_s: float | None) -> tuple[int, float | None]:
     """Batches that will not end in their window, and seconds until all lines there are have run.
 
-    The most urgent goes first, so that a batch waits for the lines of those before it. now: since the epoch.
-    lines_per_s: None: nobody knows, and only a batch past its window is surely late.
+    now: since the epoch. lines_per_s: None: nobody knows, and only a batch past its window is surely late.
     """
-    num_overdue = num_lines = 0
-    for job in sorted(jobs, key=urgency):
-        num_lines += job.batch.num_left
-        ends_in_s = num_lines / lines_per_s if lines_per_s else 0.0
-        num_overdue += now + ends_in_s > job.batch.expires_at
-    return num_overdue, num_lines / lines_per_s if lines_per_s else None
+    num_lines = lines_until_through(jobs)
+    ends_in_s = {seq: count / lines_per_s if lines_per_s else 0.0 for seq, count in num_lines.items()}
+    num_overdue = sum(now + ends_in_s[job.batch.seq] > job.batch.expires_at for job in jobs)
+    return num_overdue, max(ends_in_s.values(), default=0.0) if lines_per_s else None

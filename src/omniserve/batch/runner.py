@@ -1,4 +1,5 @@
-"""Runs the lines of all batches, the most urgent batch first, and takes each batch from state to state.
+"""Runs the lines of all batches, owners by turns and the most urgent batch of each first, and takes each
+batch from state to state.
 
 Everything here can be lost at any moment: what counts is in the store, and a new runner goes on from there.
 """
@@ -14,7 +15,8 @@ from typing import TypeVar
 
 from omniserve.batch.attempts import Attempts
 from omniserve.batch.errors import StorageError
-from omniserve.batch.jobs import Job, RunnerSettings, RunnerStatus, outlook, urgency
+from omniserve.batch.fair_share import FairShare, cost_of
+from omniserve.batch.jobs import Job, RunnerSettings, RunnerStatus, lines_until_through, outlook, urgency
 from omniserve.batch.limits import Quota
 from omniserve.batch.line_runner import EngineGone, LineResponse, LineRunner, decode_request
 from omniserve.batch.pace import Pace
@@ -56,7 +58,7 @@ class BatchRunner:
         self._settings, self._now = settings or RunnerSettings(), now
         self._is_known_model, self._quota_of = is_known_model, quota_of
         self._jobs: dict[int, Job] = {}
-        self._pace = Pace()
+        self._pace, self._share = Pace(), FairShare()
         self._is_paused, self._is_stale = False, True
         self._trouble: str | None = None
         self._pause_s, self._held_until_s = self._settings.first_pause_s, 0.0
@@ -121,13 +123,12 @@ class BatchRunner:
         )
 
     def eta_s(self, batch: BatchRecord) -> float | None:
-        """Seconds until a batch is through at the pace of late: its own lines and those that go before it."""
+        """Seconds until a batch is through at the pace of late, with what runs before and beside it."""
         pace = self._pace.lines_per_s(time.monotonic())
         job = self._jobs.get(batch.seq)
         if pace is None or job is None or self._is_paused or batch.status is Status.VALIDATING:
             return None
-        ahead = [other for other in self._jobs.values() if urgency(other) < urgency(job)]
-        return sum(other.batch.num_left for other in [*ahead, job]) / pace
+        return lines_until_through(self._jobs.values())[batch.seq] / pace
 
     async def _forever(self, turn: Callable[[], Awaitable[None]]) -> None:
         while True:
@@ -243,11 +244,13 @@ class BatchRunner:
         return sum(job.num_busy for job in self._jobs.values())
 
     async def _launch(self) -> None:
-        """Fill the lines in flight from the most urgent batches."""
+        """Fill the lines in flight."""
+        in_progress = (job.batch for job in self._jobs.values() if job.batch.status is Status.IN_PROGRESS)
+        self._share.set_waiting(batch.owner for batch in in_progress)
         while not self._is_paused and time.monotonic() >= self._held_until_s:
             if self._num_busy >= self._settings.concurrency or self._is_backed_up:
                 return
-            job = await self._most_urgent()
+            job = await self._next_job()
             if job is None:
                 return
             if not self._has_place(job.waiting[0]):
@@ -272,15 +275,16 @@ class BatchRunner:
             self._wake.set()
             self._note_idle()
 
-        task = asyncio.create_task(self._run(job, line), name=request_id_of(job.batch.id, line.number))
+        work = self._run(job, line, self._share.begin(job.batch.owner))
+        task = asyncio.create_task(work, name=request_id_of(job.batch.id, line.number))
         job.running[line.number] = task
         self._is_suspect_running = runs_alone(line)
         self._pace.began(time.monotonic())
         task.add_done_callback(ended)
 
-    async def _most_urgent(self) -> Job | None:
-        """The batch to take the next line from."""
-        for job in sorted(self._jobs.values(), key=urgency):
+    async def _next_job(self) -> Job | None:
+        """The batch to take the next line from: the most urgent of the owner who had least."""
+        for job in sorted(self._jobs.values(), key=lambda j: (self._share.had(j.batch.owner), urgency(j))):
             while job.may_start and not job.pending and not job.is_all_fetched:
                 await self._fetch(job)
             if job.may_start and job.waiting:
@@ -297,8 +301,13 @@ class BatchRunner:
         if not self._is_backed_up:
             self._trouble = None
 
-    async def _run(self, job: Job, line: Line) -> None:
-        line, result = await self._attempts.make(job.batch, line)
+    async def _run(self, job: Job, line: Line, expected_cost: float) -> None:
+        cost = None
+        try:
+            line, result = await self._attempts.make(job.batch, line)
+            cost = None if result is None else cost_of(result.usage)
+        finally:
+            self._share.end(job.batch.owner, expected_cost, cost)
         if result is None:
             job.put_back(line)
             self._hold()
