@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import tracemalloc
@@ -38,6 +39,19 @@ def test_a_good_file_says_where_its_lines_are() -> None:
     assert found.model == "m"
     parts = [data[begin : begin + size] for begin, size in zip(found.offsets, found.lengths, strict=True)]
     assert [decode_line(part).custom_id for part in parts] == ["line-1", "line-2", "line-3", "line-9"]
+
+
+@pytest.mark.parametrize("first", [b"", b"\n"], ids=["before_the_first_line", "on_a_blank_line"])
+def test_a_byte_order_mark_at_the_beginning_belongs_to_no_line(first: bytes) -> None:
+    data = codecs.BOM_UTF8 + first + lines(2)
+    found = validated(data)
+    assert not found.errors
+    parts = [data[begin : begin + size] for begin, size in zip(found.offsets, found.lengths, strict=True)]
+    assert [decode_line(part).custom_id for part in parts] == ["line-1", "line-2"]
+
+
+def test_a_byte_order_mark_elsewhere_is_no_json() -> None:
+    assert errors(lines(1) + codecs.BOM_UTF8 + jsonl([line(2)])) == [("invalid_json_line", 2, None)]
 
 
 def body(**changes: Any) -> dict[str, Any]:

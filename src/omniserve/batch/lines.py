@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from array import array
@@ -45,7 +46,8 @@ class Validation:
     """Reads an input and keeps of each line where it begins and how long it is, or what is wrong.
 
     Call `advance` until it returns True. Then `errors` is empty and `numbers`, `offsets`, `lengths` and
-    `model` say what there is to run, or the batch is to fail. Lines count from 1; blank ones are passed over.
+    `model` say what there is to run, or the batch is to fail. Lines count from 1. Blank ones are
+    passed over, and so is a byte order mark before the first.
     """
 
     def __init__(
@@ -85,6 +87,9 @@ class Validation:
 
     def _take(self, raw: bytes) -> None:
         self._number += 1
+        if self._number == 1 and raw.startswith(codecs.BOM_UTF8):
+            raw = raw.removeprefix(codecs.BOM_UTF8)
+            self._offset = len(codecs.BOM_UTF8)
         begin, self._offset = self._offset, self._offset + len(raw)
         if len(raw) > self._limits.max_line_bytes:
             self._skip_rest()
