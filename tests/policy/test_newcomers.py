@@ -50,11 +50,11 @@ def why(plan: Plan) -> Explanation:
 # ---------------------------------------------------------------- what is likely to come
 
 
-def test_what_comes_within_a_ttft_is_the_mean_and_two_deviations_of_a_poisson_stream() -> None:
+def test_what_comes_within_a_ttft_is_the_mean_and_a_deviation_of_a_poisson_stream() -> None:
     (group,) = seen(rate=4.0, num_prompt=100).newcomers(0.0)
-    assert DEVIATIONS == 2.0
-    assert group.num_tokens == pytest.approx(100 * (4 + 2 * math.sqrt(4)), rel=0.01)
-    assert group.count == 9, "the last of them a part"
+    assert DEVIATIONS == 1.0
+    assert group.num_tokens == pytest.approx(100 * (4 + math.sqrt(4)), rel=0.01)
+    assert group.count == 7, "the last of them a part"
     assert (group.slo.ttft_s, group.slo.tpot_s) == pytest.approx((1.0, 0.1))
 
 
@@ -87,7 +87,7 @@ def test_a_burst_as_large_as_foreseen_is_seldom_exceeded(rate: float) -> None:
         (group,) = arrivals.newcomers(begin_s)
         windows += 1
         exceeded += sum(n for t, n in came if begin_s < t <= begin_s + CHAT.ttft_s) > group.num_tokens
-    assert exceeded / windows < 0.1, "two deviations of a skewed sum"
+    assert exceeded / windows < 0.2, "one deviation of a skewed sum"
 
 
 def test_who_stays_away_is_no_longer_expected() -> None:
@@ -111,7 +111,7 @@ def test_a_refused_arrival_of_unknown_length_counts_as_a_usual_one() -> None:
         arrivals.note(chat(1, 0.0), 0.0, None)
     (after,) = arrivals.newcomers(0.0)
     assert after.num_tokens > before.num_tokens
-    assert after.num_tokens / after.count == pytest.approx(100, abs=10), "the last of them a part"
+    assert after.num_tokens <= 100 * after.count < after.num_tokens + 100, "the last of them a part"
 
 
 def test_where_little_comes_the_next_prompt_is_expected_whole() -> None:
@@ -160,7 +160,7 @@ def test_batch_work_stands_back_when_a_likely_burst_could_not_be_borne() -> None
 
 
 def test_batch_work_has_no_more_of_a_walk_than_newcomers_can_spare() -> None:
-    kept, free = scene_expecting(3.0), Scene()
+    kept, free = scene_expecting(3.5), Scene()
     for scene in (kept, free):
         for _ in range(25):
             scene.decoding(20)

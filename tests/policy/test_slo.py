@@ -156,6 +156,33 @@ def test_a_guaranteed_share_is_paid_though_chat_has_no_slack() -> None:
     assert 20 * 2 <= given <= 20 * 3
 
 
+def test_lanes_that_seldom_come_do_not_pay_off_what_is_owed() -> None:
+    """Caps take all of what is given, for whoever may come; then batch prompts would wait for ever."""
+    scene = Scene()
+    scene.decoding(20, last_token_s=0.0)
+    scene.lane(20, in_flight=True)
+    scene.waiting(500, best_effort=True)
+    policy = make_policy(best_effort_share=0.05)
+    state, given = scene.state, 0
+    state.lane_rows_per_walk = 0.2
+    for _ in range(40):
+        plan = schedule(state, 0.5, policy)
+        state.best_effort_debt_s = plan.best_effort_debt_s
+        given += sum(chunks(plan).values())
+    # A twentieth of 40 walks of 11 ms is 22 ms: a row takes 1 ms, and the lane is foreseen to bring one.
+    assert given > 0
+
+
+def test_where_rows_are_short_a_chat_prompt_leaves_some_for_what_is_owed() -> None:
+    scene = Scene()
+    chat = scene.waiting(1000, slo=SLO(100.0, 10.0))
+    batch = scene.waiting(500, best_effort=True)
+    policy = make_policy(best_effort_share=0.2)
+    assert chunks(schedule(scene.state, 0.0, policy))[chat.id] == 256
+    scene.state.best_effort_debt_s = 0.02
+    assert chunks(schedule(scene.state, 0.0, policy)) == {chat.id: 240, batch.id: 16}
+
+
 # ---------------------------------------------------------------- lanes
 
 

@@ -79,11 +79,12 @@ def admit(state: State, request: Request, now: float, model: Prediction, terms: 
     prompts = [prompt_of(state, r) for r in pending]
     most_rows = terms.max_num_batched_tokens
     stretch = 1.0 / (1.0 - terms.best_effort_share)
+    ttft_stretch = stretch * state.promises.ttft.factor(now)
     index = next(i for i, one in enumerate(pending) if one is request)
 
     def is_late(ahead: Forecast) -> tuple[bool, bool]:
         """Whether its own first token would be late, and one behind it, because of it."""
-        finish = [s * stretch for s in ahead.finish_s]
+        finish = [s * ttft_stretch for s in ahead.finish_s]
         ttft_s = now - request.arrival_s + finish[index]
         return ttft_s > slo.ttft_s, _breaks_others(pending, finish, index, now)
 
@@ -96,8 +97,9 @@ def admit(state: State, request: Request, now: float, model: Prediction, terms: 
         ahead = look(lent_s)
     own_is_late, others_are_late = is_late(ahead)
     tpot_s = min(prefill_tpot_s, tightest_tpot_s(pending[-1:]))
-    ttft = now - request.arrival_s + ahead.finish_s[index] * stretch
-    tpot = model.bound_s(everyone, 0.0) * stretch
+    ttft = now - request.arrival_s + ahead.finish_s[index] * ttft_stretch
+    # A TPOT is a mean, so no walk's margin is in it, but what was learned of those admitted before.
+    tpot = model.walk_s(everyone, 0.0) * stretch * state.promises.tpot.factor(now)
     if not ahead.is_possible:  # beside the decodes not even one token of a prompt fits
         tpot = max(tpot, ahead.bound_s)
     doubt = _doubt(state, now)
@@ -109,7 +111,7 @@ def admit(state: State, request: Request, now: float, model: Prediction, terms: 
         "others": others_are_late,
     }
     obstacle = next((name for name, is_there in obstacles.items() if is_there), None)
-    return Admission(obstacle, ttft, slo.ttft_s, tpot, tpot_s, ahead.bound_s * stretch)
+    return Admission(obstacle, ttft, slo.ttft_s, tpot, tpot_s, ahead.bound_s * ttft_stretch)
 
 
 def _doubt(state: State, now: float) -> float:

@@ -15,6 +15,7 @@ from omniserve.policy.lengths import Lengths
 from omniserve.policy.pages import PagePool
 from omniserve.policy.plan import PageCopy, Reserve
 from omniserve.policy.prefix import HitCount
+from omniserve.policy.promises import Promises
 from omniserve.policy.request import HostHold, Limits, Order, Phase, Request
 
 
@@ -43,6 +44,7 @@ class Ledger:
         self.last_walk_s: float | None = None  # its end, on the engine's clock
         self.lengths = Lengths()
         self.arrivals = Arrivals()
+        self.promises = Promises()
         self.num_dropped = 0
         self.num_displaced = 0
         self.num_swapped_in = 0

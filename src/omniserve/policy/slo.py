@@ -109,7 +109,8 @@ class SloBudget:
         return self.model.bound_s(load, self.busy) if load.num_tokens or load.lane_rows else 0.0
 
     def chunk_tokens(self, load: WalkLoad, start: int, remaining: int, best_effort: bool) -> int:
-        most = min(remaining, self.terms.max_num_batched_tokens - load.num_tokens)
+        rows_left = self.terms.max_num_batched_tokens - load.num_tokens
+        most = min(remaining, rows_left if best_effort else rows_left - self._owed_rows())
         if most <= 0:
             return 0
         if not best_effort:
@@ -124,6 +125,13 @@ class SloBudget:
             count = min(most, LEAST_CHUNK)
             self.forced_s = self.bound_s(load.with_chunk(start, count, count == remaining))
         return count
+
+    def _owed_rows(self) -> int:
+        """Rows that chunks of chat leave free where something is owed: time is of no use without them."""
+        return LEAST_CHUNK if self.state.best_effort_debt_s > 0.0 and self._has_best_effort() else 0
+
+    def _has_best_effort(self) -> bool:
+        return any(self.state.first_best_effort(phase) for phase in Phase)
 
     def _must_go_on(self, load: WalkLoad, best_effort: bool) -> bool:
         """An empty walk takes somebody; where decodes alone break their target, a chunk breaks no more."""
@@ -172,8 +180,7 @@ class SloBudget:
         self.latency_sensitive_s = self.bound_s(load)
         spare_s = self.latency_sensitive_s + max(0.0, self.spare_s)
         allowed_s = min(self.slack_s, self.terms.walk_bound_s, spare_s)
-        has_best_effort = any(self.state.first_best_effort(phase) for phase in Phase)
-        if has_best_effort and allowed_s > self.latency_sensitive_s:
+        if self._has_best_effort() and allowed_s > self.latency_sensitive_s:
             self.newcomers_spare_s = self._spare_of_newcomers()
             allowed_s = min(allowed_s, self.latency_sensitive_s + self.newcomers_spare_s)
         owed_s = self.state.best_effort_debt_s
@@ -298,16 +305,17 @@ class SloBudget:
             values=self.values.best_first() if self.values is not None else (),
             left_out=tuple(left_out),
         )
-        return explanation, self._debt_s(bound_s if lanes is not None else None)
+        if lanes is None:  # passes change nothing: nobody else had that time
+            return explanation, self.state.best_effort_debt_s if self._has_best_effort() else 0.0
+        # Caps are for all that could come. What is paid with is what does come, as far as one can foresee.
+        likely_rows = min(lane_rows, math.ceil(self.state.lane_rows_per_walk))
+        return explanation, self._debt_s(self.bound_s(load.with_lane_rows(likely_rows, self.num_layers)))
 
-    def _debt_s(self, bound_s: float | None) -> float:
-        """Owed after a walk: the guaranteed share of its time, less what best-effort work had of it. Passes
-        (None) change nothing, for nobody else had that time."""
+    def _debt_s(self, bound_s: float) -> float:
+        """Owed after a walk: the guaranteed share of its time, less what best-effort work had of it."""
         share = self.terms.best_effort_share
-        if not share or not any(self.state.first_best_effort(phase) for phase in Phase):
+        if not share or not self._has_best_effort():
             return 0.0
-        if bound_s is None:
-            return self.state.best_effort_debt_s
         had_s = bound_s - self.latency_sensitive_s
         owed_s = self.state.best_effort_debt_s + share * bound_s - had_s
         return min(max(0.0, owed_s), self.terms.walk_bound_s)

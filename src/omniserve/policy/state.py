@@ -197,12 +197,14 @@ class State(Ledger):
             request.last_token_s = now
             if request.first_token_s is None:
                 request.first_token_s = now
+                self.promises.note_first_token(request, now)
             if token.by_lane:
                 request.kv_tokens += 1
                 request.hold.in_flight = False
                 register_host_pages(self.host, request)
             if token.finish_reason is not None:
                 self.lengths.add(request)
+                self.promises.note_end(request, now)
                 self._finish(request)
                 finished.append(request)
         return finished
