@@ -14,8 +14,8 @@ from omniserve.types import SLO
 
 # What came so long ago counts 1/e.
 MEMORY_S = 60.0
-# Deviations above the mean of what comes within a TTFT: more comes in about one of six cases.
-DEVIATIONS = 1.0
+# Deviations above the mean of what comes within a TTFT: more comes in one of ten, or fewer.
+DEVIATIONS = 1.5
 # An arrival of less weight than this in all of a class's is no reason to keep anything free.
 LEAST_WEIGHT = 0.01
 
