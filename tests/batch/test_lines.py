@@ -121,6 +121,13 @@ def test_a_line_that_is_bad_after_all_still_has_its_name(raw: bytes, custom_id: 
     assert decode_request(Line(1, raw)) == Request(custom_id, None)
 
 
+@pytest.mark.parametrize("where", ["line", "body"])
+def test_a_line_nested_too_deeply_is_named(where: str) -> None:
+    deep = b'"deep": ' + b"[" * 100_000 + b"]" * 100_000 + b", "
+    at = b'"body": {' if where == "body" else b"{"
+    assert errors(lines(1).replace(at, at + deep, 1)) == [("invalid_json_line", 1, None)]
+
+
 def test_an_empty_file_and_one_of_blank_lines_are_refused() -> None:
     assert errors(b"") == errors(b"\n \n") == [("empty_file", None, None)]
 

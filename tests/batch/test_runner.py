@@ -405,6 +405,51 @@ def test_lines_that_were_spoilt_on_disk_end_by_their_names(tmp_path: Path, is_ca
     run(promise, tmp_path, ScriptedRunner())
 
 
+def test_an_input_that_can_never_be_read_fails_its_batch_and_no_other(tmp_path: Path) -> None:
+    def is_known(name: str) -> bool:
+        if name == "evil":
+            raise RuntimeError("a fault of ours")
+        return True
+
+    async def promise(service: BatchService) -> None:
+        bad = await submit(service, lines(2).replace(b'"m"', b'"evil"'))
+        good = await submit(service, lines(2))
+        bad, good = await ended(service, bad), await ended(service, good)
+        assert (bad.status, [error.code for error in bad.errors]) == ("failed", ["internal_error"])
+        assert "RuntimeError" in bad.errors[0].message
+        assert good.status == "completed"
+
+    run(promise, tmp_path, ScriptedRunner(), is_known_model=is_known)
+
+
+def test_a_batch_expires_also_before_its_input_was_read(tmp_path: Path) -> None:
+    clock = Clock()
+
+    def is_known(name: str) -> bool:
+        clock.now_s += DAY_S
+        raise StorageError("the disk is away", is_full=False)
+
+    async def promise(service: BatchService) -> None:
+        batch = await ended(service, await submit(service, lines(2)))
+        assert (batch.status, batch.total) == ("expired", 0)
+
+    run(promise, tmp_path, ScriptedRunner(), now=clock, is_known_model=is_known)
+
+
+def test_an_input_is_not_read_beyond_its_deadline(tmp_path: Path) -> None:
+    clock = Clock()
+
+    def is_known(name: str) -> bool:
+        clock.now_s += DAY_S
+        return True
+
+    async def promise(service: BatchService) -> None:
+        batch = await ended(service, await submit(service, lines(1000)))
+        assert (batch.status, batch.total) == ("expired", 0)
+
+    run(promise, tmp_path, ScriptedRunner(), now=clock, is_known_model=is_known)
+
+
 def test_the_time_left_is_never_negative(tmp_path: Path) -> None:
     clock, runner = Clock(), ScriptedRunner()
 

@@ -118,6 +118,9 @@ class Validation:
         try:
             line = _decode_line(text)
             model = _decode_body(line.body).model
+        except RecursionError:
+            self._wrong("invalid_json_line", "the line is nested too deeply", self._number)
+            return
         except (msgspec.DecodeError, UnicodeDecodeError):
             self.errors.append(_diagnose(text, self._number))
             return
