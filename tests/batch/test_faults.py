@@ -31,6 +31,7 @@ from omniserve.batch.schema import MIGRATIONS
 from omniserve.batch.states import Event, Status
 from omniserve.batch.store import Store
 
+MIB = 1024**2
 FULL, BROKEN = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EIO, "Input/output error")
 
 
@@ -202,6 +203,32 @@ def test_the_last_bytes_of_a_disk_are_kept_for_results(tmp_path: Path, disk: Fau
     with pytest.raises(StorageError):
         store.batches.pending(batch.seq, 0, 10)
     assert store.batches.record(batch.seq, [result(batch, 1)]).completed == 1
+    store.close()
+
+
+def test_an_upload_does_not_grow_into_what_is_kept_for_results(tmp_path: Path) -> None:
+    class Filling(FaultyDisk):
+        """Has less and less."""
+
+        num_looks = 0
+
+        def write(self, descriptor: int, data: bytes, offset: int) -> None:
+            super().write(descriptor, data, offset)
+            self.free -= len(data)
+
+        def free_bytes(self, folder: Path) -> int:
+            self.num_looks += 1
+            return super().free_bytes(folder)
+
+    disk = Filling()
+    store = Store(tmp_path, limits=Limits(reserve_bytes=10 * MIB), disk=disk)
+    disk.free = 14 * MIB
+    disk.num_looks = 0
+    with pytest.raises(StorageError, match="are kept for results"):
+        upload(store, b"x" * (8 * MIB))
+    assert disk.free >= 10 * MIB
+    assert disk.num_looks <= 1 + 5, "at the beginning, and once for each MiB"
+    assert blobs(tmp_path) == set()
     store.close()
 
 

@@ -53,13 +53,17 @@ class Incoming:
     disk: Disk
     num_bytes: int = 0
 
+    @property
+    def is_open(self) -> bool:
+        return self.descriptor >= 0
+
     def write(self, data: bytes) -> None:
         self.disk.write(self.descriptor, data, self.num_bytes)
         self.num_bytes += len(data)
 
     def close(self) -> None:
         """Also after a failure; the bytes that lie there are removed unless they were kept."""
-        if self.descriptor >= 0:
+        if self.is_open:
             os.close(self.descriptor)
             self.descriptor = -1
         self.path.unlink(missing_ok=True)
