@@ -104,6 +104,22 @@ def store(tmp_path: Path, disk: FaultyDisk, faults: Faults) -> Iterator[Store]:
     store.close()
 
 
+def test_the_name_of_a_new_state_directory_is_synced(tmp_path: Path) -> None:
+    synced = list[Path]()
+
+    class Noting(Disk):
+        def sync_folder(self, folder: Path) -> None:
+            synced.append(folder)
+            super().sync_folder(folder)
+
+    root = tmp_path / "new" / "state"
+    for _ in range(2):
+        Store(root, limits=LIMITS, disk=Noting()).close()
+    first = synced.index(root)
+    assert set(synced[:first]) == {tmp_path / "new", tmp_path}
+    assert tmp_path / "new" in synced[first:], "the first start may have been killed before it"
+
+
 @pytest.mark.parametrize("call", ["write", "sync", "sync_folder"])
 @pytest.mark.parametrize(("error", "is_full"), [(FULL, True), (BROKEN, False)])
 def test_an_upload_that_the_disk_does_not_take_is_refused(
