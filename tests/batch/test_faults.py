@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import resource
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +26,7 @@ from batch.stand import (
     upload,
     validate,
 )
-from omniserve.batch.errors import StateError, StorageError
+from omniserve.batch.errors import NoDescriptorError, StateError, StorageError
 from omniserve.batch.files import Disk
 from omniserve.batch.limits import Limits, Quota
 from omniserve.batch.schema import MIGRATIONS
@@ -102,6 +104,45 @@ def store(tmp_path: Path, disk: FaultyDisk, faults: Faults) -> Iterator[Store]:
     store = Store(tmp_path, limits=LIMITS, now=Clock(), disk=disk, at=faults)
     yield store
     store.close()
+
+
+@pytest.mark.parametrize("call", ["write", "sync", "sync_folder"])
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE])
+def test_too_many_open_files_are_not_taken_for_a_failing_disk(
+    store: Store, disk: FaultyDisk, tmp_path: Path, call: str, code: int
+) -> None:
+    kept = upload(store, lines(3))
+    batch = validate(store, store.batches.create(OWNER, new_batch(kept), Quota()))
+    connection = store._database.db
+    disk.fail(call, OSError(code, "Too many open files"))
+    for attempt in (
+        lambda: upload(store, lines(1)),
+        lambda: store.batches.record(batch.seq, [result(batch, 1)]),
+    ):
+        with pytest.raises(NoDescriptorError, match="ulimit -n"):
+            attempt()
+    assert store._database.db is connection, "nothing was opened anew"
+    disk.heal()
+    assert {path.name for path in (tmp_path / "incoming").iterdir()} == set()
+    assert blobs(tmp_path) <= {kept.id, batch.output_file_id}
+    finish(store, batch.seq)
+
+
+def test_what_cannot_be_opened_for_want_of_descriptors_is_told_so(store: Store) -> None:
+    file = upload(store, lines(1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    try:
+        with pytest.raises(NoDescriptorError):
+            store.files.open(OWNER, file.id)
+        store._database._break()
+        with pytest.raises(NoDescriptorError):
+            store.files.get(OWNER, file.id)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert store.files.get(OWNER, file.id) == file
 
 
 def test_the_name_of_a_new_state_directory_is_synced(tmp_path: Path) -> None:

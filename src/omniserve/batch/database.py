@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from omniserve.batch.errors import StateError, storage_error
+from omniserve.batch.errors import NoDescriptorError, StateError, storage_error
 from omniserve.batch.schema import connect
 
 DATABASE_NAME, LOCK_NAME = "batches.sqlite", "lock"
@@ -136,7 +136,9 @@ class Database:
             condition = storage_error(error)
             if condition is None:
                 raise
-            self._break()
+            # Without descriptors nothing could be opened anew; and what failed is an opening, not a write.
+            if not isinstance(condition, NoDescriptorError):
+                self._break()
             raise condition from error
 
     def _break(self) -> None:

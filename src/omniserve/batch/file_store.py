@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from omniserve.batch.database import Database
-from omniserve.batch.errors import ConflictError, NotFoundError, QuotaError, StorageError, TooLargeError
+from omniserve.batch.errors import (
+    ConflictError,
+    NoDescriptorError,
+    NotFoundError,
+    QuotaError,
+    StorageError,
+    TooLargeError,
+    storage_error,
+)
 from omniserve.batch.files import Blobs, Disk, Incoming
 from omniserve.batch.limits import MAX_FILENAME, Limits, Quota
 from omniserve.batch.records import FileRecord
@@ -155,7 +163,14 @@ class FileStore:
 
     def open(self, owner: str, file_id: str) -> tuple[FileRecord, BinaryIO]:
         """A file to read; it stays readable although it is deleted meanwhile. The caller closes it."""
-        return self.get(owner, file_id), self._blobs.open(file_id)
+        file = self.get(owner, file_id)
+        try:
+            return file, self._blobs.open(file_id)
+        except OSError as error:
+            condition = storage_error(error)
+            if isinstance(condition, NoDescriptorError):
+                raise condition from error
+            raise
 
     def delete(self, owner: str, file_id: str) -> None:
         """Gone once this returns. ConflictError while a batch that has not ended reads it."""

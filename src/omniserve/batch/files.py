@@ -92,8 +92,13 @@ class Blobs:
 
     def keep(self, incoming: Incoming) -> None:
         """Give a synced upload its place; lasting when this returns."""
-        os.rename(incoming.path, self.path(incoming.file_id))
-        self._disk.sync_folder(self.folder)
+        place = self.path(incoming.file_id)
+        os.rename(incoming.path, place)
+        try:
+            self._disk.sync_folder(self.folder)
+        except OSError:
+            os.rename(place, incoming.path)  # it is not accepted, and goes as others do
+            raise
 
     def append(self, file_id: str, length: int, data: bytes) -> int:
         """Write `data` behind the first `length` bytes, those that count; returns the new length.
