@@ -102,3 +102,36 @@ def test_a_state_in_use_and_no_state_at_all_are_refused(tmp_path: Path, batch: B
     store.close()
     with pytest.raises(StateError, match="holds no batches"):
         check_state(tmp_path / "elsewhere")
+
+
+def everything(root: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Mode, time of change and bytes of all that lies there but a log's index, and of the directory."""
+    return {
+        str(path): (
+            path.stat().st_mode,
+            path.stat().st_mtime_ns,
+            path.read_bytes() if path.is_file() else b"",
+        )
+        for path in (root, *sorted(root.rglob("*")))
+        if not path.name.endswith("-shm")
+    }
+
+
+def test_a_check_of_a_closed_state_and_of_a_copy_changes_nothing(tmp_path: Path, batch: BatchRecord) -> None:
+    (tmp_path / "lock").unlink()
+    tmp_path.chmod(0o755)
+    before = everything(tmp_path)
+    assert check_state(tmp_path).problems == []
+    assert everything(tmp_path) == before
+
+
+def test_a_check_reads_the_log_of_a_killed_server_and_leaves_it(tmp_path: Path) -> None:
+    source, copy = tmp_path / "state", tmp_path / "killed"
+    store = Store(source, limits=LIMITS)
+    upload(store, lines(1))
+    shutil.copytree(source, copy)  # as kill -9 leaves it: its log not written back
+    store.close()
+    before = everything(copy)
+    assert (copy / "batches.sqlite-wal").stat().st_size > 0
+    assert (check_state(copy).problems, check_state(copy).num_files) == ([], 1)
+    assert everything(copy) == before

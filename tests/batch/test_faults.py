@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import resource
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,13 +26,14 @@ from batch.stand import (
     upload,
     validate,
 )
-from omniserve.batch.errors import StateError, StorageError
+from omniserve.batch.errors import NoDescriptorError, StateError, StorageError
 from omniserve.batch.files import Disk
 from omniserve.batch.limits import Limits, Quota
 from omniserve.batch.schema import MIGRATIONS
 from omniserve.batch.states import Event, Status
 from omniserve.batch.store import Store
 
+MIB = 1024**2
 FULL, BROKEN = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EIO, "Input/output error")
 
 
@@ -101,6 +104,61 @@ def store(tmp_path: Path, disk: FaultyDisk, faults: Faults) -> Iterator[Store]:
     store = Store(tmp_path, limits=LIMITS, now=Clock(), disk=disk, at=faults)
     yield store
     store.close()
+
+
+@pytest.mark.parametrize("call", ["write", "sync", "sync_folder"])
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE])
+def test_too_many_open_files_are_not_taken_for_a_failing_disk(
+    store: Store, disk: FaultyDisk, tmp_path: Path, call: str, code: int
+) -> None:
+    kept = upload(store, lines(3))
+    batch = validate(store, store.batches.create(OWNER, new_batch(kept), Quota()))
+    connection = store._database.db
+    disk.fail(call, OSError(code, "Too many open files"))
+    for attempt in (
+        lambda: upload(store, lines(1)),
+        lambda: store.batches.record(batch.seq, [result(batch, 1)]),
+    ):
+        with pytest.raises(NoDescriptorError, match="ulimit -n"):
+            attempt()
+    assert store._database.db is connection, "nothing was opened anew"
+    disk.heal()
+    assert {path.name for path in (tmp_path / "incoming").iterdir()} == set()
+    assert blobs(tmp_path) <= {kept.id, batch.output_file_id}
+    finish(store, batch.seq)
+
+
+def test_what_cannot_be_opened_for_want_of_descriptors_is_told_so(store: Store) -> None:
+    file = upload(store, lines(1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    try:
+        with pytest.raises(NoDescriptorError):
+            store.files.open(OWNER, file.id)
+        store._database._break()
+        with pytest.raises(NoDescriptorError):
+            store.files.get(OWNER, file.id)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert store.files.get(OWNER, file.id) == file
+
+
+def test_the_name_of_a_new_state_directory_is_synced(tmp_path: Path) -> None:
+    synced = list[Path]()
+
+    class Noting(Disk):
+        def sync_folder(self, folder: Path) -> None:
+            synced.append(folder)
+            super().sync_folder(folder)
+
+    root = tmp_path / "new" / "state"
+    for _ in range(2):
+        Store(root, limits=LIMITS, disk=Noting()).close()
+    first = synced.index(root)
+    assert set(synced[:first]) == {tmp_path / "new", tmp_path}
+    assert tmp_path / "new" in synced[first:], "the first start may have been killed before it"
 
 
 @pytest.mark.parametrize("call", ["write", "sync", "sync_folder"])
@@ -202,6 +260,32 @@ def test_the_last_bytes_of_a_disk_are_kept_for_results(tmp_path: Path, disk: Fau
     with pytest.raises(StorageError):
         store.batches.pending(batch.seq, 0, 10)
     assert store.batches.record(batch.seq, [result(batch, 1)]).completed == 1
+    store.close()
+
+
+def test_an_upload_does_not_grow_into_what_is_kept_for_results(tmp_path: Path) -> None:
+    class Filling(FaultyDisk):
+        """Has less and less."""
+
+        num_looks = 0
+
+        def write(self, descriptor: int, data: bytes, offset: int) -> None:
+            super().write(descriptor, data, offset)
+            self.free -= len(data)
+
+        def free_bytes(self, folder: Path) -> int:
+            self.num_looks += 1
+            return super().free_bytes(folder)
+
+    disk = Filling()
+    store = Store(tmp_path, limits=Limits(reserve_bytes=10 * MIB), disk=disk)
+    disk.free = 14 * MIB
+    disk.num_looks = 0
+    with pytest.raises(StorageError, match="are kept for results"):
+        upload(store, b"x" * (8 * MIB))
+    assert disk.free >= 10 * MIB
+    assert disk.num_looks <= 1 + 5, "at the beginning, and once for each MiB"
+    assert blobs(tmp_path) == set()
     store.close()
 
 

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from batch.stand import ENDPOINT, LIMITS, jsonl, line, lines
 from omniserve.batch.limits import Limits
+from omniserve.batch.line_runner import Request, decode_request
 from omniserve.batch.lines import Validation, decode_line
+from omniserve.batch.records import Line
 
 
 def validated(data: bytes, limits: Limits = LIMITS, model: str | None = None) -> Validation:
@@ -85,6 +87,45 @@ def test_a_bad_line_is_named_with_its_number_and_field(second: object, expected:
 @pytest.mark.parametrize("bad", [b"{", b"nonsense", b'{"custom_id": "\xff"}', b"[" * 100_000, b"\x00"])
 def test_what_is_no_json_is_named(bad: bytes) -> None:
     assert errors(lines(1) + bad + b"\n") == [("invalid_json_line", 2, None)]
+
+
+@pytest.mark.parametrize("blank", [b"\x0b", b"\x0c", b"\x1c", b"\xc2\xa0"])
+def test_what_only_python_takes_for_a_blank_is_no_json(blank: bytes) -> None:
+    for bad in (blank + lines(1), lines(1)[:-1] + blank + b"\n", blank + b"\n"):
+        assert errors(bad) == [("invalid_json_line", 1, None)]
+
+
+@given(st.lists(st.sampled_from([bytes([n]) for n in range(33)]), max_size=4), st.booleans())
+def test_a_line_that_was_found_good_can_be_read(around: list[bytes], is_before: bool) -> None:
+    blanks = b"".join(around).replace(b"\n", b" ")
+    data = blanks + lines(1) if is_before else lines(1)[:-1] + blanks + b"\n"
+    found = validated(data)
+    if not found.errors:
+        request = decode_request(Line(1, data[found.offsets[0] :][: found.lengths[0]]))
+        assert request.custom_id == "line-1"
+        assert request.body is not None
+
+
+@pytest.mark.parametrize(
+    ("raw", "custom_id"),
+    [
+        (lines(1)[:-1] + b"\x0c", "line-1"),
+        (lines(1)[:-9], "line-1"),
+        (b'{"custom_id": "a\\"\\u0062\xff\\ud800", "body"', 'a"b\ufffd?'),
+        (b'{"custom_id" : "a\\x", "body"', "a\\x"),
+        (b"\x00" * 9, ""),
+        (b'{"custom_id":"a","body":' + b"[" * 100_000, "a"),
+    ],
+)
+def test_a_line_that_is_bad_after_all_still_has_its_name(raw: bytes, custom_id: str) -> None:
+    assert decode_request(Line(1, raw)) == Request(custom_id, None)
+
+
+@pytest.mark.parametrize("where", ["line", "body"])
+def test_a_line_nested_too_deeply_is_named(where: str) -> None:
+    deep = b'"deep": ' + b"[" * 100_000 + b"]" * 100_000 + b", "
+    at = b'"body": {' if where == "body" else b"{"
+    assert errors(lines(1).replace(at, at + deep, 1)) == [("invalid_json_line", 1, None)]
 
 
 def test_an_empty_file_and_one_of_blank_lines_are_refused() -> None:

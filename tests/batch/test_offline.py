@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -89,6 +90,31 @@ def test_an_output_that_is_there_is_only_replaced_when_told(tmp_path: Path) -> N
         run(tmp_path, ScriptedRunner(), lines(2))
     run(tmp_path, ScriptedRunner(), lines(2), overwrite=True)
     assert len(results(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("lost", ["batches.sqlite*", "files/*"])
+def test_a_run_killed_while_it_clears_up_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def half_removed(folder: Path) -> None:
+        if folder.exists():
+            for path in folder.glob(lost):
+                path.unlink()
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", half_removed)
+        with pytest.raises(Killed):
+            run(tmp_path, ScriptedRunner(), lines(3))
+    again = ScriptedRunner()
+    with pytest.raises(ConfigError, match="--overwrite"):
+        run(tmp_path, again, lines(3))
+    assert not again.runs
+    assert len(results(tmp_path)) == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl"}
 
 
 def test_a_bad_input_is_refused_with_its_lines_and_leaves_nothing(tmp_path: Path) -> None:

@@ -355,6 +355,101 @@ def test_a_body_that_cannot_be_read_is_an_error_line(tmp_path: Path) -> None:
     run(promise, tmp_path, ScriptedRunner())
 
 
+def test_an_answer_that_cannot_be_written_down_is_a_fault_and_its_line_ends(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def behave(text: str, run: int) -> LineResponse | None:
+        return LineResponse(200, {"echo": text, "rest": "\ud800"}) if text == "question 2" else None
+
+    async def promise(service: BatchService) -> None:
+        batch = await ended(service, await submit(service, lines(3)))
+        assert (batch.status, batch.completed, batch.failed) == ("completed", 2, 1)
+        (one,) = await content(service, batch.error_file_id)
+        assert (one["custom_id"], one["response"]["status_code"]) == ("line-2", 500)
+        assert one["id"] in caplog.text
+
+    run(promise, tmp_path, ScriptedRunner(behave))
+    assert "question" not in caplog.text
+
+
+def test_no_prompt_is_logged_when_a_line_fails_inside_the_server(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def behave(text: str, run: int) -> LineResponse | None:
+        raise KeyError(text)
+
+    async def promise(service: BatchService) -> None:
+        assert (await ended(service, await submit(service, lines(1)))).failed == 1
+
+    run(promise, tmp_path, ScriptedRunner(behave))
+    assert "KeyError" in caplog.text
+    assert "question 1" not in caplog.text
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_lines_that_were_spoilt_on_disk_end_by_their_names(tmp_path: Path, is_cancelled: bool) -> None:
+    async def promise(service: BatchService) -> None:
+        service.runner.pause()
+        batch = await submit(service, lines(2))
+        await until(lambda: is_in(service, batch, "in_progress"))
+        path = tmp_path / "files" / batch.input_file_id
+        path.write_bytes(path.read_bytes().replace(b"}\n", b"\x0c\n"))
+        if is_cancelled:
+            await service.cancel(OWNER, batch.id)
+        service.runner.resume()
+        batch = await ended(service, batch)
+        assert (batch.status, batch.failed) == ("cancelled" if is_cancelled else "completed", 2)
+        found = await content(service, batch.error_file_id)
+        assert {one["custom_id"] for one in found} == {"line-1", "line-2"}
+
+    run(promise, tmp_path, ScriptedRunner())
+
+
+def test_an_input_that_can_never_be_read_fails_its_batch_and_no_other(tmp_path: Path) -> None:
+    def is_known(name: str) -> bool:
+        if name == "evil":
+            raise RuntimeError("a fault of ours")
+        return True
+
+    async def promise(service: BatchService) -> None:
+        bad = await submit(service, lines(2).replace(b'"m"', b'"evil"'))
+        good = await submit(service, lines(2))
+        bad, good = await ended(service, bad), await ended(service, good)
+        assert (bad.status, [error.code for error in bad.errors]) == ("failed", ["internal_error"])
+        assert "RuntimeError" in bad.errors[0].message
+        assert good.status == "completed"
+
+    run(promise, tmp_path, ScriptedRunner(), is_known_model=is_known)
+
+
+def test_a_batch_expires_also_before_its_input_was_read(tmp_path: Path) -> None:
+    clock = Clock()
+
+    def is_known(name: str) -> bool:
+        clock.now_s += DAY_S
+        raise StorageError("the disk is away", is_full=False)
+
+    async def promise(service: BatchService) -> None:
+        batch = await ended(service, await submit(service, lines(2)))
+        assert (batch.status, batch.total) == ("expired", 0)
+
+    run(promise, tmp_path, ScriptedRunner(), now=clock, is_known_model=is_known)
+
+
+def test_an_input_is_not_read_beyond_its_deadline(tmp_path: Path) -> None:
+    clock = Clock()
+
+    def is_known(name: str) -> bool:
+        clock.now_s += DAY_S
+        return True
+
+    async def promise(service: BatchService) -> None:
+        batch = await ended(service, await submit(service, lines(1000)))
+        assert (batch.status, batch.total) == ("expired", 0)
+
+    run(promise, tmp_path, ScriptedRunner(), now=clock, is_known_model=is_known)
+
+
 def test_the_time_left_is_never_negative(tmp_path: Path) -> None:
     clock, runner = Clock(), ScriptedRunner()
 

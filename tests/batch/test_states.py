@@ -23,6 +23,7 @@ def test_a_batch_that_runs_through() -> None:
 
 def test_a_late_batch_is_finalized_too() -> None:
     assert walk(Event.ACCEPT, Event.EXPIRE, Event.SETTLE) == ["in_progress", "finalizing", "expired"]
+    assert walk(Event.EXPIRE, Event.SETTLE) == ["finalizing", "expired"]
 
 
 def test_a_batch_is_cancelled_before_or_while_it_runs() -> None:

@@ -35,6 +35,8 @@ from omniserve.batch.states import Event
 from omniserve.batch.store import Store
 from omniserve.errors import RequestError
 
+MIB = 1024**2
+
 
 @pytest.fixture
 def clock() -> Clock:
@@ -226,6 +228,28 @@ def test_an_owner_may_keep_so_much(store: Store) -> None:
     store.batches.create(OWNER, new_batch(file), quota)
     with pytest.raises(QuotaError, match="wait for one or cancel one"):
         store.batches.create(OWNER, new_batch(file), quota)
+
+
+def test_uploads_under_way_take_of_what_an_owner_may_keep(store: Store) -> None:
+    quota, mib = Quota(max_bytes=3 * MIB), b"x" * MIB
+    first, second = store.files.begin(OWNER, quota), store.files.begin(OWNER, quota)
+    other = store.files.begin("bert", quota)
+    store.files.write(first, mib)
+    store.files.write(second, mib)
+    store.files.write(other, mib * 3)
+    store.files.write(first, mib)
+    with pytest.raises(QuotaError, match="delete some first"):
+        store.files.write(second, mib)
+    with pytest.raises(QuotaError, match="delete some first"):
+        store.files.begin(OWNER, quota)
+    assert store.files.accept(first, OWNER, "in.jsonl", None, quota).bytes == 2 * MIB
+    first.close()
+    second.close()
+    third = store.files.begin(OWNER, quota)
+    store.files.write(third, mib)
+    store.files.accept(third, OWNER, "in.jsonl", None, quota)
+    third.close()
+    other.close()
 
 
 def test_an_owner_may_keep_so_many_files(store: Store) -> None:

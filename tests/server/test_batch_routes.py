@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -247,6 +248,20 @@ def test_a_full_disk_answers_507_and_keeps_what_was_there(tmp_path: Path) -> Non
             assert refusal.value.response.headers["x-should-retry"] == "false"
             disk.heal()
         assert blobs(tmp_path) == {file.id}
+
+    run(tmp_path, promise, disk=disk)
+
+
+def test_too_many_open_files_answer_503(tmp_path: Path) -> None:
+    disk = FaultyDisk()
+
+    async def promise(client: openai.AsyncOpenAI, place: Place) -> None:
+        disk.fail("write", OSError(errno.EMFILE, "Too many open files"))
+        with pytest.raises(openai.InternalServerError) as refusal:
+            await uploaded(client, lines(1))
+        assert (refusal.value.status_code, refusal.value.code) == (503, "too_many_open_files")
+        disk.heal()
+        await uploaded(client, lines(1))
 
     run(tmp_path, promise, disk=disk)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -34,8 +35,20 @@ class Attempts:
         self.num_given_up = 0
 
     async def make(self, batch: BatchRecord, line: Line) -> tuple[Line, LineResult | None]:
-        """The line, with what is known of it now, and its result; None: it is to be tried again later."""
+        """The line, with what is known of it now, and its result; None: it is to be tried again later.
+
+        A fault of ours is its result too, or nobody would ever hear of the line again.
+        """
         request = decode_request(line)
+        try:
+            return await self._made(batch, line, request)
+        except Exception as error:
+            response = _failed_inside(request_id_of(batch.id, line.number), error)
+            return line, answered(
+                batch.id, line.number, request.custom_id, response.status_code, response.body
+            )
+
+    async def _made(self, batch: BatchRecord, line: Line, request: Request) -> tuple[Line, LineResult | None]:
         response: LineResponse | None = None
         try:
             if not is_given_up(line):
@@ -63,7 +76,7 @@ class Attempts:
     async def _answer(self, batch: BatchRecord, line: Line, request: Request) -> LineResponse | None:
         """None: the line was not run and is to be tried again. EngineGone."""
         if request.body is None:
-            message = "the body is not valid JSON in UTF-8"
+            message = "the body is not valid JSON in UTF-8, or nested too deeply"
             return failure(400, message, "invalid_request_error", "invalid_json")
         seconds_left = max(0.0, batch.expires_at - self._now())
         request_id = request_id_of(batch.id, line.number)
@@ -73,8 +86,14 @@ class Attempts:
             )
         except EngineGone:
             raise
-        except Exception:
-            log.exception("line %d of %s failed inside the server", line.number, batch.id)
-            message = "the server failed while it ran this request"
-            response = failure(500, message, "server_error", "internal_error")
+        except Exception as error:
+            response = _failed_inside(request_id, error)
         return None if is_not_now(response) else response
+
+
+def _failed_inside(request_id: str, error: Exception) -> LineResponse:
+    """The log gets where it happened and not what the error says, which may quote the request."""
+    where = "".join(traceback.format_tb(error.__traceback__))
+    log.error("%s failed inside the server: %s\n%s", request_id, type(error).__name__, where)
+    message = "the server failed while it ran this request"
+    return failure(500, message, "server_error", "internal_error")

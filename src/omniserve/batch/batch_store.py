@@ -163,6 +163,17 @@ class BatchStore:
         self._database.at("validate.committed")
         return _by_seq(self._database.db, seq)
 
+    def reject(self, seq: int, problem: LineError) -> BatchRecord:
+        """Fail a batch whose input cannot be read. Not one that is cancelled."""
+        with self._database.writing() as db:
+            batch = _by_seq(db, seq)
+            if batch.status is Status.VALIDATING:
+                db.execute(
+                    "UPDATE batches SET errors = ? WHERE seq = ?", (json.dumps([asdict(problem)]), seq)
+                )
+                self._step(db, batch, Event.REJECT)
+        return _by_seq(self._database.db, seq)
+
     def pending(self, seq: int, after_number: int, limit: int) -> list[Line]:
         """The next unfinished lines behind a line; StorageError while there is no room for their results."""
         self._files.check_room()

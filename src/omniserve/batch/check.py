@@ -1,4 +1,4 @@
-"""`omniserve state check`: does a state directory hold what its database says? Changes nothing in it."""
+"""`omniserve state check`: does a state directory hold what its database says? Only reads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from omniserve.batch.database import DATABASE_NAME, locked
+from omniserve.batch.database import DATABASE_NAME, unused
 from omniserve.batch.errors import StateError
 from omniserve.batch.file_store import OPEN
 from omniserve.batch.schema import MIGRATIONS, refuse_newer, version_of
@@ -27,18 +27,36 @@ class Report:
 
 
 def check_state(root: Path) -> Report:
-    """StateError when there is no state, a server is using it, or it is of a newer version."""
+    """StateError when there is no state, it cannot be read, a server uses it, or it is of a newer version."""
     path = root / DATABASE_NAME
     if not path.is_file():
         raise StateError(f"{root} holds no {DATABASE_NAME}; name the --state-dir that the server was given")
-    with locked(root):
-        db = sqlite3.connect(path, isolation_level=None)
-        db.row_factory = sqlite3.Row
+    with unused(root):
         try:
-            refuse_newer(db, path)
-            return _check(db, root)
-        finally:
-            db.close()
+            db = _opened(path)
+            try:
+                refuse_newer(db, path)
+                return _check(db, root)
+            finally:
+                db.close()
+        except (PermissionError, sqlite3.OperationalError) as error:
+            raise StateError(
+                f"{root} cannot be read: {error}; be the user of the server, or restore a backup"
+            ) from error
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    """For reading, without the log being written back.
+
+    SQLite makes the index of a log (`-shm`) anew, as it must to read one. Where there is no log it is told
+    that nothing changes, or it would begin one.
+    """
+    log = path.with_name(path.name + "-wal")
+    has_log = log.exists() and log.stat().st_size > 0
+    how = "mode=ro" if has_log else "mode=ro&immutable=1"
+    db = sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True, isolation_level=None)
+    db.row_factory = sqlite3.Row
+    return db
 
 
 def _check(db: sqlite3.Connection, root: Path) -> Report:

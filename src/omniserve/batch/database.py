@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from omniserve.batch.errors import StateError, storage_error
+from omniserve.batch.errors import NoDescriptorError, StateError, storage_error
 from omniserve.batch.schema import connect
 
 DATABASE_NAME, LOCK_NAME = "batches.sqlite", "lock"
@@ -18,14 +18,14 @@ DATABASE_NAME, LOCK_NAME = "batches.sqlite", "lock"
 At = Callable[[str], None]
 
 
-def lock_folder(root: Path) -> int:
+def lock_folder(root: Path, sync_folder: Callable[[Path], None]) -> int:
     """Make the directory if need be (0700) and take its lock; returns the descriptor that holds it.
 
     The kernel gives the lock up when its process ends, however it ends. StateError: another process has it,
     or the directory cannot be used.
     """
     try:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_folder(root, sync_folder)
         if stat.S_IMODE(root.stat().st_mode) != 0o700:
             root.chmod(0o700)
         descriptor = os.open(root / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -34,24 +34,50 @@ def lock_folder(root: Path) -> int:
             f"--state-dir {root} cannot be used: {error}; name a directory that is this user's own, "
             "or one that can be made"
         ) from error
+    _take_lock(descriptor, fcntl.LOCK_EX, root)
+    return descriptor
+
+
+def _make_folder(root: Path, sync_folder: Callable[[Path], None]) -> None:
+    """Its name lasts when this returns, and so do those of its parents that were not there."""
+    holders = {path.parent for path in (root, *root.parents) if not path.exists()}
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # The last one also where it is there: whoever made it may have been killed before it was synced.
+    for holder in sorted(holders | {root.parent}, reverse=True):
+        with suppress(PermissionError):  # a folder that may be written and not read cannot be synced
+            sync_folder(holder)
+
+
+def _take_lock(descriptor: int, kind: int, root: Path) -> None:
+    """StateError, and the descriptor closed, when another process has it."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise StateError(
             f"{root} is in use by another process; stop it first, or use another --state-dir"
         ) from None
-    return descriptor
 
 
 @contextmanager
-def locked(root: Path) -> Iterator[None]:
-    """Alone in the directory meanwhile."""
-    descriptor = lock_folder(root)
+def unused(root: Path) -> Iterator[None]:
+    """No process writes in the directory meanwhile. Changes nothing; StateError as of `lock_folder`.
+
+    A directory without a lock, as a copy is, was never opened.
+    """
+    descriptor: int | None = None
+    try:
+        with suppress(FileNotFoundError):
+            descriptor = os.open(root / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise StateError(f"{root} cannot be read: {error}; be the user of the server") from error
+    if descriptor is not None:
+        _take_lock(descriptor, fcntl.LOCK_SH, root)
     try:
         yield
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 class Database:
@@ -61,10 +87,12 @@ class Database:
     recovers its log, and `on_open` brings the files in line with what the database says.
     """
 
-    def __init__(self, root: Path, at: At, on_open: Callable[[], None]) -> None:
+    def __init__(
+        self, root: Path, at: At, on_open: Callable[[], None], sync_folder: Callable[[Path], None]
+    ) -> None:
         self.root, self.at = root, at
         self._path, self._on_open = root / DATABASE_NAME, on_open
-        self._lock = lock_folder(root)
+        self._lock = lock_folder(root, sync_folder)
         self._db: sqlite3.Connection | None = None
 
     def open(self) -> None:
@@ -108,7 +136,9 @@ class Database:
             condition = storage_error(error)
             if condition is None:
                 raise
-            self._break()
+            # Without descriptors nothing could be opened anew; and what failed is an opening, not a write.
+            if not isinstance(condition, NoDescriptorError):
+                self._break()
             raise condition from error
 
     def _break(self) -> None:

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import BinaryIO
 
 from omniserve.batch.database import Database
-from omniserve.batch.errors import ConflictError, NotFoundError, QuotaError, StorageError, TooLargeError
+from omniserve.batch.errors import (
+    ConflictError,
+    NoDescriptorError,
+    NotFoundError,
+    QuotaError,
+    StorageError,
+    TooLargeError,
+    storage_error,
+)
 from omniserve.batch.files import Blobs, Disk, Incoming
 from omniserve.batch.limits import MAX_FILENAME, Limits, Quota
 from omniserve.batch.records import FileRecord
@@ -16,6 +25,15 @@ from omniserve.errors import RequestError
 _COLUMNS = "seq, id, owner, filename, purpose, bytes, created_at, expires_at"
 # Batches that still need their input and whose results are not files yet.
 OPEN = "ended_at IS NULL"
+# Room for an upload under way is looked for once in so many of its bytes.
+LOOK_BYTES = 1024**2
+
+
+@dataclass(frozen=True, slots=True)
+class _UnderWay:
+    incoming: Incoming
+    owner: str
+    quota: Quota
 
 
 class FileStore:
@@ -26,11 +44,13 @@ class FileStore:
     ) -> None:
         self._database, self._blobs, self._disk = database, blobs, disk
         self._limits, self._now = limits, now
+        self._under_way: list[_UnderWay] = []
 
-    def check_room(self) -> None:
-        """StorageError while so little of the disk is free that the rest is kept for results under way."""
+    def check_room(self, num_bytes: int = 0) -> None:
+        """StorageError where so little of the disk would be free that the rest is kept for results under
+        way."""
         free = self._disk.free_bytes(self._database.root)
-        if free < self._limits.reserve_bytes:
+        if free - num_bytes < self._limits.reserve_bytes:
             raise StorageError(
                 f"the disk of the state directory has {free} bytes left, {self._limits.reserve_bytes} are "
                 "kept for results; free space or delete files",
@@ -40,21 +60,40 @@ class FileStore:
     def begin(self, owner: str, quota: Quota) -> Incoming:
         """An upload that may grow with `write`; nothing is promised before `accept`."""
         self.check_room()
-        self._check_quota(owner, quota, 0)
+        self._check_quota(owner, quota, self._num_under_way(owner) + 1)
         with self._database.disk():
-            return self._blobs.begin()
+            incoming = self._blobs.begin()
+        self._under_way.append(_UnderWay(incoming, owner, quota))
+        return incoming
 
     def write(self, incoming: Incoming, data: bytes) -> None:
-        """StorageError or TooLargeError: give the upload up with `Incoming.close`."""
-        if incoming.num_bytes + len(data) > self._limits.max_file_bytes:
+        """StorageError, TooLargeError or QuotaError: give the upload up with `Incoming.close`."""
+        size = incoming.num_bytes + len(data)
+        if size > self._limits.max_file_bytes:
             raise TooLargeError("file", f"is larger than {self._limits.max_file_bytes} bytes; split it")
+        if incoming.num_bytes // LOOK_BYTES != size // LOOK_BYTES:
+            self._check_growth(incoming, len(data))
         with self._database.disk():
             incoming.write(data)
+
+    def _check_growth(self, incoming: Incoming, num_bytes: int) -> None:
+        self.check_room(num_bytes)
+        for one in self._under_way:
+            if one.incoming is incoming:
+                self._check_quota(one.owner, one.quota, self._num_under_way(one.owner) + num_bytes)
+
+    def _num_under_way(self, owner: str) -> int:
+        """Bytes of an owner's uploads that are not files yet."""
+        self._under_way = [one for one in self._under_way if one.incoming.is_open]
+        return sum(one.incoming.num_bytes for one in self._under_way if one.owner == owner)
 
     def accept(
         self, incoming: Incoming, owner: str, filename: str, life_s: int | None, quota: Quota
     ) -> FileRecord:
-        """Make an upload a file of `owner`. Once this returns it is on disk, whatever happens."""
+        """Make an upload a file of `owner`. Once this returns it is on disk, whatever happens.
+
+        Other uploads under way do not count against it: who is first has the place.
+        """
         at, now = self._database.at, int(self._now())
         self._check_quota(owner, quota, incoming.num_bytes)
         at("upload.written")
@@ -68,9 +107,11 @@ class FileStore:
         with self._database.writing() as db:
             seq = insert_file(db, row)
         at("upload.accepted")
+        self._under_way = [one for one in self._under_way if one.incoming is not incoming]
         return FileRecord(seq, *row)
 
     def _check_quota(self, owner: str, quota: Quota, num_bytes: int) -> None:
+        """QuotaError where so many bytes beside the owner's files would be too many."""
         db = self._database.db
         query = "SELECT coalesce(sum(bytes), 0), count(*) FROM files WHERE owner = ?"
         used, count = db.execute(query, (owner,)).fetchone()
@@ -82,9 +123,11 @@ class FileStore:
             f"SELECT coalesce(sum(output_bytes + error_bytes), 0) FROM batches WHERE owner = ? AND {OPEN}",
             (owner,),
         ).fetchone()[0]
-        if used + num_bytes > quota.max_bytes or used == quota.max_bytes:
+        if used + num_bytes > quota.max_bytes:
             raise QuotaError(
-                "file", f"files of this key hold {used} bytes of at most {quota.max_bytes}; delete some first"
+                "file",
+                f"files of this key hold {used} bytes of at most {quota.max_bytes}, and {num_bytes} more "
+                "would come; delete some first",
             )
 
     def get(self, owner: str, file_id: str) -> FileRecord:
@@ -120,7 +163,14 @@ class FileStore:
 
     def open(self, owner: str, file_id: str) -> tuple[FileRecord, BinaryIO]:
         """A file to read; it stays readable although it is deleted meanwhile. The caller closes it."""
-        return self.get(owner, file_id), self._blobs.open(file_id)
+        file = self.get(owner, file_id)
+        try:
+            return file, self._blobs.open(file_id)
+        except OSError as error:
+            condition = storage_error(error)
+            if isinstance(condition, NoDescriptorError):
+                raise condition from error
+            raise
 
     def delete(self, owner: str, file_id: str) -> None:
         """Gone once this returns. ConflictError while a batch that has not ended reads it."""

@@ -53,13 +53,17 @@ class Incoming:
     disk: Disk
     num_bytes: int = 0
 
+    @property
+    def is_open(self) -> bool:
+        return self.descriptor >= 0
+
     def write(self, data: bytes) -> None:
         self.disk.write(self.descriptor, data, self.num_bytes)
         self.num_bytes += len(data)
 
     def close(self) -> None:
         """Also after a failure; the bytes that lie there are removed unless they were kept."""
-        if self.descriptor >= 0:
+        if self.is_open:
             os.close(self.descriptor)
             self.descriptor = -1
         self.path.unlink(missing_ok=True)
@@ -88,8 +92,13 @@ class Blobs:
 
     def keep(self, incoming: Incoming) -> None:
         """Give a synced upload its place; lasting when this returns."""
-        os.rename(incoming.path, self.path(incoming.file_id))
-        self._disk.sync_folder(self.folder)
+        place = self.path(incoming.file_id)
+        os.rename(incoming.path, place)
+        try:
+            self._disk.sync_folder(self.folder)
+        except OSError:
+            os.rename(place, incoming.path)  # it is not accepted, and goes as others do
+            raise
 
     def append(self, file_id: str, length: int, data: bytes) -> int:
         """Write `data` behind the first `length` bytes, those that count; returns the new length.

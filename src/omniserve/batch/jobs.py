@@ -48,7 +48,7 @@ class RunnerStatus:
 class Job:
     """A batch that has not ended. `last`: the line up to which the store was asked for more.
 
-    `suspects`: lines that run alone, after all others.
+    `suspects`: lines that run alone, after all others. `num_faults`: of ours, while its input was read.
     """
 
     batch: BatchRecord
@@ -61,6 +61,7 @@ class Job:
     num_flushing: int = 0
     flushing: asyncio.Lock = field(default_factory=asyncio.Lock)
     task: asyncio.Task[None] | None = None
+    num_faults: int = 0
 
     @property
     def num_busy(self) -> int:

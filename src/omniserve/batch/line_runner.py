@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -51,7 +54,10 @@ def is_not_now(response: LineResponse) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A line of an input, decoded. `body` is None where its JSON cannot be."""
+    """A line of an input, decoded. `body` is None where its JSON cannot be.
+
+    custom_id: empty where it cannot be told.
+    """
 
     custom_id: str
     body: dict[str, Any] | None
@@ -62,14 +68,36 @@ class _Line(msgspec.Struct):
     body: msgspec.Raw
 
 
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_CUSTOM_ID = re.compile(rb'"custom_id"\s*:\s*"((?:[^"\\]|\\.)*)"', re.DOTALL)
+
+
 def decode_request(line: Line) -> Request:
-    """Of a line that passed validation, which reads a body only as far as it must."""
-    found = msgspec.json.decode(line.raw, type=_Line)
+    """Of a line that passed validation, which reads a body only as far as it must. Never raises.
+
+    A line can be bad here all the same: how deep JSON may be nested depends on who calls, and its file may
+    have been changed from outside.
+    """
+    try:
+        found = msgspec.json.decode(line.raw, type=_Line)
+    except _UNREADABLE:
+        return Request(_likely_custom_id(line.raw), None)
     try:
         body = msgspec.json.decode(found.body, type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except _UNREADABLE:
         return Request(found.custom_id, None)
     return Request(found.custom_id, body)
+
+
+def _likely_custom_id(raw: bytes) -> str:
+    """The first text of that name in a line that is no JSON."""
+    found = _CUSTOM_ID.search(raw)
+    if found is None:
+        return ""
+    text = found[1].decode("utf-8", "replace")
+    with suppress(ValueError):  # an escape that is none: as it stands
+        text = json.loads(f'"{text}"', strict=False)
+    return text.encode("utf-8", "replace").decode()
 
 
 def failure(status_code: int, message: str, kind: str, code: str) -> LineResponse:

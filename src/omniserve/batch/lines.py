@@ -16,6 +16,8 @@ from omniserve.batch.records import LineError
 
 # A piece is what one call reads at most, unless a single line is longer.
 PIECE_LINES, PIECE_BYTES = 256, 1024**2
+# What JSON allows around a value; Python's own idea of a blank is wider, and a decoder's is not.
+JSON_BLANKS = b" \t\r\n"
 # Enough that two custom_ids of a file never share it.
 DIGEST_BYTES = 16
 
@@ -96,7 +98,7 @@ class Validation:
             self._wrong(
                 "line_too_long", f"the line is longer than {self._limits.max_line_bytes} bytes", self._number
             )
-        elif text := raw.strip():
+        elif text := raw.strip(JSON_BLANKS):
             self._check(text)
             self.numbers.append(self._number)
             self.offsets.append(begin)
@@ -116,6 +118,9 @@ class Validation:
         try:
             line = _decode_line(text)
             model = _decode_body(line.body).model
+        except RecursionError:
+            self._wrong("invalid_json_line", "the line is nested too deeply", self._number)
+            return
         except (msgspec.DecodeError, UnicodeDecodeError):
             self.errors.append(_diagnose(text, self._number))
             return

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from omniserve.batch.files import Disk
@@ -36,6 +37,12 @@ def work_folder(output: Path) -> Path:
     return output.with_name(f".{output.name}.state")
 
 
+def _done_folder(folder: Path) -> Path:
+    """What a work folder is called once nothing in it is needed: half removed, it is no longer mistaken for
+    work to go on with."""
+    return folder.with_name(folder.name + ".done")
+
+
 async def run_file(
     source: Path,
     output: Path,
@@ -51,6 +58,7 @@ async def run_file(
     the input is bad. Cancelled, or interrupted in whatever way, it goes on when it is called again.
     """
     folder = work_folder(output)
+    await asyncio.to_thread(_remove_done, folder)
     if output.exists() and not folder.exists() and not overwrite:
         raise ConfigError(f"{output} exists; name another output, or say --overwrite")
     service = BatchService(
@@ -73,11 +81,23 @@ async def run_file(
             await _write_output(service, batch, output)
     finally:
         await service.stop()
-    await asyncio.to_thread(shutil.rmtree, folder)
+    await asyncio.to_thread(_set_aside, folder)
+    await asyncio.to_thread(_remove_done, folder)
     if batch.status is not Status.COMPLETED:
         told = "; ".join(f"line {error.line}: {error.message}" for error in batch.errors[:5])
         raise RequestError("input", f"{source} cannot be run: {told}")
     return batch
+
+
+def _set_aside(folder: Path) -> None:
+    os.replace(folder, _done_folder(folder))
+    Disk().sync_folder(folder.parent)
+
+
+def _remove_done(folder: Path) -> None:
+    """Also what a run that was killed here has left."""
+    with suppress(FileNotFoundError):
+        shutil.rmtree(_done_folder(folder))
 
 
 async def _found_or_created(service: BatchService, source: Path, folder: Path) -> BatchRecord:

@@ -20,7 +20,7 @@ from omniserve.batch.jobs import Job, RunnerSettings, RunnerStatus, lines_until_
 from omniserve.batch.limits import Quota
 from omniserve.batch.line_runner import EngineGone, LineResponse, LineRunner, decode_request
 from omniserve.batch.pace import Pace
-from omniserve.batch.records import BatchRecord, Line
+from omniserve.batch.records import BatchRecord, Line, LineError
 from omniserve.batch.results import never_run, request_id_of
 from omniserve.batch.states import NEVER_RUN_CODE, Event, Status
 from omniserve.batch.store import Store
@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 FILL_LINES = 1000
 # A main loop that slept through a change of the wall clock still looks at deadlines so often.
 LONGEST_SLEEP_S = 60.0
+# A fault of ours while an input is read may pass; one that comes so often will not.
+MAX_FAULTS = 3
 # What results still in memory may take to reach the disk when the runner stops.
 STOP_TIMEOUT_S = 10.0
 
@@ -190,10 +192,10 @@ class BatchRunner:
         if job.task is not None:
             return
         match job.batch.status:
+            case Status.VALIDATING | Status.IN_PROGRESS if self._now() >= job.batch.expires_at:
+                self._set_task(job, lambda: self._close(job, Event.EXPIRE))
             case Status.VALIDATING:
                 self._set_task(job, lambda: self._validate(job))
-            case Status.IN_PROGRESS if self._now() >= job.batch.expires_at:
-                self._set_task(job, lambda: self._close(job, Event.EXPIRE))
             case Status.IN_PROGRESS if job.batch.num_left == 0:
                 self._set_task(job, lambda: self._close(job, Event.FINISH))
             case Status.FINALIZING | Status.CANCELLING:
@@ -208,17 +210,35 @@ class BatchRunner:
         job.task.add_done_callback(ended)
 
     async def _validate(self, job: Job) -> None:
+        try:
+            await self._read_input(job)
+        except StorageError:
+            raise
+        except Exception as error:
+            job.num_faults += 1
+            if job.num_faults < MAX_FAULTS:
+                raise
+            log.exception("the input of %s cannot be read; the batch fails", job.batch.id)
+            message = (
+                f"the server failed while it read the input ({type(error).__name__}); its log says where"
+            )
+            problem = LineError("internal_error", message)
+            job.batch = await self._do(self._store.batches.reject, job.batch.seq, problem)
+        if job.batch.has_ended:
+            self._jobs.pop(job.batch.seq, None)
+
+    async def _read_input(self, job: Job) -> None:
+        """Until its deadline, when it is left as it is."""
         batches = self._store.batches
         found = await self._do(batches.validation, job.batch, self._is_known_model)
         try:
             while not await self._do(found.advance):
-                pass
+                if self._now() >= job.batch.expires_at:
+                    return
             quota = self._quota_of(job.batch.owner)
             job.batch = await self._do(batches.validated, job.batch.seq, found, quota)
         finally:
             found.close()
-        if job.batch.has_ended:
-            self._jobs.pop(job.batch.seq, None)
 
     async def _close(self, job: Job, event: Event | None) -> None:
         """Give every line without a result the one that says why, and end the batch."""

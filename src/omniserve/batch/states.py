@@ -3,11 +3,13 @@
     validating -> in_progress -> finalizing -> completed
         |              |              +------> expired
         +-> failed     |
+        +--------------+-> finalizing
         +--------------+-> cancelling -------> cancelled
 
-`failed` means that the input was bad, or files of ours were damaged from outside, from any state that has not
-ended; lines that fail do not fail their batch. A batch past its deadline goes
-through `finalizing` too: lines that never ran get their result lines there.
+`failed` means that the input was bad or could not be read for a fault of ours, or that files of ours were
+damaged from outside, this from any state that has not ended; lines that fail do not fail their batch. A batch
+past its deadline goes through `finalizing` too, from either state before it: lines that never ran get their
+result lines there.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ class Status(StrEnum):
 
 class Event(StrEnum):
     ACCEPT = "accept"  # the input is good
-    REJECT = "reject"  # the input is bad
+    REJECT = "reject"  # the input is bad, or cannot be read
     FINISH = "finish"  # every line has its result
     EXPIRE = "expire"  # the deadline passed
     CANCEL = "cancel"  # its owner said so
@@ -43,6 +45,7 @@ NEVER_RUN_CODE = {Status.EXPIRED: "batch_expired", Status.CANCELLED: "batch_canc
 _NEXT: dict[tuple[Status, Event], Status] = {
     (Status.VALIDATING, Event.ACCEPT): Status.IN_PROGRESS,
     (Status.VALIDATING, Event.REJECT): Status.FAILED,
+    (Status.VALIDATING, Event.EXPIRE): Status.FINALIZING,
     (Status.VALIDATING, Event.CANCEL): Status.CANCELLING,
     (Status.IN_PROGRESS, Event.FINISH): Status.FINALIZING,
     (Status.IN_PROGRESS, Event.EXPIRE): Status.FINALIZING,

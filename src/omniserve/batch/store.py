@@ -60,7 +60,7 @@ class Store:
         self.limits = limits or Limits()
         self._root, self._disk = root, disk or Disk()
         disk = self._disk
-        self._database = Database(root, at, self._recover)
+        self._database = Database(root, at, self._recover, disk.sync_folder)
         try:
             self._blobs = Blobs(root, disk)
             self._blobs.clear_incoming()

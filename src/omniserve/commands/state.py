@@ -13,7 +13,7 @@ EXIT_PROBLEMS = 1
 def add_parser(commands: Any) -> None:
     state = commands.add_parser("state", help="the directory that keeps files and batches")
     actions = state.add_subparsers(required=True, metavar="ACTION")
-    check = actions.add_parser("check", help="is everything there that was accepted? changes nothing")
+    check = actions.add_parser("check", help="is everything there that was accepted? only reads")
     check.add_argument("--state-dir", type=Path, required=True, metavar="DIR")
     check.set_defaults(run=_check)
 

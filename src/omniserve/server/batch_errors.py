@@ -7,7 +7,14 @@ from collections.abc import Awaitable, Callable
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from omniserve.batch.errors import ConflictError, NotFoundError, QuotaError, StorageError, TooLargeError
+from omniserve.batch.errors import (
+    ConflictError,
+    NoDescriptorError,
+    NotFoundError,
+    QuotaError,
+    StorageError,
+    TooLargeError,
+)
 from omniserve.errors import OmniServeError, RequestError
 
 # Error, HTTP status, OpenAI's error type, code. The SDK retries 409, 429 and 5xx by itself, and none of these
@@ -17,6 +24,7 @@ _ANSWERS: tuple[tuple[type[OmniServeError], int, str, str | None], ...] = (
     (ConflictError, 409, "invalid_request_error", None),
     (TooLargeError, 413, "invalid_request_error", "file_too_large"),
     (QuotaError, 429, "insufficient_quota", "insufficient_quota"),
+    (NoDescriptorError, 503, "server_error", "too_many_open_files"),
     (StorageError, 507, "server_error", "insufficient_storage"),
 )
 
