@@ -151,6 +151,13 @@ def test_a_line_may_be_so_long_and_no_longer() -> None:
     ]
 
 
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8], ids=["plain", "after_a_mark"])
+def test_the_first_line_may_be_as_long_as_any(mark: bytes) -> None:
+    first = lines(1)
+    for num_bytes, found in ((len(first), []), (len(first) - 1, [("line_too_long", 1, None)])):
+        assert errors(mark + first, replace(LIMITS, max_line_bytes=num_bytes)) == found
+
+
 def test_no_more_errors_are_told_than_help() -> None:
     assert len(errors(jsonl([1] * 50), replace(LIMITS, max_errors=10))) == 10
 

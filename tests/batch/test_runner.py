@@ -269,6 +269,10 @@ def test_pausing_starts_no_line_and_draining_waits_for_those_in_flight(tmp_path:
     run(promise, tmp_path, runner)
 
 
+async def are_begun(runner: ScriptedRunner, count: int) -> bool:
+    return len(runner.order) == count
+
+
 async def is_at(runner: ScriptedRunner, count: int) -> bool:
     return runner.num_now == count
 
@@ -448,6 +452,39 @@ def test_an_input_is_not_read_beyond_its_deadline(tmp_path: Path) -> None:
         assert (batch.status, batch.total) == ("expired", 0)
 
     run(promise, tmp_path, ScriptedRunner(), now=clock, is_known_model=is_known)
+
+
+def test_who_has_lines_in_flight_only_sets_no_level_for_who_comes(tmp_path: Path) -> None:
+    """The one line of ben runs long and counts little; cora comes late and is owed nothing for it."""
+    gate, release = asyncio.Event(), asyncio.Event()
+
+    async def behave(text: str, run: int) -> LineResponse | None:
+        number = int(text.split()[1])
+        if number >= 20:
+            await (release if number == 50 else gate).wait()
+        return None
+
+    runner = ScriptedRunner(behave)
+
+    async def promise(service: BatchService) -> None:
+        service.runner.pause()
+        many = await submit(service, lines(30))
+        long = await submit(service, jsonl([line(50)]), owner="ben")
+        for batch in (many, long):
+            await until(lambda batch=batch: is_in(service, batch, "in_progress"))  # type: ignore[misc]
+        service.runner.resume()
+        await until(lambda: are_begun(runner, 21))
+        late = await submit(service, jsonl(line(n) for n in range(60, 70)), owner="cora")
+        await until(lambda: is_in(service, late, "in_progress"))
+        gate.set()
+        await ended(service, late)
+        ahead = [int(text.split()[1]) for text in runner.order[21:31]]
+        assert 4 <= sum(number >= 60 for number in ahead) <= 6, ahead
+        release.set()
+        for batch in (many, long):
+            await ended(service, batch)
+
+    run(promise, tmp_path, runner, settings=replace(SETTINGS, concurrency=2))
 
 
 def test_the_time_left_is_never_negative(tmp_path: Path) -> None:

@@ -85,6 +85,11 @@ class Job:
     def may_start(self) -> bool:
         return self.task is None and self.batch.status is Status.IN_PROGRESS
 
+    @property
+    def has_more(self) -> bool:
+        """Whether lines of it wait for a place, in flight ones not counted."""
+        return self.may_start and (bool(self.waiting) or not self.is_all_fetched)
+
 
 def urgency(job: Job) -> tuple[int, int]:
     """Of one owner's batches the earliest deadline goes first; of equal ones, the one that came first."""

@@ -71,7 +71,8 @@ class Validation:
         """Read the next piece; True when the end, or as many errors as are told, is reached."""
         num_bytes = 0
         for _ in range(PIECE_LINES):
-            raw = self._source.readline(self._limits.max_line_bytes + 1)
+            mark = len(codecs.BOM_UTF8) if self._number == 0 else 0  # it may stand before the first line
+            raw = self._source.readline(self._limits.max_line_bytes + 1 + mark)
             if not raw:
                 if not self.numbers and not self.errors:
                     self._wrong("empty_file", "the input file holds no request")

@@ -265,8 +265,8 @@ class BatchRunner:
 
     async def _launch(self) -> None:
         """Fill the lines in flight."""
-        in_progress = (job.batch for job in self._jobs.values() if job.batch.status is Status.IN_PROGRESS)
-        self._share.set_waiting(batch.owner for batch in in_progress)
+        waiting = (job for job in self._jobs.values() if job.has_more)
+        self._share.set_waiting(job.batch.owner for job in waiting)
         while not self._is_paused and time.monotonic() >= self._held_until_s:
             if self._num_busy >= self._settings.concurrency or self._is_backed_up:
                 return
