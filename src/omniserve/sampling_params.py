@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 from numbers import Real
-from typing import NoReturn
+from typing import NoReturn, TypeGuard
 
 from omniserve.errors import RequestError
 
@@ -18,6 +18,10 @@ MIN_TEMPERATURE = 0.01
 MAX_TEMPERATURE = 100.0
 MAX_BIAS = 100.0
 MAX_N = 16384
+# Of counts that the engine gets; no context and no vocabulary is as large.
+MAX_COUNT = 2**31 - 1
+# Of a token id that is a key of JSON; one that is longer is in no vocabulary.
+MAX_DIGITS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,33 +72,34 @@ class SamplingParams:
         self._check_bias()
 
     def _refuse(self, name: str, must: str) -> NoReturn:
-        raise RequestError(name, f"must {must}, got {getattr(self, name)!r}")
+        raise RequestError(name, f"must {must}, got {getattr(self, name)!r:.200}")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
     def _number(self, name: str, must: str, low: float, high: float) -> float:
         value: object = getattr(self, name)
-        if type(value) is bool or not isinstance(value, Real) or not low <= float(value) <= high:
+        if type(value) is bool or not isinstance(value, Real) or not low <= _as_float(value) <= high:
             self._refuse(name, must)
-        self._set(name, float(value))
-        return float(value)
+        self._set(name, _as_float(value))
+        return _as_float(value)
 
     def _check_counts(self) -> None:
-        if not _is_int(self.n) or not 1 <= self.n <= MAX_N:
+        if not _is_int(self.n, 1, MAX_N):
             self._refuse("n", f"be an integer in [1, {MAX_N}]")
-        if self.max_tokens is not None and (not _is_int(self.max_tokens) or self.max_tokens < 1):
-            self._refuse("max_tokens", "be an integer of at least 1, or None")
-        if not _is_int(self.min_tokens) or self.min_tokens < 0:
-            self._refuse("min_tokens", "be an integer of at least 0")
+        if self.max_tokens is not None and not _is_int(self.max_tokens, 1, MAX_COUNT):
+            self._refuse("max_tokens", f"be an integer in [1, {MAX_COUNT}], or None")
+        if not _is_int(self.min_tokens, 0, MAX_COUNT):
+            self._refuse("min_tokens", f"be an integer in [0, {MAX_COUNT}]")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             self._refuse("min_tokens", f"be at most max_tokens {self.max_tokens}; raise that or lower this")
         for name in ("logprobs", "prompt_logprobs"):
             value: object = getattr(self, name)
             if value is True:  # OpenAI chat requests say so
                 self._set(name, 1)
-            elif value is not None and (type(value) is not int or value < -1):
-                self._refuse(name, "be an integer of at least 0, -1 for the whole vocabulary, or None")
+            elif value is not None and not _is_int(value, -1, MAX_COUNT):
+                must = f"be an integer in [0, {MAX_COUNT}], -1 for the whole vocabulary, or None"
+                self._refuse(name, must)
 
     def _check_penalties(self) -> None:
         for name in ("presence_penalty", "frequency_penalty"):
@@ -112,8 +117,8 @@ class SamplingParams:
             self._set("temperature", MIN_TEMPERATURE)
         if self._number("top_p", "be a number in (0, 1] (1 is off)", 0.0, 1.0) == 0:
             self._refuse("top_p", "be a number in (0, 1] (1 is off)")
-        if not _is_int(self.top_k) or self.top_k < -1:
-            self._refuse("top_k", "be an integer of at least 1, or 0 (or -1) for off")
+        if not _is_int(self.top_k, -1, MAX_COUNT):
+            self._refuse("top_k", f"be an integer in [1, {MAX_COUNT}], or 0 (or -1) for off")
         self._set("top_k", max(0, self.top_k))
         self._number("min_p", "be a number in [0, 1] (0 is off)", 0.0, 1.0)
         if temperature == 0:
@@ -122,7 +127,7 @@ class SamplingParams:
             self._set("top_p", 1.0)
             self._set("top_k", 0)
             self._set("min_p", 0.0)
-        if self.seed is not None and (not _is_int(self.seed) or not -(2**63) <= self.seed < 2**63):
+        if self.seed is not None and not _is_int(self.seed, -(2**63), 2**63 - 1):
             self._refuse("seed", "be an integer in [-2**63, 2**63), or None")
         if self.seed == -1:
             self._set("seed", None)
@@ -137,8 +142,8 @@ class SamplingParams:
                 self._refuse(name, "be a list of non-empty texts" + (", or one" if name == "stop" else ""))
             self._set(name, tuple(dict.fromkeys(words)))  # type: ignore[call-overload]
         ids: object = () if self.stop_token_ids is None else self.stop_token_ids
-        if not isinstance(ids, Sequence) or not all(_is_int(t) and t >= 0 for t in ids):
-            self._refuse("stop_token_ids", "be a list of integers of at least 0")
+        if not isinstance(ids, Sequence) or not all(_is_int(t, 0, MAX_COUNT) for t in ids):
+            self._refuse("stop_token_ids", f"be a list of integers in [0, {MAX_COUNT}]")
         self._set("stop_token_ids", tuple(dict.fromkeys(ids)))
 
     def _check_flags(self) -> None:
@@ -154,18 +159,34 @@ class SamplingParams:
             self._refuse("logit_bias", "map token ids to numbers")
         clean: dict[int, float] = {}
         for token, value in bias.items():
-            is_id = _is_int(token) or (isinstance(token, str) and token.isdecimal())  # keys of JSON are text
-            if not is_id or int(token) < 0 or type(value) is bool or not isinstance(value, Real):
-                self._refuse("logit_bias", "map token ids (at least 0) to numbers")
-            if float(value) != float(value):
+            if type(value) is bool or not isinstance(value, Real):
+                self._refuse("logit_bias", "map token ids to numbers")
+            added = _as_float(value)
+            if added != added:
                 self._refuse("logit_bias", "map token ids to numbers in [-100, 100]")
-            clean[int(token)] = min(MAX_BIAS, max(-MAX_BIAS, float(value)))
+            clean[self._token_id(token)] = min(MAX_BIAS, max(-MAX_BIAS, added))
         self._set("logit_bias", clean or None)
 
+    def _token_id(self, key: object) -> int:
+        """Of logit_bias, where keys of JSON are text."""
+        if isinstance(key, str) and len(key) <= MAX_DIGITS and key.isdecimal():
+            key = int(key)
+        if not _is_int(key, 0, MAX_COUNT):
+            self._refuse("logit_bias", f"map token ids, integers in [0, {MAX_COUNT}], to numbers")
+        return key
 
-def _is_int(value: object) -> bool:
-    """An exact integer: True and 1.0 are none."""
-    return type(value) is int
+
+def _as_float(value: Real) -> float:
+    """Infinite where an integer is beyond every float."""
+    try:
+        return float(value)
+    except OverflowError:
+        return inf if abs(value) == value else -inf
+
+
+def _is_int(value: object, low: int, high: int) -> TypeGuard[int]:
+    """An exact integer within these bounds: True and 1.0 are none."""
+    return type(value) is int and low <= value <= high
 
 
 def _is_text(value: object) -> bool:

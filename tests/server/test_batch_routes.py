@@ -282,6 +282,10 @@ def test_uploads_have_a_largest_size_and_a_quota(tmp_path: Path) -> None:
 
 
 FILE = b'Content-Disposition: form-data; name="file"; filename="../../%s"\r\n\r\n'
+LIFE = (
+    b'\r\n--B\r\nContent-Disposition: form-data; name="expires_after[anchor]"\r\n\r\ncreated_at'
+    b'\r\n--B\r\nContent-Disposition: form-data; name="expires_after[seconds]"\r\n\r\n%s'
+)
 PURPOSE = b'Content-Disposition: form-data; name="purpose"\r\n\r\nbatch'
 
 
@@ -293,6 +297,7 @@ NO_FORMS: list[tuple[bytes, str]] = [
     (b"--B\r\n" + FILE + b"x\r\n--B\r\n" + FILE + b"y\r\n--B--\r\n", "sent twice"),
     (b"--B\r\n" + PURPOSE + b"\r\n--B\r\n" + FILE + b"x", "ends before"),
     (b"--B\r\n\r\nx\r\n--B--\r\n", "needs a name"),
+    (b"--B\r\n" + FILE + b"x\r\n--B\r\n" + PURPOSE + LIFE % (b"9" * 5000) + b"\r\n--B--\r\n", "from 3600"),
     (b"--B\r\n" + PURPOSE + b"x" * 70000 + b"\r\n--B--\r\n", "beside the file"),
     (b"--B\r\nX: " + b"y" * 9000 + b"\r\n\r\n\r\n--B--\r\n", "Maximum header size"),
 ]

@@ -18,6 +18,8 @@ from omniserve.server.multipart import Part, form_parts
 
 # Bytes of a form beside its file.
 MAX_FORM_BYTES = 64 * 1024
+# Of a number in a form; one that is longer is out of every range.
+MAX_DIGITS = 20
 _FORM = {
     "requestBody": {
         "required": True,
@@ -134,5 +136,5 @@ class _Receiver:
         anchor, seconds = (fields.get(f"expires_after[{name}]") for name in ("anchor", "seconds"))
         if anchor is None and seconds is None:
             return None
-        is_number = seconds is not None and seconds.isdecimal()
+        is_number = seconds is not None and len(seconds) <= MAX_DIGITS and seconds.isdecimal()
         return life_seconds("expires_after", anchor, int(seconds or 0) if is_number else seconds)
