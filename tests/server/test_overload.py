@@ -166,7 +166,7 @@ def test_headers_set_targets_within_every_clamp() -> None:
                 assert stand.llm.asked[-1]["slo"] is None or "x-slo-ttft-ms" in answer.headers
                 return stand.llm.asked[-1]["slo"]
 
-            assert await slo() is None, "those of its class"
+            assert await slo() == SLO(2.0, 0.1), "to say nothing is no way around a clamp"
             assert await slo(ttft="4000", tpot="200") == SLO(4.0, 0.2)
             assert await slo(ttft="4000") == SLO(4.0, 0.1)
             assert await slo(ttft="1", tpot="1") == SLO(2.0, 0.1), "no client promotes itself"
@@ -177,6 +177,25 @@ def test_headers_set_targets_within_every_clamp() -> None:
                 assert answer.json()["error"]["param"] == "x-slo-ttft-ms"
             flex = await stand.chat(headers=auth | {"x-slo-ttft-ms": "1"}, service_tier="flex")
             assert flex.headers["x-omniserve-ignored"] == "x-slo-ttft-ms"
+
+    asyncio.run(story())
+
+
+def test_a_request_without_headers_has_the_targets_of_its_class_within_its_keys_bounds() -> None:
+    clamps = {"none": Clamp(), "wide": Clamp(tightest_ttft_s=0.5, loosest_ttft_s=5.0), "loose": Clamp(20.0)}
+    keys = tuple(ApiKey(name, clamp=clamp) for name, clamp in clamps.items())
+
+    async def story() -> None:
+        async with standing(WITH_TARGETS, before=9, api_keys=keys) as stand:
+            found = []
+            for name in clamps:
+                answer = await stand.chat(headers={"authorization": f"Bearer {name}"})
+                found.append((stand.llm.asked[-1]["slo"], answer.headers.get("x-slo-ttft-ms")))
+            assert found == [(None, None), (None, None), (SLO(10.0, 0.1), "10000")]
+
+        async with standing(before=9, api_keys=keys) as stand:
+            assert (await stand.chat(headers={"authorization": "Bearer loose"})).status_code == 200
+            assert stand.llm.asked[-1]["slo"] is None, "where nothing is promised there is nothing to bound"
 
     asyncio.run(story())
 

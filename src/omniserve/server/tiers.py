@@ -60,10 +60,13 @@ def targets(
 ) -> SLO | None:
     """Targets that a request brings in headers (milliseconds), brought within its class's and every clamp.
 
-    None: it brings none, and has its class's. One header alone leaves the other target to the class.
+    One header alone leaves the other target to the class. None: those of its class, which a request without
+    headers has unless its key's bounds are others: to leave them out is no way around a clamp.
     """
     if ttft_ms is None and tpot_ms is None:
-        return None
+        if kind.slo is None or (bounded := _clamped(kind.slo, clamps)) == kind.slo:
+            return None
+        return _clamped(bounded, (_of_class(kind),))
     if kind.slo is None:
         raise invalid(
             "x-slo-ttft-ms" if ttft_ms is not None else "x-slo-tpot-ms",
@@ -74,15 +77,22 @@ def targets(
         kind.slo.ttft_s if ttft_ms is None else _seconds("x-slo-ttft-ms", ttft_ms),
         kind.slo.tpot_s if tpot_ms is None else _seconds("x-slo-tpot-ms", tpot_ms),
     )
+    # The class's own clamp is the last word: the engine refuses what is outside it.
+    return _clamped(asked, (*clamps, _of_class(kind)))
+
+
+def _of_class(kind: ServiceClass) -> Clamp:
     tightest, loosest = kind.tightest or kind.slo, kind.loosest
-    of_class = Clamp(
-        tightest.ttft_s,
-        tightest.tpot_s,
+    return Clamp(
+        None if tightest is None else tightest.ttft_s,
+        None if tightest is None else tightest.tpot_s,
         None if loosest is None else loosest.ttft_s,
         None if loosest is None else loosest.tpot_s,
     )
-    # The class's own clamp is the last word: the engine refuses what is outside it.
-    for clamp in (*clamps, of_class):
+
+
+def _clamped(asked: SLO, clamps: tuple[Clamp, ...]) -> SLO:
+    for clamp in clamps:
         asked = SLO(
             _within(asked.ttft_s, clamp.tightest_ttft_s, clamp.loosest_ttft_s),
             _within(asked.tpot_s, clamp.tightest_tpot_s, clamp.loosest_tpot_s),
