@@ -131,6 +131,18 @@ def test_cached_prefixes_are_not_shared_between_owners() -> None:
     asyncio.run(story())
 
 
+def test_owners_cannot_choose_a_name_and_a_salt_that_give_the_salt_of_another() -> None:
+    keys = (ApiKey("sk-a", owner="team"), ApiKey("sk-b", owner="team/x"), ApiKey("sk-c", owner="4:team"))
+
+    async def story() -> None:
+        async with standing(before=9, api_keys=keys) as stand:
+            for key, salt in (("sk-a", "x/"), ("sk-a", "x/y"), ("sk-b", None), ("sk-b", "y"), ("sk-c", "x/")):
+                await stand.chat(headers=bearer(key), cache_salt=salt)
+            assert len({asked["salt"] for asked in stand.llm.asked}) == 5
+
+    asyncio.run(story())
+
+
 def test_keys_are_compared_in_constant_time_and_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[tuple[bytes, bytes]] = []
     in_constant_time = hmac.compare_digest

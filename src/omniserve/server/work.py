@@ -138,7 +138,8 @@ class Reader:
         """How fast an answer comes tells what others asked before, unless nothing is shared with them."""
         if not self._is_shared:
             return asked
-        return f"{caller.owner}/{asked or ''}"
+        # The length says where the owner ends: whatever another is called, and asks for, gives another salt.
+        return f"{len(caller.owner)}:{caller.owner}/{asked or ''}"
 
     def _checked_name(self, name: str | None) -> str:
         if name is None:
