@@ -180,7 +180,7 @@ def test_an_open_server_that_others_can_reach_warns_loudly(caplog: pytest.LogCap
     [
         ({"port": 70000}, "port"),
         ({"max_requests": 0}, "max_requests"),
-        ({"queue_timeout_s": 0}, "queue_timeout_s"),
+        ({"queue_timeout_s": -1}, r"queue_timeout_s: must be 0 \(no limit\)"),
         ({"grace_s": -1}, "grace_s"),
         ({"api_keys": (ApiKey("a"), ApiKey("a"))}, "api_keys"),
         ({"api_keys": (ApiKey("a"),), "admin_key": "a"}, "admin_key"),

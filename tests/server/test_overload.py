@@ -126,6 +126,17 @@ def test_best_effort_work_that_waited_in_vain_does_not_come_back_all_at_once() -
     assert all(0 < int(ms) <= 120_000 for ms in waits)
 
 
+def test_a_queue_timeout_of_0_is_none() -> None:
+    async def story() -> None:
+        async with standing(queue_timeout_s=0, best_effort_queue_timeout_s=0) as stand:
+            waiting = [asyncio.create_task(stand.chat(service_tier=tier)) for tier in ("default", "flex")]
+            await stand.until(lambda: len(stand.llm.running) == 2)
+            stand.llm.go.set()
+            assert [(await one).status_code for one in waiting] == [200, 200]
+
+    asyncio.run(story())
+
+
 def test_a_queue_timeout_ends_with_the_first_token() -> None:
     async def story() -> None:
         async with standing(before=1, queue_timeout_s=0.5) as stand, stand.streaming() as (_, lines):

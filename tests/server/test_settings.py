@@ -170,6 +170,11 @@ def test_what_is_wrong_in_the_file_is_named(file: Path, text: str, named: str) -
         read("--config", str(file))
 
 
+def test_a_queue_timeout_can_be_turned_off() -> None:
+    assert read().server.best_effort_queue_timeout_s == 600
+    assert read("--best-effort-queue-timeout", "0").server.best_effort_queue_timeout_s == 0
+
+
 def test_wrong_variables_are_named_and_those_of_kubernetes_are_none_of_ours() -> None:
     with pytest.raises(ConfigError, match="OMNISERVE_MAX_REQUESTS"):
         read(OMNISERVE_MAX_REQUESTS="many")

@@ -86,7 +86,7 @@ _SERVER = (
     Setting("api-key", str, "key that clients must send; may be given several times", (), True, True),
     Setting("admin-key", str, "key of /admin and /dashboard", is_secret=True),
     Setting("state-dir", str, "where files and batches are kept; none: no batches"),
-    Setting("queue-timeout", float, "seconds a chat may wait for its first token; default: for ever"),
+    Setting("queue-timeout", float, "seconds a chat may wait for its first token; default: 0, no limit"),
     Setting("best-effort-queue-timeout", float, "the same of best-effort requests; default: 600"),
     Setting("max-requests", int, "latency-sensitive requests at once; default: 1024"),
     Setting("max-best-effort-requests", int, "best-effort requests at once, batches aside; default: 256"),

@@ -44,8 +44,8 @@ class Generation:
         if origin.window_s is not None:
             return None
         if work.tier.is_best_effort:
-            return self._config.best_effort_queue_timeout_s
-        return self._config.queue_timeout_s
+            return self._config.best_effort_queue_timeout_s or None
+        return self._config.queue_timeout_s or None
 
 
 class Run:

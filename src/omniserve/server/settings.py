@@ -52,7 +52,7 @@ class ServerConfig:
     state_dir          where files and batches are kept; None: there are none.
     queue_timeout_s, best_effort_queue_timeout_s
                        seconds that a latency-sensitive (best-effort) request may wait for its first token;
-                       None: for ever.
+                       None or 0: for ever.
     max_requests, max_best_effort_requests
                        latency-sensitive (best-effort) requests in the server at once; more are refused with
                        429. Lines of batches do not count: their number has a bound of its own.
@@ -88,9 +88,9 @@ class ServerConfig:
                 raise ConfigError(f"{name}: must be an integer of at least 1, got {value!r}")
         for name in ("queue_timeout_s", "best_effort_queue_timeout_s"):
             value = getattr(self, name)
-            if value is not None and not (is_number(value) and 0 < value <= LONGEST_TIMEOUT_S):
-                must = f"must be a number of seconds above 0 and up to {LONGEST_TIMEOUT_S:g}"
-                raise ConfigError(f"{name}: {must}, got {value!r}; leave it out for no limit")
+            if value is not None and not (is_number(value) and 0 <= value <= LONGEST_TIMEOUT_S):
+                must = f"must be 0 (no limit) or a number of seconds up to {LONGEST_TIMEOUT_S:g}"
+                raise ConfigError(f"{name}: {must}, got {value!r}")
         if not is_number(self.grace_s) or not 0 <= self.grace_s < 86400:
             raise ConfigError(f"grace_s: must be a number of seconds in [0, 86400), got {self.grace_s!r}")
         hang_s = self.engine_hang_timeout_s
