@@ -155,6 +155,9 @@ def test_names_of_unknown_fields_cannot_forge_headers(server: Served) -> None:
         ("modalities", ["text", "audio"]),
         ("chat_template", "x"),
         ("reasoning_effort", "high"),
+        ("return_token_ids", True),
+        ("return_tokens_as_token_ids", True),
+        ("spaces_between_special_tokens", False),
     ],
 )
 def test_a_field_that_would_change_the_answer_is_refused_by_name(
@@ -250,6 +253,10 @@ def test_a_value_out_of_range_is_told_from_one_of_the_wrong_type(
         ({"prompt": [1.5]}, "prompt"),
         ({"prompt": [100000]}, "prompt"),
         ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [10**30]}, "prompt"),
+        ({"prompt_embeds": "AAAA"}, "prompt_embeds"),
+        ({"logprobs": 10**30}, "logprobs"),
+        ({"max_tokens": 10**30, "prompt": "x" * 5000}, "max_tokens"),
         ({"prompt": {"a": 1}}, "prompt"),
         ({"prompt": ["a"] * 257}, "prompt"),
         ({"max_tokens": 0}, "max_tokens"),

@@ -86,6 +86,16 @@ _SHARED = (
         for name in ("structured_outputs", "guided_json", "guided_regex", "guided_choice")
     ),
     Field("guided_grammar", "refused"),
+    *_ignored(
+        "guided_decoding_backend",
+        "guided_whitespace_pattern",
+        note="without a grammar, which is refused, it says nothing",
+    ),
+    Field("spaces_between_special_tokens", "refused", "`true` is accepted", (True,)),
+    *(
+        Field(name, "refused", "`false` is accepted", (False,))
+        for name in ("return_tokens_as_token_ids", "return_token_ids")
+    ),
 )
 
 CHAT_FIELDS = (
@@ -122,6 +132,7 @@ COMPLETION_FIELDS = (
     *_SHARED,
     Field("best_of", "refused", "1 is accepted", (1,)),
     Field("suffix", "refused", neutral=("",)),
+    Field("prompt_embeds", "refused", "send text or token ids"),
 )
 
 
