@@ -315,6 +315,16 @@ def test_room_for_the_answer_counts_too(server: Served) -> None:
     assert open_ended["usage"]["total_tokens"] == 512, "a chat without a limit has all that is left"
 
 
+def test_a_prompt_that_leaves_no_room_to_score_it_is_told_how_much_can_be(server: Served) -> None:
+    scored = complete(server, prompt="x" * 511, max_tokens=0, echo=True).json()
+    assert scored["usage"]["completion_tokens"] == 0
+    refused = complete(server, prompt="x" * 512, max_tokens=0, echo=True)
+    assert error_of(refused) == (400, "prompt", "context_length_exceeded")
+    message = refused.json()["error"]["message"]
+    assert "it can score 511" in message
+    assert "generate" not in message, "nothing was asked for"
+
+
 def test_a_body_above_the_limit_is_refused(server: Served) -> None:
     body = b'{"model": "tiny", "prompt": "' + b"x" * 17 * 1024**2 + b'"}'
     assert error_of(server.post_raw(COMPLETIONS, body)) == (413, None, "request_too_large")

@@ -227,7 +227,7 @@ class Run:
             ids = await self._tokenising.chat(self._llm, cast("Sequence[Message]", prompt))
         else:
             ids = cast("list[int]", prompt)
-        check_fits(self._llm, len(ids), self._work.params, param)
+        check_fits(self._llm, len(ids), self._work.params, param, self._work.shows_output)
         return ids
 
     async def _in_time(self, step: Awaitable[T]) -> T:

@@ -90,14 +90,27 @@ def check_chars(llm: AsyncLLM, num_chars: int, param: str) -> None:
         raise invalid(param, f"{message}; shorten it", CONTEXT_LENGTH_EXCEEDED)
 
 
-def check_fits(llm: AsyncLLM, num_prompt: int, params: SamplingParams, param: str) -> None:
-    """ApiError 400 for a prompt that, with what may be generated, exceeds the context."""
+def check_fits(
+    llm: AsyncLLM, num_prompt: int, params: SamplingParams, param: str, shows_output: bool = True
+) -> None:
+    """ApiError 400 for a prompt that, with what may be generated, exceeds the context.
+
+    shows_output: False where nothing but the prompt is asked for, and the engine generates a token all the
+    same.
+    """
     limit = llm.acceptance.max_model_len
     wanted = 1 if params.max_tokens is None else params.max_tokens
     if num_prompt + wanted <= limit:
         return
-    message = (
-        f"this model's context holds {limit} tokens (max_model_len), {num_prompt + wanted} are asked for: "
-        f"{num_prompt} in the {param}, {wanted} to generate; shorten the {param}, or ask for fewer"
-    )
+    context = f"this model's context holds {limit} tokens (max_model_len)"
+    if shows_output:
+        message = (
+            f"{context}, {num_prompt + wanted} are asked for: {num_prompt} in the {param}, {wanted} to "
+            f"generate; shorten the {param}, or ask for fewer"
+        )
+    else:
+        message = (
+            f"{context}, and to score a prompt takes one more than it has: of the {num_prompt} in the "
+            f"{param} it can score {limit - 1}; shorten the {param}"
+        )
     raise ApiError(400, message, param=param, code=CONTEXT_LENGTH_EXCEEDED)
