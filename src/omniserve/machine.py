@@ -7,6 +7,8 @@ counts is the lowest of the process's own cgroup and all around it.
 from __future__ import annotations
 
 import os
+import resource
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,13 @@ def available_cpus() -> CpuBudget:
     cpus = tuple(sorted(os.sched_getaffinity(0), key=_core_of))
     quota = _cpu_quota()
     return CpuBudget(len(cpus) if quota is None else min(len(cpus), max(1, int(quota))), cpus)
+
+
+def raise_file_limit() -> None:
+    """Let this process, and those it starts, have as many files open as it may; a connection is one too."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # some systems name a limit that they do not grant
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def memory_limit_bytes() -> int:

@@ -9,6 +9,7 @@ import random
 import re
 import signal
 import socket
+import sys
 from pathlib import Path
 
 import openai
@@ -123,6 +124,18 @@ def test_a_sigterm_to_every_process_lets_chats_end(tiny_model: Path) -> None:
             lambda: server.get("/admin/stats").json()["host_state"] == "ready", "the host is up"
         )
         asyncio.run(story(server))
+
+
+def test_a_server_takes_as_many_connections_as_the_system_lets_it(tiny_model: Path) -> None:
+    low = ("bash", "-c", 'ulimit -Sn 128; exec "$0" -m omniserve.cli "$@"', sys.executable)
+    server = Served(str(tiny_model), *SMALL, program=low)
+    try:
+        server.wait_listening()
+        limits = Path(f"/proc/{server.process.pid}/limits").read_text()
+        (found,) = re.findall(r"Max open files +(\S+) +(\S+)", limits)
+        assert found[0] == found[1] != "128"
+    finally:
+        server.close()
 
 
 def test_what_keeps_a_server_from_starting_is_one_line(tiny_model: Path) -> None:

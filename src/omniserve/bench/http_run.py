@@ -7,9 +7,8 @@ import asyncio
 import gc
 import math
 import os
-import resource
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import chain, islice
@@ -39,6 +38,7 @@ from omniserve.bench.measure import machine
 from omniserve.bench.prompts import Prompts
 from omniserve.bench.workloads import Arrival
 from omniserve.errors import OmniServeError
+from omniserve.machine import raise_file_limit
 from omniserve.types import BEST_EFFORT, LATENCY_SENSITIVE
 
 LS, BE = LATENCY_SENSITIVE.name, BEST_EFFORT.name
@@ -61,7 +61,7 @@ async def run_bench(options: argparse.Namespace, console: Console) -> Finished:
     Raises ConfigError for a flag that does not fit, OmniServeError when the server is not ready in time or
     says no to a request that must succeed.
     """
-    _raise_file_limit()
+    raise_file_limit()
     patience = Patience(options.ready_check_timeout_sec)
     try:
         async with make_client(options.base_url, os.environ.get("OPENAI_API_KEY")) as client:
@@ -215,10 +215,3 @@ def _no_collection() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-def _raise_file_limit() -> None:
-    """A connection is a file: as many as the system allows this process."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # some systems name a limit that they do not grant
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

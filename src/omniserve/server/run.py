@@ -18,6 +18,7 @@ from omniserve.batch.service import BatchService
 from omniserve.config import EngineConfig
 from omniserve.engine.async_llm import AsyncLLM
 from omniserve.errors import ConfigError
+from omniserve.machine import raise_file_limit
 from omniserve.server.app import make_app
 from omniserve.server.auth import Keyring
 from omniserve.server.batch_lines import EndpointLines
@@ -163,6 +164,7 @@ def warn_of_openness(config: ServerConfig) -> None:
 
 async def run_server(config: ServerConfig, engine_config: EngineConfig, make: Callable[[], AsyncLLM]) -> None:
     """Serve until SIGTERM or SIGINT; a second one hurries."""
+    raise_file_limit()
     listener = listen(config)
     host, port = listener.getsockname()[:2]
     warn_of_openness(config)
