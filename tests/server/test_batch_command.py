@@ -112,6 +112,17 @@ def test_a_batch_file_of_a_model_that_does_not_start_is_told_so_and_leaves_nothi
     assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl"}
 
 
+@pytest.mark.parametrize("count", ["0", "-1", "many"])
+def test_lines_in_flight_are_at_least_one(
+    count: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")]
+    with pytest.raises(SystemExit) as ended:
+        main(["batch", "run", *files, "--concurrency", count])
+    assert ended.value.code == 2
+    assert f"--concurrency: must be an integer of at least 1, got '{count}'" in capsys.readouterr().err
+
+
 def test_a_batch_file_is_run_without_loading_an_http_server() -> None:
     parts = "batch_lines", "endpoints", "engine_keeper", "model_names"
     modules = ", ".join(f"omniserve.server.{part}" for part in parts)

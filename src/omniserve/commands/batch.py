@@ -26,9 +26,22 @@ def add_parser(commands: Any) -> None:
     run.add_argument("input", type=Path, help="JSON lines: custom_id, method, url, body")
     run.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="results, in any order")
     run.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
-    run.add_argument("--concurrency", type=int, default=64, metavar="N", help="lines in flight; default: 64")
+    run.add_argument(
+        "--concurrency", type=_at_least_one, default=64, metavar="N", help="lines in flight; default: 64"
+    )
     add_engine_flags(run)
     run.set_defaults(run=_run)
+
+
+def _at_least_one(text: str) -> int:
+    """A number of lines; with none in flight nothing would ever end."""
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r:.80}")
+    return count
 
 
 def _run(options: argparse.Namespace) -> int:
