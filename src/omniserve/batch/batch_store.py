@@ -7,6 +7,7 @@ that counts, and are cut off when the store is opened after a crash; the line th
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -25,6 +26,7 @@ from omniserve.errors import RequestError
 _USAGE = ("input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens")
 # Bytes of input lines that one call hands out, unless a single line is longer.
 MAX_PENDING_BYTES = 4 * 1024**2
+_HALF = re.compile(r"[\ud800-\udfff]")
 
 
 class BatchStore:
@@ -384,9 +386,18 @@ def _record(row: sqlite3.Row | dict[str, Any]) -> BatchRecord:
     usage = Usage(**{name: values.pop(name) for name in _USAGE})
     values["status"] = Status(values["status"])
     values["ending"] = Status(values["ending"]) if values["ending"] else None
-    values["metadata"] = None if values["metadata"] is None else json.loads(values["metadata"])
-    values["errors"] = tuple(LineError(**error) for error in json.loads(values["errors"]))
+    values["metadata"] = None if values["metadata"] is None else _loaded(values["metadata"])
+    values["errors"] = tuple(LineError(**error) for error in _loaded(values["errors"]))
     return BatchRecord(**values, usage=usage)
+
+
+def _loaded(text: str) -> Any:
+    """JSON of a row. Half a surrogate pair, which no answer can hold, becomes U+FFFD in its texts."""
+    return json.loads(text, object_pairs_hook=lambda pairs: {_whole(n): _whole(v) for n, v in pairs})
+
+
+def _whole(value: Any) -> Any:
+    return _HALF.sub("\ufffd", value) if isinstance(value, str) else value
 
 
 def _usage_values(usage: Usage) -> tuple[int, ...]:
