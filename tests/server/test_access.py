@@ -80,6 +80,25 @@ def test_a_key_may_be_kept_to_tiers() -> None:
     asyncio.run(story())
 
 
+def test_the_tiers_of_a_key_hold_for_batches(tmp_path: Path) -> None:
+    keys = (ApiKey("sk-a", owner="a", tiers=("default",)), ApiKey("sk-b", owner="a", tiers=("flex",)))
+
+    async def story() -> None:
+        async with standing(before=9, api_keys=keys, state_dir=tmp_path / "state") as stand:
+            form = {"file": ("in.jsonl", b"{}")}
+            headers = bearer("sk-b")
+            sent = await stand.http.post("/v1/files", files=form, data={"purpose": "batch"}, headers=headers)
+            new = {"input_file_id": sent.json()["id"], "endpoint": CHAT, "completion_window": "24h"}
+            refused = await stand.http.post("/v1/batches", json=new, headers=bearer("sk-a"))
+            error = refused.json()["error"]
+            assert (refused.status_code, error["param"]) == (403, "service_tier")
+            assert error["code"] == "tier_not_allowed"
+            assert (await stand.http.get("/v1/batches", headers=headers)).json()["data"] == []
+            assert (await stand.http.post("/v1/batches", json=new, headers=headers)).status_code == 200
+
+    asyncio.run(story())
+
+
 @pytest.mark.parametrize("own", ["default", "auto"])
 def test_a_key_that_may_have_the_default_tier_may_leave_the_choice_and_ask_for_no_other(own: str) -> None:
     async def story() -> None:

@@ -26,6 +26,7 @@ from omniserve.batch.limits import Quota
 from omniserve.batch.service import BatchService
 from omniserve.errors import RequestError
 from omniserve.server.batch_errors import add_batch_error_handlers
+from omniserve.server.fields import FieldLog
 from omniserve.server.routes_batches import batches_router
 from omniserve.server.routes_files import files_router
 
@@ -44,8 +45,12 @@ def app_of(service: BatchService) -> FastAPI:
 
     app.add_exception_handler(RequestError, bad_request)
     add_batch_error_handlers(app)
-    for router in (files_router, batches_router):
-        app.include_router(router(lambda: service, owner))
+
+    def is_open() -> None:
+        """Always, to everybody."""
+
+    app.include_router(files_router(lambda: service, owner, is_open))
+    app.include_router(batches_router(lambda: service, owner, is_open, FieldLog()))
     return app
 
 

@@ -24,12 +24,13 @@ from omniserve.server.errors import as_api_error
 from omniserve.server.gate import Gate
 from omniserve.server.request_models import ChatRequest, CompletionRequest, ErrorBody, as_invalid
 from omniserve.server.routes_admin import admin_router
-from omniserve.server.routes_batches import batches_router
+from omniserve.server.routes_batches import CreateBatch, batches_router
 from omniserve.server.routes_dashboard import dashboard_router
 from omniserve.server.routes_files import files_router
 from omniserve.server.routes_status import status_router
 from omniserve.server.routes_text import text_router
 from omniserve.server.settings import ServerConfig
+from omniserve.server.tiers import BATCH_TIER
 from omniserve.server.visitors import Visitors
 
 SCHEMA_REF = "#/components/schemas/{model}"
@@ -57,8 +58,14 @@ def make_app(
     app.include_router(admin_router(endpoints, batches))
     app.include_router(dashboard_router(watch))
     if batches is not None:
-        for router in (files_router, batches_router):
-            app.include_router(router(lambda: batches, _owner))
+
+        def check_create(request: Request) -> None:
+            endpoints.check_open()
+            caller: Caller = request.state.caller
+            caller.check_tier(BATCH_TIER.asked, ", which is that of batches")
+
+        app.include_router(files_router(lambda: batches, _owner, endpoints.check_open))
+        app.include_router(batches_router(lambda: batches, _owner, check_create, endpoints.field_log))
         add_batch_error_handlers(app)
     app.add_middleware(
         Gate, keyring=Keyring(config), visitors=Visitors(config), max_body_bytes=config.max_body_bytes
@@ -95,7 +102,7 @@ def _describe(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             models: list[tuple[type[BaseModel], Literal["validation"]]] = [
-                (model, "validation") for model in (ChatRequest, CompletionRequest, ErrorBody)
+                (model, "validation") for model in (ChatRequest, CompletionRequest, CreateBatch, ErrorBody)
             ]
             _, found = models_json_schema(models, ref_template=SCHEMA_REF)
             document = made()

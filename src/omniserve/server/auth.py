@@ -26,8 +26,8 @@ class Caller:
     clamps: tuple[Clamp, ...] = ()
     is_admin: bool = False
 
-    def check_tier(self, asked: str) -> None:
-        """ApiError 403 when this caller's key may not ask for that tier.
+    def check_tier(self, asked: str, why: str = "") -> None:
+        """ApiError 403 when this caller's key may not ask for that tier. why: one is asked for, in words.
 
         To leave the choice is to ask for the default one.
         """
@@ -35,7 +35,7 @@ class Caller:
         if self.tiers is not None and same.isdisjoint(self.tiers):
             raise ApiError(
                 403,
-                f"service_tier: this API key may use {', '.join(self.tiers)}, not {asked}",
+                f"service_tier: this API key may use {', '.join(self.tiers)}, not {asked}{why}",
                 kind="permission_error",
                 param="service_tier",
                 code="tier_not_allowed",

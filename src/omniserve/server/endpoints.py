@@ -64,9 +64,17 @@ class Endpoints:
 
     def check_serving(self) -> None:
         """ApiError 503 when nothing can be served now: asked before a body is even read."""
+        self.check_open()
+        try:
+            _ = self.keeper.llm
+        except ApiError as error:
+            self.metrics.unserved(error.reason)
+            raise
+
+    def check_open(self) -> None:
+        """ApiError 503 once the server is about to stop: of work that can wait for an engine."""
         try:
             self.doors.check_serving()
-            _ = self.keeper.llm
         except ApiError as error:
             self.metrics.unserved(error.reason)
             raise

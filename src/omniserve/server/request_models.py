@@ -36,7 +36,7 @@ _STRICT = ConfigDict(strict=True)
 _OPEN = ConfigDict(strict=True, extra="allow")
 
 
-def _extras(found: BaseModel | None) -> list[str]:
+def extras(found: BaseModel | None) -> list[str]:
     """Fields that nobody knows and that have a value."""
     extra = (found and found.model_extra) or {}
     return [name for name, value in extra.items() if value is not None]
@@ -112,7 +112,7 @@ class TextRequest(BaseModel):
     @property
     def ignored(self) -> list[str]:
         """Fields inside others that are without effect."""
-        return [f"stream_options.{name}" for name in _extras(self.stream_options)]
+        return [f"stream_options.{name}" for name in extras(self.stream_options)]
 
     def _params(self, **more: Any) -> SamplingParams:
         try:
@@ -158,11 +158,11 @@ class ChatRequest(TextRequest):
 
     @property
     def ignored(self) -> list[str]:
-        names = {f"messages[].{name}" for message in self.messages for name in _extras(message)}
+        names = {f"messages[].{name}" for message in self.messages for name in extras(message)}
         parts = [
             one for message in self.messages if isinstance(message.content, list) for one in message.content
         ]
-        names |= {f"messages[].content[].{name}" for part in parts for name in _extras(part)}
+        names |= {f"messages[].content[].{name}" for part in parts for name in extras(part)}
         return [*super().ignored, *sorted(names)]
 
 

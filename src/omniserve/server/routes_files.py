@@ -41,13 +41,17 @@ _FORM = {
 }
 
 
-def files_router(get_service: Callable[..., BatchService], get_owner: Callable[..., str]) -> APIRouter:
-    """`get_service` and `get_owner` are dependencies: the service, and who is asking."""
+def files_router(
+    get_service: Callable[..., BatchService],
+    get_owner: Callable[..., str],
+    check_upload: Callable[..., None],
+) -> APIRouter:
+    """Dependencies: the service, who is asking, and ApiError when no upload is taken now."""
     Service = Annotated[BatchService, Depends(get_service)]
     Owner = Annotated[str, Depends(get_owner)]
     router = APIRouter(prefix="/v1/files", tags=["files"])
 
-    @router.post("", openapi_extra=_FORM)
+    @router.post("", openapi_extra=_FORM, dependencies=[Depends(check_upload)])
     async def upload(request: Request, service: Service, owner: Owner) -> dict[str, Any]:
         _check_length(request, service.limits.max_file_bytes)
         return file_object(await _Receiver(service, owner).receive(request))

@@ -5,14 +5,14 @@ from collections.abc import Mapping
 from contextlib import aclosing
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 from starlette.types import Send
 
 from omniserve.server.answers import Answer, EventStream, send_failure, send_json
+from omniserve.server.bodies import decoded
 from omniserve.server.endpoints import Endpoints, new_answer_id
-from omniserve.server.errors import ApiError, invalid
+from omniserve.server.errors import ApiError
 from omniserve.server.fields import ignored_headers
 from omniserve.server.generation import Run
 from omniserve.server.work import CHAT, COMPLETIONS, TPOT_HEADER, TTFT_HEADER, Origin, Work
@@ -50,17 +50,6 @@ def text_router(endpoints: Endpoints) -> APIRouter:
     add(CHAT, "ChatRequest")
     add(COMPLETIONS, "CompletionRequest")
     return router
-
-
-def decoded(raw: bytes) -> dict[str, Any]:
-    """A body as a JSON object; ApiError 400."""
-    try:
-        body = msgspec.json.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise invalid(None, f"the body is not valid JSON in UTF-8: {error}", "invalid_json") from None
-    if not isinstance(body, dict):
-        raise invalid(None, "the body must be a JSON object", "invalid_json")
-    return body
 
 
 async def respond(
