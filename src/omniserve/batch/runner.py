@@ -161,7 +161,7 @@ class BatchRunner:
             await self._load()
         if time.monotonic() >= self._next_sweep_s:
             self._next_sweep_s = time.monotonic() + self._settings.sweep_s
-            await self._do(self._store.sweep)
+            await self._do(self._store.sweep, self._quota_of)
         for job in list(self._jobs.values()):
             self._begin_next_stage(job)
         await self._launch()
