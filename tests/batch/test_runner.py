@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +18,12 @@ import pytest
 from batch.scripted import NO_ROOM, SETTINGS, ScriptedRunner, ended, submit, until
 from batch.stand import LIMITS, OWNER, Clock, jsonl, line, lines
 from batch.test_faults import FULL, FaultyDisk
+from omniserve.batch import runner as runner_module
 from omniserve.batch.errors import StorageError
 from omniserve.batch.limits import DAY_S, HOUR_S
 from omniserve.batch.pace import Pace
 from omniserve.batch.records import BatchRecord
-from omniserve.batch.runner import EngineGone, LineResponse, RunnerSettings
+from omniserve.batch.runner import BatchRunner, EngineGone, LineResponse, RunnerSettings
 from omniserve.batch.service import BatchService
 
 Promise = Callable[[BatchService], Awaitable[None]]
@@ -110,6 +112,29 @@ def test_a_line_that_was_turned_away_runs_later_and_did_not_fail(
     runner = ScriptedRunner(behave)
     run(promise, tmp_path, runner)
     assert set(runner.runs.values()) == {3}
+
+
+def test_a_pause_that_ends_between_two_looks_at_the_clock_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s, launch = [0.0], BatchRunner._launch
+
+    async def slow_launch(self: BatchRunner) -> None:
+        await launch(self)
+        if now_s[0] < self._held_until_s and not self._wake.is_set() and not self._num_busy:
+            now_s[0] += 1
+
+    monkeypatch.setattr(BatchRunner, "_launch", slow_launch)
+    monkeypatch.setattr(runner_module, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+
+    async def behave(text: str, run: int) -> LineResponse | None:
+        return NO_ROOM if run <= 3 else None
+
+    async def promise(service: BatchService) -> None:
+        async with asyncio.timeout(10):
+            assert (await ended(service, await submit(service, lines(1)))).completed == 1
+
+    run(promise, tmp_path, ScriptedRunner(behave))
 
 
 def test_another_429_is_the_lines_own_answer(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from batch.stand import (
     validate,
 )
 from omniserve.batch.errors import ConflictError, NotFoundError, QuotaError, StateError, TooLargeError
-from omniserve.batch.limits import Quota
+from omniserve.batch.limits import HOUR_S, Quota
 from omniserve.batch.records import BatchRecord
 from omniserve.batch.results import never_run
 from omniserve.batch.states import Event
@@ -208,6 +208,33 @@ def test_batches_that_ended_long_ago_are_forgotten_when_their_results_are(store:
     clock.now_s += 1
     store.sweep()
     assert store.batches.page(OWNER, None, 10) == ([store.batches.get(OWNER, running.id)], False)
+
+
+def test_an_owner_may_have_a_retention_of_its_own(store: Store, clock: Clock) -> None:
+    quota = Quota(retention_s=2 * HOUR_S)
+    started_s = clock.now_s
+    file = upload(store, lines(1), quota=quota)
+    batch = validate(store, store.batches.create(OWNER, new_batch(file), quota))
+    store.batches.record(batch.seq, [result(batch, 1)])
+    store.batches.step(batch.seq, Event.FINISH)
+    batch = store.batches.settle(batch.seq)
+    other = store.batches.create("bert", new_batch(upload(store, lines(1), owner="bert")), QUOTA)
+    store.batches.step(other.seq, Event.CANCEL)
+    store.batches.settle(other.seq)
+    for file_id in (file.id, batch.output_file_id):
+        assert store.files.get(OWNER, file_id).expires_at == started_s + 2 * HOUR_S
+
+    def quota_of(owner: str) -> Quota:
+        return quota if owner == OWNER else QUOTA
+
+    clock.now_s += 2 * HOUR_S - 1
+    store.sweep(quota_of)
+    assert store.batches.get(OWNER, batch.id).has_ended
+    clock.now_s += 1
+    store.sweep(quota_of)
+    with pytest.raises(NotFoundError):
+        store.batches.get(OWNER, batch.id)
+    assert store.batches.get("bert", other.id).has_ended
 
 
 def test_a_file_has_a_largest_size(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def default_of(flag: str) -> str:
     name = {"api_key": "api_keys"}.get(name, name)
     for part, nothing in ((settings.server, "none"), (settings.engine, "automatic")):
         for one in fields(part):
-            if one.name in (name, f"{name}_s"):
+            if one.name in (name, f"{name}_s", f"{name}_bytes"):
                 value: Any = getattr(part, one.name)
                 if value is None or value == ():
                     return nothing

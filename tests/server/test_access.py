@@ -137,6 +137,34 @@ def test_a_key_keeps_to_its_quota_and_others_to_theirs(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
+def test_retention_is_the_servers_or_the_keys_own(tmp_path: Path) -> None:
+    keys = (ApiKey("sk-a", quota=Quota(retention_s=7200)), ApiKey("sk-b"))
+
+    async def story() -> None:
+        async with standing(api_keys=keys, state_dir=tmp_path / "state", retention_s=3600) as stand:
+            lives = {}
+            for key in ("sk-a", "sk-b"):
+                form = {"file": ("in.jsonl", b"{}")}
+                answer = await stand.http.post(
+                    "/v1/files", files=form, data={"purpose": "batch"}, headers=bearer(key)
+                )
+                lives[key] = answer.json()["expires_at"] - answer.json()["created_at"]
+            assert lives == {"sk-a": 7200, "sk-b": 3600}
+
+    asyncio.run(story())
+
+
+def test_nothing_is_stored_where_the_reserve_of_the_disk_begins(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with standing(state_dir=tmp_path / "state", disk_reserve_bytes=1 << 60) as stand:
+            form = {"file": ("in.jsonl", b"{}")}
+            refused = await stand.http.post("/v1/files", files=form, data={"purpose": "batch"})
+            assert refused.status_code == 507
+            assert str(1 << 60) in refused.json()["error"]["message"]
+
+    asyncio.run(story())
+
+
 def test_cached_prefixes_are_not_shared_between_owners() -> None:
     async def story() -> None:
         async with standing(before=9, api_keys=(ApiKey("sk-a"), ApiKey("sk-b"))) as stand:

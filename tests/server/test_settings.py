@@ -48,6 +48,15 @@ def test_the_command_line_goes_before_variables_and_those_before_the_file(file: 
     assert settings.engine.enable_prefix_caching is False
 
 
+def test_retention_and_reserve_come_from_flag_variable_and_file(file: Path) -> None:
+    file.write_text("retention: 7200\napi-keys:\n- {key: k, quota: {retention-s: 3600}}\n")
+    settings = read("--config", str(file), OMNISERVE_DISK_RESERVE="1000").server
+    assert (settings.retention_s, settings.disk_reserve_bytes) == (7200, 1000)
+    assert settings.api_keys[0].quota == Quota(retention_s=3600)
+    settings = read("--config", str(file), "--retention", "86400", "--disk-reserve", "5").server
+    assert (settings.retention_s, settings.disk_reserve_bytes) == (86400, 5)
+
+
 def test_every_setting_can_come_from_everywhere(file: Path) -> None:
     shown = cli._parser().parse_args(["serve"])
     assert shown.run
@@ -162,6 +171,9 @@ def test_targets_and_their_clamp_make_the_class(file: Path) -> None:
         ("queue-timeout: .inf", "queue_timeout_s"),
         ("max-num-seqs: 0", "max_num_seqs"),
         ("engine-hang-timeout: 1", "engine_hang_timeout_s"),
+        ("retention: 60", "retention_s: must be whole seconds from 3600"),
+        ("disk-reserve: -1", "disk_reserve_bytes"),
+        ("api-keys: [{key: x, quota: {retention-s: 60}}]", "quota: retention_s: must be whole seconds"),
     ],
 )
 def test_what_is_wrong_in_the_file_is_named(file: Path, text: str, named: str) -> None:

@@ -58,7 +58,7 @@ class BatchStore:
             "input_file_id": new.input_file_id,
             "completion_window": new.completion_window,
             "expires_at": now + new.window_s,
-            "output_life_s": new.output_life_s,
+            "output_life_s": new.output_life_s or quota.retention_s,
             "metadata": None if new.metadata is None else json.dumps(new.metadata),
             "output_file_id": new_id("file-"),
             "error_file_id": new_id("file-"),
@@ -294,14 +294,16 @@ class BatchStore:
         db.execute("DELETE FROM lines WHERE batch = ?", (batch.seq,))
         self._step(db, batch, event)
 
-    def sweep(self) -> None:
+    def sweep(self, quota_of: Callable[[str], Quota]) -> None:
         """Forget batches that ended long ago and whose results are gone."""
         with self._database.writing() as db:
-            db.execute(
-                "DELETE FROM batches WHERE ended_at <= ? AND NOT EXISTS "
-                "(SELECT 1 FROM files WHERE files.id IN (output_file_id, error_file_id))",
-                (int(self._now()) - self._limits.retention_s,),
-            )
+            for (owner,) in db.execute(f"SELECT DISTINCT owner FROM batches WHERE NOT {OPEN}").fetchall():
+                retention_s = quota_of(owner).retention_s or self._limits.retention_s
+                db.execute(
+                    "DELETE FROM batches WHERE owner = ? AND ended_at <= ? AND NOT EXISTS "
+                    "(SELECT 1 FROM files WHERE files.id IN (output_file_id, error_file_id))",
+                    (owner, int(self._now()) - retention_s),
+                )
 
     def recover(self) -> None:
         """Cut off what was appended and never recorded. A batch with damaged files fails."""

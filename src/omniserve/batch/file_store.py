@@ -102,7 +102,7 @@ class FileStore:
             at("upload.synced")
             self._blobs.keep(incoming)
         at("upload.placed")
-        expires_at = now + (life_s or self._limits.retention_s)
+        expires_at = now + (life_s or quota.retention_s or self._limits.retention_s)
         row = (incoming.file_id, owner, clean_name(filename), "batch", incoming.num_bytes, now, expires_at)
         with self._database.writing() as db:
             seq = insert_file(db, row)

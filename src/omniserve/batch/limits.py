@@ -12,6 +12,8 @@ HOUR_S = 3600
 DAY_S = 24 * HOUR_S
 SHORTEST_WINDOW_S, LONGEST_WINDOW_S = HOUR_S, 14 * DAY_S
 SHORTEST_LIFE_S, LONGEST_LIFE_S = HOUR_S, 30 * DAY_S
+# How long what nobody said otherwise of may be kept.
+SHORTEST_RETENTION_S, LONGEST_RETENTION_S = HOUR_S, 100 * 365 * DAY_S
 MAX_METADATA_PAIRS, MAX_METADATA_KEY, MAX_METADATA_VALUE = 16, 64, 512
 MAX_FILENAME = 255
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
@@ -37,18 +39,32 @@ class Limits:
 @dataclass(frozen=True, slots=True)
 class Quota:
     """Of one owner: bytes and number of all its files, results included; batches that have not ended, and
-    lines of them that have no result yet."""
+    lines of them that have no result yet.
+
+    retention_s: how long its files and ended batches are kept when it does not say otherwise; None: as
+    everybody's.
+    """
 
     max_bytes: int = 20 * 1024**3
     max_files: int = 10_000
     max_open_batches: int = 100
     max_open_lines: int = 5_000_000
+    retention_s: int | None = None
 
     def __post_init__(self) -> None:
-        for name in (one.name for one in fields(self)):
+        for name in (one.name for one in fields(self) if one.name != "retention_s"):
             value = getattr(self, name)
             if type(value) is not int or value < 0:
                 raise ConfigError(f"quota: {name} must be an integer of at least 0, got {value!r}")
+        if self.retention_s is not None:
+            check_retention("quota: retention_s", self.retention_s)
+
+
+def check_retention(name: str, seconds: object) -> None:
+    """ConfigError unless it is a whole number of seconds from an hour to a hundred years."""
+    if type(seconds) is not int or not SHORTEST_RETENTION_S <= seconds <= LONGEST_RETENTION_S:
+        must = f"must be whole seconds from {SHORTEST_RETENTION_S} to {LONGEST_RETENTION_S}"
+        raise ConfigError(f"{name}: {must}, got {seconds!r}")
 
 
 def window_seconds(text: object) -> int:

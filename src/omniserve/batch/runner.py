@@ -161,7 +161,7 @@ class BatchRunner:
             await self._load()
         if time.monotonic() >= self._next_sweep_s:
             self._next_sweep_s = time.monotonic() + self._settings.sweep_s
-            await self._do(self._store.sweep)
+            await self._do(self._store.sweep, self._quota_of)
         for job in list(self._jobs.values()):
             self._begin_next_stage(job)
         await self._launch()
@@ -172,8 +172,8 @@ class BatchRunner:
     def _sleep_s(self) -> float:
         """Until a deadline or the end of a pause."""
         deadlines = [job.batch.expires_at - self._now() for job in self._jobs.values() if job.may_start]
-        held_s = self._held_until_s - time.monotonic()
-        pauses = [held_s] if held_s > 0 else []
+        # One that ended since lines were last started counts too, or nobody would start any.
+        pauses = [self._held_until_s - time.monotonic()] if self._held_until_s else []
         return max(0.0, min([*deadlines, *pauses, LONGEST_SLEEP_S]))
 
     async def _load(self) -> None:
@@ -267,6 +267,8 @@ class BatchRunner:
         """Fill the lines in flight."""
         waiting = (job for job in self._jobs.values() if job.has_more)
         self._share.set_waiting(job.batch.owner for job in waiting)
+        if time.monotonic() >= self._held_until_s:
+            self._held_until_s = 0.0
         while not self._is_paused and time.monotonic() >= self._held_until_s:
             if self._num_busy >= self._settings.concurrency or self._is_backed_up:
                 return

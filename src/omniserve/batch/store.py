@@ -10,7 +10,7 @@ from omniserve.batch.batch_store import BatchStore
 from omniserve.batch.database import At, Database
 from omniserve.batch.file_store import FileStore
 from omniserve.batch.files import Blobs, Disk
-from omniserve.batch.limits import Limits
+from omniserve.batch.limits import Limits, Quota
 
 # Every write boundary, in the order in which a batch meets them.
 POINTS = (
@@ -83,10 +83,10 @@ class Store:
         """What the disk has left for everybody but root; OSError. Any thread may ask."""
         return self._disk.free_bytes(self._root)
 
-    def sweep(self) -> None:
+    def sweep(self, quota_of: Callable[[str], Quota] = lambda owner: Quota()) -> None:
         """Remove what is past its time."""
         self.files.sweep()
-        self.batches.sweep()
+        self.batches.sweep(quota_of)
 
     def close(self) -> None:
         self._database.close()

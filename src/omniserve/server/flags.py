@@ -91,6 +91,8 @@ _SERVER = (
     Setting("max-requests", int, "latency-sensitive requests at once; default: 1024"),
     Setting("max-best-effort-requests", int, "best-effort requests at once, batches aside; default: 256"),
     Setting("batch-concurrency", int, "lines of batches in flight; default: 64"),
+    Setting("retention", int, "seconds that files and ended batches are kept; default: 30 days"),
+    Setting("disk-reserve", int, "bytes of the state directory's disk kept for results; default: 256 MiB"),
     Setting("max-body-bytes", int, "of a request, uploads aside; default: 16 MiB"),
     Setting("grace", float, "seconds that chats may take to end after SIGTERM; default: 30"),
     Setting("engine-hang-timeout", float, "seconds of silence of an engine that is killed; default: 60"),
@@ -105,9 +107,11 @@ _SLO = tuple(Setting(f"slo-{which}-s", float) for which in ("ttft", "tpot"))
 # Of the file alone: keys with owners and clamps.
 API_KEYS = "api-keys"
 # Fields of ServerConfig whose flags have no unit in their names.
-_SECONDS = {
+_UNITS = {
     "queue_timeout": "queue_timeout_s",
     "best_effort_queue_timeout": "best_effort_queue_timeout_s",
+    "retention": "retention_s",
+    "disk_reserve": "disk_reserve_bytes",
     "grace": "grace_s",
     "engine_hang_timeout": "engine_hang_timeout_s",
 }
@@ -238,7 +242,7 @@ def _bounds(name: str, entry: object) -> tuple[float | None, float | None]:
 
 def _settings(values: dict[str, Any], keys: tuple[ApiKey, ...]) -> Settings:
     of_engine = {f.name: values[f.name] for f in fields(EngineConfig) if f.name in values}
-    of_server = {_SECONDS.get(s.dest, s.dest): values[s.dest] for s in _SERVER if s.dest in values}
+    of_server = {_UNITS.get(s.dest, s.dest): values[s.dest] for s in _SERVER if s.dest in values}
     of_server["api_keys"] = (*(ApiKey(key) for key in of_server.pop("api_key", ())), *keys)
     if "state_dir" in of_server:
         of_server["state_dir"] = Path(of_server["state_dir"])

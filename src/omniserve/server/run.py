@@ -13,6 +13,7 @@ from pathlib import Path
 
 import uvicorn
 
+from omniserve.batch.limits import Limits
 from omniserve.batch.runner import RunnerSettings
 from omniserve.batch.service import BatchService
 from omniserve.config import EngineConfig
@@ -71,6 +72,9 @@ class Server:
             EndpointLines(self.endpoints, keyring.owner),
             quota_of=keyring.quota,
             settings=RunnerSettings(concurrency=self._config.batch_concurrency),
+            limits=Limits(
+                retention_s=self._config.retention_s, reserve_bytes=self._config.disk_reserve_bytes
+            ),
             is_known_model=lambda name: name in names,
         )
 

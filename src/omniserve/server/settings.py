@@ -6,12 +6,13 @@ import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from omniserve.batch.limits import Quota
+from omniserve.batch.limits import Limits, Quota, check_retention
 from omniserve.config import is_number
 from omniserve.errors import ConfigError
 from omniserve.server.tiers import TIERS, Clamp
 
 MIB = 1024**2
+_LIMITS = Limits()
 LONGEST_TIMEOUT_S = 30 * 86400.0
 
 
@@ -57,6 +58,9 @@ class ServerConfig:
                        latency-sensitive (best-effort) requests in the server at once; more are refused with
                        429. Lines of batches do not count: their number has a bound of its own.
     batch_concurrency  lines of batches in flight.
+    retention_s        how long files and ended batches are kept when neither their owner nor its quota says
+                       otherwise.
+    disk_reserve_bytes free space of the disk of `state_dir` below which nothing new is stored.
     max_body_bytes     of a request, uploads of files excepted.
     grace_s            seconds that chats may take to end after SIGTERM.
     engine_hang_timeout_s
@@ -75,6 +79,8 @@ class ServerConfig:
     max_requests: int = 1024
     max_best_effort_requests: int = 256
     batch_concurrency: int = 64
+    retention_s: int = _LIMITS.retention_s
+    disk_reserve_bytes: int = _LIMITS.reserve_bytes
     max_body_bytes: int = 16 * MIB
     grace_s: float = 30.0
     engine_hang_timeout_s: float = 60.0
@@ -86,6 +92,10 @@ class ServerConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name}: must be an integer of at least 1, got {value!r}")
+        check_retention("retention_s", self.retention_s)
+        if type(self.disk_reserve_bytes) is not int or self.disk_reserve_bytes < 0:
+            must = "must be an integer of at least 0"
+            raise ConfigError(f"disk_reserve_bytes: {must}, got {self.disk_reserve_bytes!r}")
         for name in ("queue_timeout_s", "best_effort_queue_timeout_s"):
             value = getattr(self, name)
             if value is not None and not (is_number(value) and 0 <= value <= LONGEST_TIMEOUT_S):
