@@ -118,7 +118,8 @@ def test_without_chat_a_walk_is_bounded_by_a_quarter_of_the_tightest_ttft() -> N
 
 def test_best_effort_work_takes_only_what_a_waiting_prompt_can_spare() -> None:
     scene = Scene()
-    prompt = scene.waiting(200, arrival_s=0.0)
+    prompt = scene.prefilling(250, 50, arrival_s=0.0)
+    prompt.started_s = 0.0
     batch = scene.waiting(500, best_effort=True)
     # The prompt needs 210 ms; of its second, 779.5 ms are gone: 10.5 ms are left to spare.
     plan = schedule(scene.state, 0.7795, make_policy())
@@ -171,6 +172,19 @@ def test_lanes_that_seldom_come_do_not_pay_off_what_is_owed() -> None:
         given += sum(chunks(plan).values())
     # A twentieth of 40 walks of 11 ms is 22 ms: a row takes 1 ms, and the lane is foreseen to bring one.
     assert given > 0
+
+
+@pytest.mark.parametrize(("waited_s", "tokens"), [(0.0, 150), (0.15, 100), (0.25, 0)])
+def test_what_a_chat_has_waited_is_no_more_given_to_the_batch_rows_of_its_walk(
+    waited_s: float, tokens: int
+) -> None:
+    """Together with the walk under way when it came they take no longer than the bound of one, 0.25 s."""
+    scene = Scene()
+    chat = scene.waiting(90, slo=SLO(10.0, 1.0), arrival_s=-waited_s)
+    batch = scene.waiting(500, best_effort=True)
+    found = chunks(schedule(scene.state, 0.0, make_policy()))
+    assert found[chat.id] == 90
+    assert found.get(batch.id, 0) == tokens
 
 
 def test_where_rows_are_short_a_chat_prompt_leaves_some_for_what_is_owed() -> None:

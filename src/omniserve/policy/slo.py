@@ -179,12 +179,23 @@ class SloBudget:
         """From here on rows are best-effort: what they may use, and what they are owed."""
         self.latency_sensitive_s = self.bound_s(load)
         spare_s = self.latency_sensitive_s + max(0.0, self.spare_s)
-        allowed_s = min(self.slack_s, self.terms.walk_bound_s, spare_s)
+        wait_s = self.latency_sensitive_s + self._wait_left_s()
+        allowed_s = min(self.slack_s, self.terms.walk_bound_s, spare_s, wait_s)
         if self._has_best_effort() and allowed_s > self.latency_sensitive_s:
             self.newcomers_spare_s = self._spare_of_newcomers()
             allowed_s = min(allowed_s, self.latency_sensitive_s + self.newcomers_spare_s)
         owed_s = self.state.best_effort_debt_s
         self.best_effort_s = max(allowed_s, self.latency_sensitive_s + owed_s)
+
+    def _wait_left_s(self) -> float:
+        """Of the longest walk that an arrival may meet, what none of those pending has waited before its first
+        one: the walk under way when it came and the batch rows of its own are no longer together."""
+        waited_s = (
+            (self.now if r.started_s is None else r.started_s) - r.arrival_s
+            for r in self.pending
+            if r.slo is not None
+        )
+        return max(0.0, self.terms.walk_bound_s - max(waited_s, default=-math.inf))
 
     def _decode_context(self, first: Request | None) -> int:
         decoding = list(self.state.in_class(Phase.DEVICE, best_effort=True))
