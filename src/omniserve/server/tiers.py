@@ -64,9 +64,10 @@ def targets(
     headers has unless its key's bounds are others: to leave them out is no way around a clamp.
     """
     if ttft_ms is None and tpot_ms is None:
-        if kind.slo is None or (bounded := _clamped(kind.slo, clamps)) == kind.slo:
+        if kind.slo is None:
             return None
-        return _clamped(bounded, (_of_class(kind),))
+        bounded = _clamped(kind.slo, (*clamps, _of_class(kind)))
+        return None if bounded == kind.slo else bounded
     if kind.slo is None:
         raise invalid(
             "x-slo-ttft-ms" if ttft_ms is not None else "x-slo-tpot-ms",
