@@ -188,8 +188,8 @@ class SloBudget:
         self.best_effort_s = max(allowed_s, self.latency_sensitive_s + owed_s)
 
     def _wait_left_s(self) -> float:
-        """Of the longest walk that an arrival may meet, what none of those pending has waited before its first
-        one: the walk under way when it came and the batch rows of its own are no longer together."""
+        """Of the longest walk that an arrival may meet, what none of those pending has waited before its
+        first one: the walk under way when it came and the batch rows of its own are no longer together."""
         waited_s = (
             (self.now if r.started_s is None else r.started_s) - r.arrival_s
             for r in self.pending
