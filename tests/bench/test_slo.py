@@ -365,8 +365,8 @@ def test_placement_shows_where_lanes_win_and_where_the_device_does(
     assert "context 4096 does not fit a device of 1120 tokens" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("ttft_s", "verdict"), [(0.16, "holds"), (0.19, "does NOT hold")])
-def test_an_arrival_waits_for_two_walks_at_most(
+@pytest.mark.parametrize(("ttft_s", "verdict"), [(0.13, "holds (0.75 of it)"), (0.16, "does NOT hold (1.5 of it)")])
+def test_an_arrival_waits_no_longer_than_the_bound_of_a_walk(
     ttft_s: float, verdict: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Alone it takes 100 ms; a walk with batch rows may take 40 of the 160 ms that are the target."""
@@ -376,7 +376,7 @@ def test_an_arrival_waits_for_two_walks_at_most(
     assert report["walk_bound_s"] == pytest.approx(0.04)
     assert report["wait"]["p99"] == pytest.approx(ttft_s - 0.1)
     assert report["chats"] == 2 * 60, "one a second and seed"
-    assert f"2 walks of that bound: {verdict}" in capsys.readouterr().out
+    assert f"at most that bound: {verdict}" in capsys.readouterr().out
     lone = [t for t in machine.trials if t.arrivals is not None]
     assert {t.jobs is None for t in lone} == {True, False}
     assert len({t.arrivals for t in lone}) == 2, "the same with batch work and without, others for each seed"

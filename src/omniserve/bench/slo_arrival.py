@@ -2,7 +2,7 @@
 
 Each is as small as can be, so that its first token takes next to no time of its own: what it takes longer
 than without batch work is its wait, for the walk under way and for the batch rows of the one that it rides
-in. Both keep to the bound that no walk with best-effort rows exceeds (docs/policy.md).
+in. Together they keep to the bound that no walk with best-effort rows exceeds (docs/policy.md).
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from omniserve.types import LATENCY_SENSITIVE
 
 PROMPT, OUTPUT = 16, 1
 GAP_S = 1.0  # between two arrivals, on average and about
-WALKS = 2  # that an arrival meets: one under way, and its own
 BESIDE, ALONE = "beside batch", "alone"
 
 
@@ -44,7 +43,8 @@ def run_arrival(plan: Plan, run_one: RunOne, save: Save) -> Report:
             results[name].append(run_one(trial, plan.timing, name))
     report |= _waits(results[BESIDE], results[ALONE])
     report["be_tokens_per_s"] = mean([r.be_tokens_per_s() for r in results[BESIDE]])
-    report["verdict"] = {"walks": WALKS, "holds": report["wait"]["p99"] <= WALKS * report["walk_bound_s"]}
+    over_bound = report["wait"]["p99"] / report["walk_bound_s"]
+    report["verdict"] = {"p99_over_bound": over_bound, "holds": over_bound <= 1.0}
     save(report)
     return report
 
