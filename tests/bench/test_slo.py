@@ -365,7 +365,9 @@ def test_placement_shows_where_lanes_win_and_where_the_device_does(
     assert "context 4096 does not fit a device of 1120 tokens" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("ttft_s", "verdict"), [(0.13, "holds (0.75 of it)"), (0.16, "does NOT hold (1.5 of it)")])
+@pytest.mark.parametrize(
+    ("ttft_s", "verdict"), [(0.13, "holds (0.75 of it)"), (0.16, "does NOT hold (1.5 of it)")]
+)
 def test_an_arrival_waits_no_longer_than_the_bound_of_a_walk(
     ttft_s: float, verdict: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
