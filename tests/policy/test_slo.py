@@ -296,14 +296,30 @@ def test_one_that_waited_as_long_as_moving_takes_becomes_a_lane() -> None:
     assert Displace(batch.id) in plan.moves
 
 
-def test_nobody_moves_to_a_host_without_bandwidth() -> None:
+def test_nobody_moves_to_a_host_without_bandwidth_and_the_plan_says_so() -> None:
     scene = Scene()
     scene.decoding(20, last_token_s=0.0)
     for _ in range(4):
         scene.lane(20, in_flight=True)
-    waits_on_device(scene, last_token_s=0.0)
+    batch = waits_on_device(scene, last_token_s=0.0)
     plan = schedule(scene.state, 0.5, make_policy(ExactModel(host_row=0.1)))
     assert not any(isinstance(move, Displace) for move in plan.moves)
+    assert plan.why is not None
+    assert plan.why.left_out == (LeftOut(batch.id, "host_gains_nothing"),)
+
+
+@pytest.mark.parametrize("host_offload", ["auto", "never"])
+def test_what_the_host_could_not_take_anyway_waits_for_slack(host_offload: str) -> None:
+    """None is set up, or it has no memory left: more bandwidth would not help."""
+    scene = Scene(roomy(host_offload=host_offload, num_host_pages=8))
+    scene.decoding(20, last_token_s=0.0)
+    if host_offload == "auto":
+        for _ in range(4):
+            scene.lane(20, in_flight=True)
+    batch = waits_on_device(scene, last_token_s=0.0)
+    plan = schedule(scene.state, 0.5, make_policy(ExactModel(host_row=0.1)))
+    assert plan.why is not None
+    assert plan.why.left_out == (LeftOut(batch.id, "slack"),)
 
 
 def test_a_lane_that_has_just_moved_stays() -> None:

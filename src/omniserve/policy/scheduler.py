@@ -138,8 +138,11 @@ def _place(draft: Draft, request: Request) -> None:
     """A row on the device, or the way to the host, where it goes on."""
     room = draft.room
     if not draft.fits_decode(request):
-        if draft.budget.goes_to_host(request) and room.can_displace(request):
+        can_move = room.can_displace(request)
+        if can_move and draft.budget.goes_to_host(request):
             room.displace(request)
+        elif can_move and not draft.budget.host_gains():
+            draft.leave_out(request, "host_gains_nothing")
         else:
             draft.leave_out(request, "slack" if draft.rows_left > 0 else "rows")
         return
