@@ -184,6 +184,15 @@ class Scene:
         self._enter(request, Phase.DEVICE)
         return request
 
+    def mirrored(self, prompt: int, **timing: object) -> Request:
+        """It decodes on the device, and the host has copies of its full pages."""
+        request = self.decoding(prompt, **timing)  # type: ignore[arg-type]
+        size = self.state.limits.page_size
+        copied = request.kv_tokens - request.kv_tokens % size
+        pages = self.state.host.allocate(self.state.host.pages_for(copied))
+        request.host = HostHold(pages, copied_tokens=copied)
+        return request
+
     def lane(self, prompt: int, out: int = 1, in_flight: bool = False) -> Request:
         state = self.state
         request = self._request(prompt, out, True, None, 0.0)

@@ -7,6 +7,7 @@ import pytest
 from omniserve.policy.explanation import LeftOut
 from omniserve.policy.plan import CopyOut, Displace, Plan, Step, StepResult, SwapIn
 from omniserve.policy.request import Phase, Request
+from omniserve.policy.residence import Room
 from omniserve.policy.scheduler import schedule
 from omniserve.policy.slack import token_due_s
 from omniserve.types import SLO
@@ -336,14 +337,30 @@ def test_one_that_waited_as_long_as_moving_takes_becomes_a_lane() -> None:
     assert Displace(batch.id) in plan.moves
 
 
-def test_nobody_moves_to_a_host_without_bandwidth() -> None:
+def test_nobody_moves_to_a_host_without_bandwidth_and_the_plan_says_so() -> None:
     scene = Scene()
     scene.decoding(20, last_token_s=0.0)
     for _ in range(4):
         scene.lane(20, in_flight=True)
-    waits_on_device(scene, last_token_s=0.0)
+    batch = waits_on_device(scene, last_token_s=0.0)
     plan = schedule(scene.state, 0.5, make_policy(ExactModel(host_row=0.1)))
     assert not any(isinstance(move, Displace) for move in plan.moves)
+    assert plan.why is not None
+    assert plan.why.left_out == (LeftOut(batch.id, "host_gains_nothing"),)
+
+
+@pytest.mark.parametrize("host_offload", ["auto", "never"])
+def test_what_the_host_could_not_take_anyway_waits_for_slack(host_offload: str) -> None:
+    """None is set up, or it has no memory left: more bandwidth would not help."""
+    scene = Scene(roomy(host_offload=host_offload, num_host_pages=8))
+    scene.decoding(20, last_token_s=0.0)
+    if host_offload == "auto":
+        for _ in range(4):
+            scene.lane(20, in_flight=True)
+    batch = waits_on_device(scene, last_token_s=0.0)
+    plan = schedule(scene.state, 0.5, make_policy(ExactModel(host_row=0.1)))
+    assert plan.why is not None
+    assert plan.why.left_out == (LeftOut(batch.id, "slack"),)
 
 
 def test_a_lane_that_has_just_moved_stays() -> None:
@@ -364,6 +381,47 @@ def test_a_lane_comes_back_only_where_a_row_like_it_fits_twice() -> None:
     scene.lane(20)
     plan = schedule(scene.state, 0.088, make_policy())
     assert not any(isinstance(move, SwapIn) for move in plan.moves)
+
+
+def displaced(plan: Plan) -> list[int]:
+    return [move.request_id for move in plan.moves if isinstance(move, Displace)]
+
+
+def test_what_has_just_come_back_makes_no_room_for_a_prompt() -> None:
+    scene = Scene(roomy(num_device_pages=20))
+    scene.decoding(40, out=9, best_effort=True)
+    back = scene.decoding(40, out=9, best_effort=True)
+    scene.waiting(180, best_effort=True)  # twelve pages: above the watermark there are eight
+    back.moved_at = back.num_tokens - 7
+    assert displaced(schedule(scene.state, 0.0, make_policy())) == [], "not the first in line for it either"
+    back.moved_at = back.num_tokens - 8
+    assert displaced(schedule(scene.state, 0.0, make_policy())) == [back.id]
+
+
+def test_short_of_pages_those_go_first_that_have_stayed() -> None:
+    scene = Scene(roomy(num_device_pages=12))
+    scene.decoding(40, best_effort=True)
+    stayed = scene.decoding(40, best_effort=True)
+    back = scene.decoding(40, out=9, best_effort=True)  # 9 or 10 pages in all; the watermark is at 4
+    back.moved_at = back.num_tokens - 7
+    assert displaced(schedule(scene.state, 0.0, make_policy())) == [stayed.id]
+    stayed.moved_at = stayed.num_tokens
+    assert displaced(schedule(scene.state, 0.0, make_policy())) == [back.id], "the last in line"
+
+
+def test_for_chat_whoever_is_last_in_line_goes_and_for_batch_who_has_stayed() -> None:
+    def gives_way(best_effort: bool) -> int:
+        scene = Scene(roomy(num_device_pages=11))
+        asking = scene.decoding(48, best_effort=best_effort)
+        stayed, back = (scene.mirrored(64, best_effort=True) for _ in range(2))
+        back.moved_at = back.num_tokens - 7
+        room = Room(scene.state)
+        assert room.make_room(1, asking, only_best_effort=True)
+        (request,) = room.displaced()
+        return [stayed.id, back.id].index(request.id)
+
+    assert gives_way(best_effort=False) == 1
+    assert gives_way(best_effort=True) == 0
 
 
 # ---------------------------------------------------------------- explanations

@@ -9,11 +9,13 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omniserve.policy.host_outlook import HostOutlook
 from omniserve.policy.latency import Prediction, WalkLoad
 from omniserve.policy.latency_model import KINDS, LatencyModel
 from omniserve.policy.plan import CopyOut, Displace, Drop, Plan, Reserve, SwapIn
-from omniserve.policy.request import Phase
+from omniserve.policy.request import Phase, Request
 from omniserve.policy.scheduler import schedule
+from omniserve.policy.slo import SloPolicy
 from omniserve.policy.state import State
 from omniserve.types import SLO
 from policy.exact import ExactModel, Scene, make_policy, make_terms, roomy
@@ -243,26 +245,64 @@ def test_every_request_finishes_whatever_targets_it_has(
     assert world.produced == wanted
 
 
-@settings(max_examples=20, deadline=None)
+def is_short_of_pages(state: State, plan: Plan) -> bool:
+    """Whether best-effort decodes lack pages above the watermark, what this plan reserves for prompts taken
+    off."""
+    reserved = sum(
+        m.num_pages + len(m.cached)
+        for m in plan.moves
+        if isinstance(m, Reserve) and state.requests[m.request_id].phase is Phase.WAITING
+    )
+    staying = state.in_class(Phase.DEVICE, best_effort=True)
+    missing = sum(max(0, state.device.pages_for(r.kv_tokens + 1) - len(r.device_pages)) for r in staying)
+    return state.device.num_free - reserved - missing < state.limits.watermark_pages
+
+
+@settings(max_examples=40, deadline=None)
 @given(data=st.data(), model=models)
 def test_nobody_goes_to_and_fro(data: st.DataObject, model: Prediction) -> None:
-    """Chat comes and goes; a batch request changes sides at most once in so many tokens."""
-    world = World(
-        make_limits(num_device_pages=24, num_host_pages=40, max_lanes=6),
-        policy=make_policy(model, max_num_batched_tokens=16),
-    )
+    """Chat comes and goes, and prompts of batch; a batch request comes back once in so many tokens, and goes
+    sooner only where chat takes pages, or where it could not go on: without a row as long as moving takes,
+    or short of pages with nobody behind the first in line who has stayed longer."""
+    policy = make_policy(model, max_num_batched_tokens=16)
+    world = World(make_limits(num_device_pages=16, num_host_pages=100, max_lanes=8), policy=policy)
     for _ in range(3):
-        world.add(8, 40, best_effort=True)
-    for _ in range(100):
-        if data.draw(st.integers(0, 9), label="arrival") == 0:
+        world.add(8, 30, best_effort=True)
+    for _ in range(120):
+        arrival = data.draw(st.integers(0, 49), label="arrival")
+        if arrival == 49:
             world.add(data.draw(st.integers(4, 30)), 6, best_effort=False, slo=data.draw(slos))
-        stayed = {r.id: r.num_tokens - (r.moved_at or 0) for r in world.state.in_phase(Phase.LANE)}
-        coming = {r.id for r in world.state.in_phase(Phase.LANE) if r.incoming_pages}
+        elif arrival > 43:
+            world.add(data.draw(st.integers(4, 30)), data.draw(st.integers(2, 30)), best_effort=True)
+        state = world.state
+        has_stayed = {
+            r.id: r.moved_at is None or r.num_tokens - r.moved_at >= 8 for r in state.requests.values()
+        }
+        coming = {r.id for r in state.active.values() if r.incoming_pages}
+        plan = schedule(state, world.now, policy)
+        displaced = {m.request_id for m in plan.moves if isinstance(m, Displace)}
+        for_chat = any(
+            not state.requests[m.request_id].best_effort for m in plan.moves if isinstance(m, Reserve)
+        )
+        others = [r for r in state.in_class(Phase.DEVICE, best_effort=True) if r.id not in displaced][1:]
+        is_short = is_short_of_pages(state, plan) and not any(has_stayed[r.id] for r in others)
+        for request_id in displaced:
+            request = state.requests[request_id]
+            is_allowed = has_stayed[request_id] or for_chat or is_short
+            assert is_allowed or waits_for_a_row(request, plan, state, policy, world.now)
+        for move in plan.moves:
+            if isinstance(move, SwapIn) and move.request_id not in coming:
+                assert has_stayed[move.request_id], "it has just come"
         if not world.step():
             break
-        for move in world.plans[-1].moves:
-            if isinstance(move, SwapIn) and move.request_id not in coming:
-                assert stayed[move.request_id] >= 8, "it has just come"
+
+
+def waits_for_a_row(request: Request, plan: Plan, state: State, policy: SloPolicy, now: float) -> bool:
+    """Whether it has waited as long as moving takes."""
+    assert plan.why is not None
+    assert request.last_token_s is not None
+    host = HostOutlook(state, policy.model, policy.terms)
+    return now - request.last_token_s > host.move_s(request, plan.why.latency_sensitive_s)
 
 
 @given(scene=scenes(), model=models, slo=slos, share=st.sampled_from([0.0, 0.2]), data=st.data())

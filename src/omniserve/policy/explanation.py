@@ -16,7 +16,8 @@ class LeftOut:
 
     reason: "slack" no time left under the budget; "rows" of the walk's buffers; "pages" of the device;
     "lanes_unserved" lanes wait already; "host_full" no slot or page for it after its prefill;
-    "host_gains_nothing" the host has no bandwidth left for another lane.
+    "host_gains_nothing" no row for it here, and the host, which has memory for it, has no bandwidth left for
+    another lane.
     """
 
     request_id: int

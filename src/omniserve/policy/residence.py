@@ -24,6 +24,7 @@ from omniserve.policy.plan import (
 )
 from omniserve.policy.pool_view import PoolView
 from omniserve.policy.request import Phase, Request, requests_worse_than
+from omniserve.policy.slo import MIN_STAY_TOKENS
 from omniserve.policy.state import State
 
 
@@ -113,6 +114,12 @@ class Room:
             and self.free_slots > 0
             and self._host_pages_to_take(request) <= self.host.free
         )
+
+    @staticmethod
+    def has_just_moved(request: Request) -> bool:
+        """Whether it changed sides so lately that the next move should not be its own yet: one that comes
+        and goes pays for copies and makes no tokens. Only chat's needs, or having no room, go before that."""
+        return request.moved_at is not None and request.num_tokens - request.moved_at < MIN_STAY_TOKENS
 
     def _host_pages_to_take(self, request: Request) -> int:
         """Free host pages that a displacement uses up: none for those that other requests hold too."""
@@ -233,8 +240,9 @@ class Room:
         """Free `need` device pages for `requester` at the expense of those behind it in line.
 
         First lanes that were coming back stay lanes, then the last in line is displaced (its clean pages
-        are free at once), then dropped. Nothing is done unless all of it is enough: nobody is evicted for
-        a request that then is not served.
+        are free at once), then dropped. For a best-effort requester those that have just moved are displaced
+        last. Nothing is done unless all of it is enough: nobody is evicted for a request that then is not
+        served.
         """
         keep = self.keep_for(requester)
         if need <= self.device.available(keep):
@@ -250,7 +258,7 @@ class Room:
         for request in behind:
             if self.device.available(keep) < need and self.incoming_of(request):
                 self.cancel_swap_in(request)
-        for request in behind:
+        for request in sorted(behind, key=self.has_just_moved) if requester.best_effort else behind:
             is_short = self.device.available(keep) < need
             if is_short and self.can_displace(request) and self._clean_pages(request) > 0:
                 self.displace(request)

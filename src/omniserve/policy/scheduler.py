@@ -138,8 +138,11 @@ def _place(draft: Draft, request: Request) -> None:
     """A row on the device, or the way to the host, where it goes on."""
     room = draft.room
     if not draft.fits_decode(request):
-        if draft.budget.goes_to_host(request) and room.can_displace(request):
+        can_move = room.can_displace(request)
+        if can_move and draft.budget.goes_to_host(request):
             room.displace(request)
+        elif can_move and not draft.budget.host_gains():
+            draft.leave_out(request, "host_gains_nothing")
         else:
             draft.leave_out(request, "slack" if draft.rows_left > 0 else "rows")
         return
@@ -166,10 +169,23 @@ def _relieve_pressure(draft: Draft, requests: list[Request]) -> list[Request]:
             room.device.free - limits.watermark_pages, room.device.available(limits.prefix_reserve_pages)
         )
         expected = above_watermark + room.pages_on_the_way_out() - needed
-        if expected >= next_prompt or not room.can_displace(staying[-1]):
+        victim = None if expected >= next_prompt else _next_to_leave(draft, staying, is_short=expected < 0)
+        if victim is None or not room.can_displace(victim):
             break
-        room.displace(staying.pop())
+        room.displace(victim)
+        staying.remove(victim)
     return staying
+
+
+def _next_to_leave(draft: Draft, staying: list[Request], is_short: bool) -> Request | None:
+    """The last in line that has not just moved, the first in line only when it is alone.
+
+    If all have: the last in line where those who decode are short of pages; nobody for the sake of a prompt.
+    """
+    for request in reversed(staying[1:] or staying):
+        if not draft.room.has_just_moved(request):
+            return request
+    return staying[-1] if is_short else None
 
 
 def _pages_of_next_prompt(draft: Draft) -> int:
