@@ -17,7 +17,7 @@ CHAT = SLO(ttft_s=1.0, tpot_s=0.1)
 
 @dataclass(frozen=True)
 class ExactModel:
-    """Seconds: so much for a walk, a row, a token of context, a unit of prefill load, a lane row.
+    """Seconds: so much for a walk, a row, a token of context, a unit of prefill load, a lane row, a decode.
 
     The bound adds `margin`; a streaming host makes everything slower by `host_slowdown`.
     """
@@ -37,6 +37,7 @@ class ExactModel:
     chunk: float = 0.0
     context_read: float = 0.0
     host_share: float = 0.0
+    decode: float = 0.0
 
     def observe(
         self,
@@ -55,6 +56,7 @@ class ExactModel:
         seconds = (
             self.walk
             + self.row * load.num_tokens
+            + self.decode * load.num_decodes
             + self.context * load.decode_context
             + self.prefill * load.prefill_load
             + self.lane_row * load.lane_rows

@@ -158,6 +158,51 @@ def test_the_paper_leaves_omega_to_lanes_while_there_are_any() -> None:
     assert [(c.request_id, c.num_tokens) for c in plan.chunks] == [(batch.id, 79)], "a tenth of 100 ms less"
 
 
+def test_in_the_paper_batch_decodes_leave_omega_though_there_are_no_lanes() -> None:
+    scene = Scene()
+    scene.decoding(20)
+    batch = scene.decoding(40, best_effort=True)
+    slow = ExactModel(row=0.042)  # both together take 94 ms, a tenth of 100 ms is for lanes
+    plan = schedule(scene.state, 0.0, paper(slow))
+    assert batch.id not in plan.decodes
+    assert Displace(batch.id) in plan.moves
+    assert batch.id in schedule(scene.state, 0.0, paper(ExactModel(row=0.039))).decodes
+
+
+def test_the_paper_bounds_walks_with_chats_by_tpot_alone() -> None:
+    scene = Scene()
+    scene.decoding(20)
+    scene.waiting(500, best_effort=True)
+    assert [c.num_tokens for c in schedule(scene.state, 0.0, paper(walk_bound_s=0.05)).chunks] == [89]
+    alone = Scene()
+    alone.waiting(500, best_effort=True)
+    assert [c.num_tokens for c in schedule(alone.state, 0.0, paper(walk_bound_s=0.05)).chunks] == [40]
+
+
+def test_the_papers_chunks_keep_tpot_though_nobody_decodes_yet() -> None:
+    scene = Scene()
+    scene.waiting(500)
+    assert [c.num_tokens for c in schedule(scene.state, 0.0, paper()).chunks] == [90]
+
+
+def test_in_the_paper_batch_makes_no_prompt_late_that_one_pass_would_end_in_time() -> None:
+    """A pass for the prompt takes 210 ms, 220 are left of its second."""
+    scene = Scene()
+    prompt = scene.waiting(200, slo=SLO(1.0, 0.5))
+    batch = scene.waiting(500, best_effort=True)
+    plan = schedule(scene.state, 0.7795, paper())
+    assert [(c.request_id, c.num_tokens) for c in plan.chunks] == [(prompt.id, 200), (batch.id, 10)]
+
+
+def test_what_is_owed_to_batch_goes_before_the_papers_budgets() -> None:
+    scene = Scene()
+    scene.decoding(20, slo=SLO(1.0, 0.01))
+    batch = scene.decoding(40, best_effort=True)
+    assert batch.id not in schedule(scene.state, 0.0, paper(best_effort_share=0.1)).decodes
+    scene.state.best_effort_debt_s = 0.0011
+    assert batch.id in schedule(scene.state, 0.0, paper(best_effort_share=0.1)).decodes
+
+
 def test_in_the_paper_the_lowest_layers_come_first() -> None:
     scene = Scene()
     scene.decoding(20, slo=SLO(1.0, 0.013))
@@ -210,3 +255,14 @@ def test_the_papers_estimate_knows_neither_waiting_nor_chunking() -> None:
     assert found.is_accepted
     assert found.predicted_ttft_s == pytest.approx(0.010 + 0.641)
     assert ours.obstacle == "ttft"
+
+
+def test_the_papers_estimate_takes_everybody_for_a_decode_too() -> None:
+    """g = |D| + |P| + 1, and of each what it has of its text, and one."""
+    scene = Scene()
+    scene.decoding(20)
+    scene.prefilling(100, 40)
+    request = scene.newcomer(640)
+    model = ExactModel(walk=0.0, row=0.0, decode=1e-2, context=1e-5)
+    found = paper(model).admit(scene.state, request, 0.0)
+    assert found.predicted_ttft_s == pytest.approx(3e-2 + (21 + 41 + 1) * 1e-5)
