@@ -9,10 +9,11 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omniserve.policy.budget import Rules
 from omniserve.policy.host_outlook import HostOutlook
 from omniserve.policy.latency import Prediction, WalkLoad
 from omniserve.policy.latency_model import KINDS, LatencyModel
-from omniserve.policy.plan import CopyOut, Displace, Drop, Plan, Reserve, SwapIn
+from omniserve.policy.plan import CancelSwapIn, CopyOut, Displace, Drop, Plan, Reserve, SwapIn
 from omniserve.policy.request import Phase, Request
 from omniserve.policy.scheduler import schedule
 from omniserve.policy.slo import SloPolicy
@@ -49,7 +50,8 @@ slos = st.builds(SLO, st.floats(0.05, 3.0), st.floats(0.01, 0.3))
 
 @st.composite
 def scenes(draw: st.DrawFn, **limits: Any) -> Scene:
-    """Up to a dozen requests of either class in any phase, some of them late."""
+    """Up to a dozen requests of either class in any phase, some of them late; maybe more chats are likely to
+    come, for some came lately."""
     scene = Scene(roomy(**({"num_device_pages": 400, "num_host_pages": 100, "max_lanes": 16} | limits)))
     sizes = st.integers(2, 60)
 
@@ -78,7 +80,13 @@ def scenes(draw: st.DrawFn, **limits: Any) -> Scene:
             case "prefilling":
                 scene.prefilling(100, draw(st.integers(0, 99)), best_effort=True)
             case "decoding":
-                scene.decoding(draw(sizes), best_effort=True, last_token_s=draw(st.floats(-1.0, 0.0)))
+                decoding = draw(st.sampled_from([scene.decoding, scene.mirrored]))
+                decoding(draw(sizes), best_effort=True, last_token_s=draw(st.floats(-1.0, 0.0)))
+    for age_s in sorted(
+        draw(st.lists(st.floats(0.0, 90.0), max_size=5), label="arrivals before"), reverse=True
+    ):
+        gone = scene.newcomer(draw(st.integers(2, 300)), draw(slos), arrival_s=-age_s)
+        scene.state.note_arrival(gone, -age_s)
     num_in_flight = 0
     for _ in range(draw(st.integers(0, 6), label="lanes")):
         in_flight = draw(st.booleans())
@@ -102,6 +110,11 @@ def load_of(plan: Plan, state: State) -> WalkLoad:
     return load
 
 
+def with_rows(plan: Plan) -> list[int]:
+    """Requests with device rows."""
+    return [*plan.decodes, *(chunk.request_id for chunk in plan.chunks)]
+
+
 @given(scene=scenes(), model=models, share=st.sampled_from([0.0, 0.0, 0.1]), debt=st.floats(0.0, 0.05))
 def test_a_plan_never_exceeds_its_budget_by_its_own_model(
     scene: Scene, model: Prediction, share: float, debt: float
@@ -116,6 +129,14 @@ def test_a_plan_never_exceeds_its_budget_by_its_own_model(
         return
     bound_s = model.bound_s(load_of(plan, state), why.host_is_busy)
     assert why.budget_s is None or bound_s <= why.budget_s + EPSILON
+    if any(state.requests[i].best_effort for i in with_rows(plan)):
+        assert why.budget_s is not None, "batch work is always bounded"
+        most_s = [make_terms().walk_bound_s]
+        most_s += [why.slack_s] if why.slack_s is not None else []
+        if why.newcomers_spare_s is not None:
+            most_s.append(why.latency_sensitive_s + why.newcomers_spare_s)
+        owed_s = why.latency_sensitive_s + state.best_effort_debt_s
+        assert why.best_effort_s <= max(min(most_s), owed_s) + EPSILON
     if why.slack_s is not None and why.budget_s is not None and why.budget_s > why.slack_s + EPSILON:
         chats = tuple(i for i in plan.decodes if not state.requests[i].best_effort)
         least_s = model.bound_s(load_of(Plan("walk", decodes=chats), state), why.host_is_busy)
@@ -142,15 +163,49 @@ def test_best_effort_work_takes_no_row_and_no_token_from_chat(scene: Scene, mode
     assert [c for c in beside.chunks if c.request_id not in batch] == list(alone.chunks)
 
 
-@given(scene=scenes(num_device_pages=60, watermark_pages=2), model=models)
-def test_nobody_gives_way_for_a_request_that_is_not_served(scene: Scene, model: Prediction) -> None:
-    plan = schedule(scene.state, 0.0, make_policy(model))
-    dropped = [m.request_id for m in plan.moves if isinstance(m, Drop)]
-    served = {m.request_id for m in plan.moves if isinstance(m, Reserve)}
-    for request_id in dropped:
-        victim = scene.state.requests[request_id]
-        assert any(scene.state.requests[i].order < victim.order for i in served)
-    displaced = [scene.state.requests[m.request_id] for m in plan.moves if isinstance(m, Displace)]
+GIVING_WAY = (Displace, Drop, CancelSwapIn)
+CHAT_ALONE = Rules("omniserve", stages=("ls_decode", "ls_prefill"))
+
+
+@st.composite
+def full_scenes(draw: st.DrawFn) -> Scene:
+    """Batch work has nearly all the pages that the others left; the host has copies of some."""
+    scene = draw(scenes(num_device_pages=50, watermark_pages=2))
+    left_free = draw(st.integers(0, 3))
+    while (num_pages := scene.state.device.num_free - left_free) > 0:
+        num_tokens = 16 * draw(st.integers(1, min(6, num_pages))) - draw(st.integers(0, 13))
+        add = draw(st.sampled_from([scene.decoding, scene.mirrored]))
+        add(num_tokens, best_effort=True, last_token_s=draw(st.floats(-1.0, 0.0)))
+    return scene
+
+
+@given(scene=full_scenes(), model=models, rules=st.sampled_from([None, CHAT_ALONE]))
+def test_nobody_gives_way_for_a_request_that_is_not_served(
+    scene: Scene, model: Prediction, rules: Rules | None
+) -> None:
+    """Who is dropped makes room for one ahead in line, which has a row.
+
+    Where only chat asks for pages, so does who moves or stays away, and there were too few free ones: batch
+    work also moves for its own sake.
+    """
+    policy = make_policy(model)
+    plan = schedule(scene.state, 0.0, replace(policy, rules=rules) if rules else policy)
+    if not plan.decodes and not plan.chunks and len(plan.moves) == 1:
+        return  # a standstill, broken
+    requests = scene.state.requests
+    gainers = []
+    reserved = sum(
+        m.num_pages for m in plan.moves if isinstance(m, Reserve) and m.request_id in with_rows(plan)
+    )
+    if rules and any(isinstance(move, GIVING_WAY) for move in plan.moves):
+        assert reserved > scene.state.device.num_free
+    for move in reversed(plan.moves):
+        request = requests[move.request_id]
+        if isinstance(move, Reserve) and request.id in with_rows(plan):
+            gainers.append(request)
+        elif isinstance(move, Drop) or (rules and isinstance(move, GIVING_WAY)):
+            assert any(gainer.order < request.order for gainer in gainers), move
+    displaced = [requests[m.request_id] for m in plan.moves if isinstance(m, Displace)]
     assert all(request.best_effort for request in displaced)
 
 
