@@ -365,9 +365,11 @@ def test_placement_shows_where_lanes_win_and_where_the_device_does(
     assert "context 4096 does not fit a device of 1120 tokens" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("ttft_s", "verdict"), [(0.16, "holds"), (0.19, "does NOT hold")])
-def test_an_arrival_waits_for_two_walks_at_most(
-    ttft_s: float, verdict: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("ttft_s", "ratio", "verdict"), [(0.138, 0.95, "holds"), (0.16, 1.5, "does NOT hold")]
+)
+def test_an_arrival_waits_no_longer_than_the_bound_of_one_walk(
+    ttft_s: float, ratio: float, verdict: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Alone it takes 100 ms; a walk with batch rows may take 40 of the 160 ms that are the target."""
     flags = ("--plot", str(tmp_path / "arrival.svg")) if find_spec("matplotlib") else ()
@@ -376,7 +378,8 @@ def test_an_arrival_waits_for_two_walks_at_most(
     assert report["walk_bound_s"] == pytest.approx(0.04)
     assert report["wait"]["p99"] == pytest.approx(ttft_s - 0.1)
     assert report["chats"] == 2 * 60, "one a second and seed"
-    assert f"2 walks of that bound: {verdict}" in capsys.readouterr().out
+    assert report["verdict"]["p99_over_bound"] == pytest.approx(ratio)
+    assert f"is {ratio:.2f}x the walk bound; at most once that bound: {verdict}" in capsys.readouterr().out
     lone = [t for t in machine.trials if t.arrivals is not None]
     assert {t.jobs is None for t in lone} == {True, False}
     assert len({t.arrivals for t in lone}) == 2, "the same with batch work and without, others for each seed"

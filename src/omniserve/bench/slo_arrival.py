@@ -1,8 +1,10 @@
 """How long a chat waits that comes to an engine full of batch work: no other chat is there.
 
 Each is as small as can be, so that its first token takes next to no time of its own: what it takes longer
-than without batch work is its wait, for the walk under way and for the batch rows of the one that it rides
-in. Both keep to the bound that no walk with best-effort rows exceeds (docs/policy.md).
+than without batch work is its wait. That has two parts: what is left of the walk under way, and the batch
+rows of the walk that it rides in. Each walk keeps to the bound of walks with best-effort rows
+(docs/policy.md), so both parts together could reach twice that; the promise is that they stay below it once,
+and so it is judged.
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ from omniserve.types import LATENCY_SENSITIVE
 
 PROMPT, OUTPUT = 16, 1
 GAP_S = 1.0  # between two arrivals, on average and about
-WALKS = 2  # that an arrival meets: one under way, and its own
 BESIDE, ALONE = "beside batch", "alone"
 
 
@@ -44,7 +45,8 @@ def run_arrival(plan: Plan, run_one: RunOne, save: Save) -> Report:
             results[name].append(run_one(trial, plan.timing, name))
     report |= _waits(results[BESIDE], results[ALONE])
     report["be_tokens_per_s"] = mean([r.be_tokens_per_s() for r in results[BESIDE]])
-    report["verdict"] = {"walks": WALKS, "holds": report["wait"]["p99"] <= WALKS * report["walk_bound_s"]}
+    ratio = report["wait"]["p99"] / report["walk_bound_s"]
+    report["verdict"] = {"p99_over_bound": ratio, "holds": ratio <= 1.0}
     save(report)
     return report
 
