@@ -207,8 +207,37 @@ def test_baselines_run_with_their_best_tunables(tmp_path: Path, monkeypatch: pyt
     assert [t["be_tokens_per_s"] for t in tuned["tried"]] == [32.0, 64.0, 128.0]
     runs = [r for r in report["runs"] if r["variant"].startswith("sarathi")]
     assert {r["settings"]["max_num_batched_tokens"] for r in runs} == {64}
-    # The capacity and the six tuning runs are brief, all others whole.
-    assert (machine.durations_s.count(30.0), set(machine.durations_s)) == (7, {30.0, 60.0})
+    # The capacity, the six tuning runs and the reference beside them are brief, all others whole.
+    assert (machine.durations_s.count(30.0), set(machine.durations_s)) == (8, {30.0, 60.0})
+
+
+@pytest.mark.parametrize(("late", "chosen", "holds"), [(0.1, 64, True), (0.0, 32, False)])
+def test_settings_are_judged_by_what_the_reference_reaches(
+    late: float, chosen: int, holds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The reference misses as many as the middle setting, of three that all miss some: with as many batch
+    tokens as that one makes it is the best. Beside a reference that misses none, the one nearest to it is."""
+    share = {32: 0.05, 64: 0.1, 128: 0.3}
+
+    class Late(Machine):
+        def _chat(self, trial: Trial, arrival: Arrival) -> Record:
+            record = super()._chat(trial, arrival)
+            is_tried = trial.device_memory_bytes == 40 * PAGE_BYTES
+            missed = share.get(dict(trial.variant.extra).get("max_num_batched_tokens", 0), late)
+            if is_tried and round(1e3 * arrival.at_s) % 1000 < 1000 * missed:
+                record.token_s = [t + 3 for t in record.token_s]
+            return record
+
+    monkeypatch.setitem(slo_variants.TUNABLES, "sarathi", {"max_num_batched_tokens": (32, 64, 128)})
+    machine = Late(be_rate=lambda t: float(dict(t.variant.extra).get("max_num_batched_tokens", 1)))
+    flags = [*SMALL, "--rate", "20", "--policies", "sarathi", "--be-context", "64", "512"]
+    path = tmp_path / "slo.json"
+    assert main([*flags, "--json", str(path)], run=machine) == 0
+    tuned = json.loads(path.read_text())["slo"]["tuned"]["sarathi, 1 thread"]
+    assert tuned["reference_offered"] == pytest.approx(1 - late, abs=0.03)
+    assert (tuned["chosen"], tuned["holds"]) == ({"max_num_batched_tokens": chosen}, holds)
+    assert ("none holds, this one is nearest" in capsys.readouterr().out) is not holds
 
 
 def test_a_variant_without_tunables_is_its_own_only_tuning() -> None:

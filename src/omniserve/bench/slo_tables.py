@@ -27,7 +27,11 @@ def setup_lines(setup: Report) -> Iterator[str]:
 
 def mixed_tables(report: Report) -> Iterator[Table | str]:
     for name, tuned in report["tuned"].items():
-        yield f"{name}: best of {len(tuned['tried'])} settings is {tuned['chosen']}"
+        held = "holds" if tuned["holds"] else "none holds, this one is nearest"
+        yield (
+            f"{name}: best of {len(tuned['tried'])} settings is {tuned['chosen']} ({held}; ls_only attains "
+            f"{percent(tuned['reference_offered'])})"
+        )
     for table in report["tables"]:
         yield _mixed_table(table)
         yield verdict_line(table)
