@@ -301,17 +301,46 @@ def test_no_baseline_that_holds_is_no_ratio() -> None:
     [
         (95.0, 100.0, 50.0, "lanes", True),
         (94.0, 50.0, 100.0, "device", False),
-        (0.0, 0.0, 0.0, "lanes", True),
+        (0.0, 0.0, 0.0, "lanes", None),  # near to nothing: not known
     ],
 )
 def test_the_automatic_choice_is_held_to_the_better_place(
-    auto: float, lanes: float, device: float, winner: str, is_near: bool
+    auto: float, lanes: float, device: float, winner: str, is_near: bool | None
 ) -> None:
-    spot = Spot(
-        256, 2.0, {"auto": [auto], "lanes": [lanes], "device": [device], "device, all cores": [999.0]}
-    )
-    found = placement_verdict(spot)
+    found = placement_verdict(spot_of({"auto": auto, "lanes": lanes, "device": device}))
     assert (found["winner"], found["is_near"]) == (winner, is_near)
+
+
+def spot_of(rates: dict[str, float], offered: dict[str, float] | None = None) -> Spot:
+    """One seed; ls_only attains 99 %, and everybody else who is not in `offered`."""
+    attained = dict.fromkeys(rates, 0.99) | (offered or {})
+    whole_box = {"device, all cores": [999.0]}
+    return Spot(
+        256,
+        2.0,
+        [0.99],
+        {n: [r] for n, r in rates.items()} | whole_box,
+        {n: [a] for n, a in attained.items()},
+    )
+
+
+@pytest.mark.parametrize(
+    ("broken", "winner", "is_near"),
+    [
+        ({"lanes": 0.97}, "device", True),  # many tokens, targets missed: does not win
+        ({"lanes": 0.97, "device": 0.5}, None, None),  # nobody to come near to
+        ({"auto": 0.97}, "lanes", False),  # near by its tokens, at the cost of the targets
+        ({"lanes": 0.98, "auto": 0.98}, "lanes", True),  # within the point
+    ],
+)
+def test_a_choice_that_breaks_targets_neither_wins_nor_is_good(
+    broken: dict[str, float], winner: str | None, is_near: bool | None
+) -> None:
+    found = placement_verdict(spot_of({"auto": 96.0, "lanes": 100.0, "device": 50.0}, broken))
+    assert (found["winner"], found["is_near"]) == (winner, is_near)
+    assert [name for name, held in found["holds"].items() if not held] == [
+        name for name in ("auto", "lanes", "device") if broken.get(name, 1.0) < 0.98
+    ]
 
 
 # ---------------------------------------------------------------- whole reports
@@ -391,7 +420,25 @@ def test_placement_shows_where_lanes_win_and_where_the_device_does(
     found = {s["context"]: (s["winner"], s["is_near"]) for s in report["spots"]}
     assert found == {256: ("device", False), 1024: ("lanes", True)}
     assert [s["context"] for s in report["left_out"]] == [4096]
-    assert "context 4096 does not fit a device of 1120 tokens" in capsys.readouterr().out
+    assert report["verdict"] == {"spots": 2, "near": 1, "not_known": 0, "holds": False}
+    printed = capsys.readouterr().out
+    assert "context 4096 does not fit a device of 1120 tokens" in printed
+    assert "auto is good at 1 of 2 spots, not known at 0: does NOT hold" in printed
+
+
+def test_what_is_not_known_of_a_placement_is_printed_so_and_not_met(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All batch work breaks the targets: neither place wins."""
+    machine = Machine({"omniserve": 9.0})
+    flags = ("--scenario", "placement", "--memory-factors", "7")
+    report = bench(machine, tmp_path, *flags)["placement"]
+    assert {(s["winner"], s["is_near"]) for s in report["spots"]} == {(None, None)}
+    assert report["verdict"] == {"spots": 2, "near": 0, "not_known": 2, "holds": False}
+    printed = capsys.readouterr().out
+    assert "not known" in printed
+    assert "neither holds" in printed
+    assert "auto is good at 0 of 2 spots, not known at 2: does NOT hold" in printed
 
 
 @pytest.mark.parametrize(

@@ -146,21 +146,30 @@ def overload_tables(report: Report) -> Iterator[Table | str]:
 def placement_tables(report: Report) -> Iterator[Table | str]:
     result = Table(
         title="BE tok/s by where batch work decodes, beside latency-sensitive traffic",
-        caption=f"good: auto reaches {NEAR:.0%} of the better of lanes and device at the same threads; in "
-        "brackets the mean context when tokens came, and the attainment of the latency-sensitive class",
+        caption=f"winner: most tokens of lanes and device at the same threads, where they are within "
+        f"{100 * POINT:g} point of ls_only; good: auto is, too, and reaches {NEAR:.0%} of the winner; in "
+        "brackets the mean context when tokens came, and the attainment of the latency-sensitive class; "
+        "!: breaks targets",
     )
-    for name in ("context", "memory", *CHOICES, WHOLE_BOX, "winner", "auto of winner", "good"):
+    for name in ("context", "memory", "ls_only", *CHOICES, WHOLE_BOX, "winner", "auto of winner", "good"):
         result.add_column(name)
     for spot in report["spots"]:
         result.add_row(
             str(spot["context"]),
             f"x{spot['memory_factor']:g}",
+            percent(mean(spot["reference"])),
             *(_choice(spot, name) for name in (*CHOICES, WHOLE_BOX)),
-            spot["winner"],
+            spot["winner"] or "neither holds",
             percent(spot["auto_share_of_winner"]),
-            "yes" if spot["is_near"] else "NO",
+            {True: "yes", False: "NO", None: "not known"}[spot["is_near"]],
         )
     yield result
+    if report["spots"]:
+        verdict = report["verdict"]
+        yield (
+            f"auto is good at {verdict['near']} of {verdict['spots']} spots, not known at "
+            f"{verdict['not_known']}: {'holds' if verdict['holds'] else 'does NOT hold'}"
+        )
     for spot in report["left_out"]:
         yield (
             f"left out: context {spot['context']} does not fit a device of {spot['device_tokens']} tokens "
@@ -173,7 +182,8 @@ def _choice(spot: Report, name: str) -> str:
     if name not in spot["rates"]:
         return "-"
     context, offered = spot["contexts"][name], mean(spot["offered"][name])
-    return f"{_range(spot['rates'][name])} [{_tokens(context)}, {percent(offered)}]"
+    broken = "" if spot["holds"].get(name, True) else " !"
+    return f"{_range(spot['rates'][name])} [{_tokens(context)}, {percent(offered)}{broken}]"
 
 
 def _tokens(count: float | None) -> str:
