@@ -109,7 +109,7 @@ def test_rate_targets_and_memory_come_from_the_reference(tmp_path: Path) -> None
     table = report["slo"]["tables"][0]
     assert table["slo"] == pytest.approx({"ttft_s": 0.15, "tpot_s": 0.015})
     assert table["device_tokens"] == 4 * 10 * 16
-    assert table["context"] == [64, 640]  # 4k contexts do not fit such a device
+    assert table["contexts"]["used"] == [64, 640]  # 4k contexts do not fit such a device
     mixed = [t for t in machine.trials if t.jobs and t.rate]
     assert {t.device_memory_bytes for t in mixed} == {4 * 10 * PAGE_BYTES}
 
@@ -138,6 +138,38 @@ def test_policies_that_heed_targets_run_once_for_each_and_the_others_once(tmp_pa
 def test_a_device_too_small_for_the_shortest_job_is_refused_with_the_way_out() -> None:
     with pytest.raises(OmniServeError, match=r"256 tokens, exceed the 100 tokens .* lower --be-context"):
         Memory(1.25, 1, 100).fit(BatchJobs(256, 4096))
+
+
+def test_how_many_batch_contexts_were_cut_and_to_what_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of contexts spread log-uniformly from 64 to 4096, a third end above 1024."""
+    for scenario in ("slo", "arrival", "overload"):
+        flags = ("--memory-factors", "6.4", "--scenario", scenario)
+        report = bench(Machine(), tmp_path, *flags)[scenario]
+        found = report["tables"][0] if scenario == "slo" else report
+        assert found["contexts"]["asked"] == [64, 4096]
+        assert found["contexts"]["used"] == [64, 1024]
+        assert found["contexts"]["share_too_long"] == pytest.approx(1 / 3)
+        printed = " ".join(capsys.readouterr().out.split())
+        assert "BE context 64 to 1024, CUT from 64 to 4096: 33.3 % of those asked for exceed" in printed
+
+
+def test_contexts_that_all_fit_are_not_called_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--memory-factors", "40", "--policies", "sarathi")
+    contexts = bench(Machine(), tmp_path, *flags)["slo"]["tables"][0]["contexts"]
+    assert contexts == {"asked": [64, 4096], "used": [64, 4096], "share_too_long": 0.0}
+    printed = capsys.readouterr().out
+    assert "BE context 64 to 4096;" in " ".join(printed.split())
+    assert "CUT" not in printed
+
+
+def test_the_share_of_longer_jobs_is_that_of_the_jobs_drawn() -> None:
+    jobs = BatchJobs(64, 4096)
+    drawn = [p + o for (p, o), _ in zip(jobs.draw(0), range(4000), strict=False)]
+    for tokens in (50, 100, 700, 4096):
+        share = sum(context > tokens for context in drawn) / len(drawn)
+        assert jobs.share_longer(tokens) == pytest.approx(share, abs=0.03)
 
 
 def test_too_few_requests_for_a_percentile_are_refused(

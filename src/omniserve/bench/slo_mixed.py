@@ -51,7 +51,7 @@ def run_mixed(plan: Plan, run_one: RunOne, save: Save) -> Report:
         best_alone = max(map(mean, alone.values()))
         for factor in plan.slo_factors:
             results = [found[v.name, factor] for v in variants]
-            report["tables"].append(_table(plan, memory, jobs, factor, results, best_alone))
+            report["tables"].append(_table(plan, memory, factor, results, best_alone))
         save(report)
     return report
 
@@ -107,9 +107,7 @@ def _tunable(plan: Plan) -> dict[str, list[Variant]]:
     return {v.name: found for v in plan.variants if len(found := tunings(v)) > 1}
 
 
-def _table(
-    plan: Plan, memory: Memory, jobs: BatchJobs, factor: float, results: list[list[Result]], alone: float
-) -> Report:
+def _table(plan: Plan, memory: Memory, factor: float, results: list[list[Result]], alone: float) -> Report:
     slo = plan.setup.slo(factor)
     cells = [cell_of(each, slo) for each in results]
     verdict = judge(cells)
@@ -134,7 +132,7 @@ def _table(
         "slo_factor": factor,
         "slo": asdict(slo),
         "device_tokens": memory.tokens,
-        "context": [jobs.low, jobs.high],
+        "contexts": memory.cut(plan.jobs),
         "be_alone_tokens_per_s": alone,
         "rows": rows,
         "verdict": asdict(verdict),

@@ -41,8 +41,8 @@ def _mixed_table(table: Report) -> Table:
     slo, alone = table["slo"], table["be_alone_tokens_per_s"]
     result = Table(
         title=f"SLO x{table['slo_factor']:g}: TTFT {ms(slo['ttft_s'])} ms, TPOT {ms(slo['tpot_s'])} ms; "
-        f"device memory x{table['memory_factor']:g} ({table['device_tokens']} tokens); BE context "
-        f"{table['context'][0]} to {table['context'][1]}; BE alone {alone:.4g} tok/s",
+        f"device memory x{table['memory_factor']:g} ({table['device_tokens']} tokens); "
+        f"{contexts_line(table['contexts'])}; BE alone {alone:.4g} tok/s",
         caption="* counts for its policy (better threads); ranges over seeds; P50, P99: means over seeds; "
         "BE context: tokens before each BE token, mean",
     )
@@ -71,6 +71,18 @@ def _mixed_row(row: Report) -> Sequence[str]:
     )
 
 
+def contexts_line(contexts: Report) -> str:
+    """Contexts of batch jobs, and what the memory cap made of those asked for."""
+    (low, high), (asked_low, asked_high) = contexts["used"], contexts["asked"]
+    used = f"BE context {low} to {high}"
+    if not contexts["share_too_long"]:
+        return used
+    return (
+        f"{used}, CUT from {asked_low} to {asked_high}: {percent(contexts['share_too_long'])} of those "
+        f"asked for exceed the device's {high} tokens"
+    )
+
+
 def verdict_line(table: Report) -> str:
     """What the table says, in one sentence each."""
     verdict = table["verdict"]
@@ -93,7 +105,9 @@ def verdict_line(table: Report) -> str:
 
 
 def arrival_tables(report: Report) -> Iterator[Table | str]:
-    result = Table(title="A lone chat that comes to an engine full of batch work")
+    result = Table(
+        title=f"A lone chat that comes to an engine full of batch work; {contexts_line(report['contexts'])}"
+    )
     for name in ("chats", "TTFT ms alone", "wait ms P50, P99", "walk bound ms", "BE tok/s"):
         result.add_column(name, justify="right")
     wait = report["wait"]
@@ -116,7 +130,7 @@ def overload_tables(report: Report) -> Iterator[Table | str]:
     slo = report["slo"]
     result = Table(
         title=f"Overload: {report['rate']:.2f} requests/s, twice the capacity; TTFT {ms(slo['ttft_s'])} ms, "
-        f"TPOT {ms(slo['tpot_s'])} ms"
+        f"TPOT {ms(slo['tpot_s'])} ms; {contexts_line(report['contexts'])}"
     )
     for name in (
         "",
