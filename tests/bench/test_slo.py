@@ -17,7 +17,15 @@ from omniserve.bench.slo import main
 from omniserve.bench.slo_placement import Spot, placement_verdict
 from omniserve.bench.slo_run import Result, Timing, Traffic, Trial
 from omniserve.bench.slo_setup import Memory
-from omniserve.bench.slo_variants import POLICIES, Variant, check_policies, engine_settings, tunings, variants
+from omniserve.bench.slo_variants import (
+    POLICIES,
+    Variant,
+    check_policies,
+    device_rows,
+    engine_settings,
+    tunings,
+    variants,
+)
 from omniserve.bench.slo_verdict import Cell, judge
 from omniserve.bench.workloads import SHAREGPT, Arrival, BatchJobs
 from omniserve.config import CpuSplit
@@ -270,6 +278,27 @@ def test_settings_are_judged_by_what_the_reference_reaches(
     assert tuned["reference_offered"] == pytest.approx(1 - late, abs=0.03)
     assert (tuned["chosen"], tuned["holds"]) == ({"max_num_batched_tokens": chosen}, holds)
     assert ("none holds, this one is nearest" in capsys.readouterr().out) is not holds
+
+
+def test_token_budgets_are_swept_as_far_as_ours_goes() -> None:
+    ours = engine_settings(Variant("omniserve", 1, "auto"), None, SLO(1.0, 0.1))
+    for policy in ("sarathi", "vllm_priority", "llumnix"):
+        tried = [dict(v.extra)["max_num_batched_tokens"] for v in tunings(Variant(policy, 1, "never"))]
+        assert sorted(set(tried)) == [64, 128, 256]
+        assert max(tried) == device_rows(ours)
+
+
+def test_a_baseline_that_is_not_tuned_says_what_it_runs_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = bench(Machine(), tmp_path, "--policies", "sarathi", "llumnix")["slo"]
+    assert report["untuned"]["sarathi, 1 thread"] == {"max_num_batched_tokens": 64}
+    assert report["untuned"]["llumnix, 2 threads"] == {"max_num_batched_tokens": 64, "watermark": 0.1}
+    told = {r["settings"]["max_num_batched_tokens"] for r in report["runs"] if r["variant"].startswith("sar")}
+    assert told == {64}
+    rows = {row["policy"]: row["device_rows"] for row in report["tables"][0]["rows"]}
+    assert rows == {"omniserve": 256, "ls_only": 64, "sarathi": 64, "llumnix": 64}
+    assert "sarathi, 1 thread: not tuned, {'max_num_batched_tokens': 64}" in capsys.readouterr().out
 
 
 def test_a_variant_without_tunables_is_its_own_only_tuning() -> None:

@@ -9,7 +9,7 @@ from omniserve.bench.attainment import harvest_share
 from omniserve.bench.slo_plan import Plan, Report, Save, cell_of, mean_known, middle, over_seeds, rotated
 from omniserve.bench.slo_run import Result, RunOne, Trial
 from omniserve.bench.slo_setup import Memory, reference_of
-from omniserve.bench.slo_variants import REFERENCE, SLO_AWARE, Variant, tunings
+from omniserve.bench.slo_variants import REFERENCE, SLO_AWARE, Variant, device_rows, tunings
 from omniserve.bench.slo_verdict import Cell, better, counts, holds, judge, mean
 from omniserve.bench.workloads import BatchJobs
 
@@ -26,8 +26,10 @@ def num_mixed_runs(plan: Plan) -> int:
 def run_mixed(plan: Plan, run_one: RunOne, save: Save) -> Report:
     """All variants at each memory cap and pair of targets. Runs of one seed follow each other, and begin with
     another variant for each seed, so that what the machine does from hour to hour hits all of them."""
-    report: Report = {"tuned": {}, "alone": [], "runs": [], "tables": []}
+    report: Report = {"tuned": {}, "untuned": {}, "alone": [], "runs": [], "tables": []}
     variants = _tune(plan, run_one, report) if plan.tune else list(plan.variants)
+    if not plan.tune:
+        report["untuned"] = {v.name: dict(v.extra) for v in plan.variants if v.name in _tunable(plan)}
     for memory in map(plan.setup.memory, plan.memory_factors):
         jobs = memory.fit(plan.jobs)
         alone: dict[str, list[float]] = {}
@@ -118,6 +120,7 @@ def _table(plan: Plan, memory: Memory, factor: float, results: list[list[Result]
         rows.append(
             {
                 **asdict(cell),
+                "device_rows": device_rows(each[0].settings),
                 "counts": counts(cell, cells),
                 "harvest_share": harvest_share(cell.be_rate, alone),
                 "be_over_best_baseline": cell.be_rate / best.be_rate if best and best.be_rate else None,

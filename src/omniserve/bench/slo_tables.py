@@ -32,6 +32,8 @@ def mixed_tables(report: Report) -> Iterator[Table | str]:
             f"{name}: best of {len(tuned['tried'])} settings is {tuned['chosen']} ({held}; ls_only attains "
             f"{percent(tuned['reference_offered'])})"
         )
+    for name, settings in report["untuned"].items():
+        yield f"{name}: not tuned, {settings}"
     for table in report["tables"]:
         yield _mixed_table(table)
         yield verdict_line(table)
@@ -44,9 +46,17 @@ def _mixed_table(table: Report) -> Table:
         f"device memory x{table['memory_factor']:g} ({table['device_tokens']} tokens); "
         f"{contexts_line(table['contexts'])}; BE alone {alone:.4g} tok/s",
         caption="* counts for its policy (better threads); ranges over seeds; P50, P99: means over seeds; "
-        "BE context: tokens before each BE token, mean",
+        "rows: most device rows of a walk; BE context: tokens before each BE token, mean",
     )
-    columns = ("policy", "requests", "attained, offered", "admitted", "TTFT ms P50, P99", "TPOT ms P50, P99")
+    columns = (
+        "policy",
+        "rows",
+        "requests",
+        "attained, offered",
+        "admitted",
+        "TTFT ms P50, P99",
+        "TPOT ms P50, P99",
+    )
     for name in (*columns, "good/s", "BE tok/s", "BE context", "harvest", "BE over best"):
         result.add_column(name, justify="left" if name == "policy" else "right")
     for row in table["rows"]:
@@ -58,6 +68,7 @@ def _mixed_row(row: Report) -> Sequence[str]:
     ratio = row["be_over_best_baseline"]
     return (
         row["variant"] + (" *" if row["counts"] else ""),
+        str(row["device_rows"]),
         str(row["requests"]),
         _shares(row["offered"]),
         _shares(row["admitted"]),
