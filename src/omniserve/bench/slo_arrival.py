@@ -35,7 +35,11 @@ def run_arrival(plan: Plan, run_one: RunOne, save: Save) -> Report:
     ours, jobs = replace(plan.ours, admits_all=True), memory.fit(plan.jobs)
     sides = {BESIDE: jobs, ALONE: None}
     results: dict[str, list[Result]] = {name: [] for name in sides}
-    report: Report = {"slo": asdict(slo), "walk_bound_s": WALK_BOUND_SHARE * slo.ttft_s}
+    report: Report = {
+        "slo": asdict(slo),
+        "walk_bound_s": WALK_BOUND_SHARE * slo.ttft_s,
+        "contexts": memory.cut(plan.jobs),
+    }
     for seed in plan.seeds:
         chats = lone_chats(plan.timing.total_s, seed)
         for name, backlog in rotated(list(sides.items()), plan, seed):

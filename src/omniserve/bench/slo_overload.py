@@ -20,7 +20,7 @@ def run_overload(plan: Plan, run_one: RunOne, save: Save) -> Report:
     jobs, rate = memory.fit(plan.jobs), 2 * plan.setup.capacity
     sides = {"with admission": plan.ours, "without admission": replace(plan.ours, admits_all=True)}
     results: dict[str, list[Result]] = {name: [] for name in sides}
-    report: Report = {"rate": rate, "slo": asdict(slo), "sides": {}}
+    report: Report = {"rate": rate, "slo": asdict(slo), "contexts": memory.cut(plan.jobs), "sides": {}}
     for seed in plan.seeds:
         for name, variant in sides.items():
             trial = Trial(variant, seed, rate, jobs, memory.num_bytes, slo)

@@ -112,6 +112,8 @@ def plot_placement(report: Report, path: Path) -> None:
             rates = [mean(s["rates"][name]) for s in spots]
             style = "--" if name == WHOLE_BOX else "-"
             axes.plot([s["context"] for s in spots], rates, marker + style, label=name)
+        broken = [(s["context"], mean(s["rates"][c])) for s in spots for c in CHOICES if not s["holds"][c]]
+        axes.plot([x for x, _ in broken], [y for _, y in broken], "kx", ms=10, label="breaks targets")
         axes.set_xscale("log", base=2)
         axes.set_xticks(CONTEXTS, [str(context) for context in CONTEXTS])
         axes.set_ylim(bottom=0)

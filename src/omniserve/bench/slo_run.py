@@ -13,7 +13,7 @@ from typing import Any
 from omniserve.bench.attainment import ClassReport, Record, class_report, due_between
 from omniserve.bench.load import Backlog, InProcess, Load, Stream, send_load
 from omniserve.bench.measure import percentile
-from omniserve.bench.slo_variants import Variant, engine_settings
+from omniserve.bench.slo_variants import Variant, device_rows, engine_settings
 from omniserve.bench.workloads import Arrival, BatchJobs, Lengths, at_rate, between
 from omniserve.bench.workloads import stream as drawn_stream
 from omniserve.types import BEST_EFFORT, LATENCY_SENSITIVE, SLO
@@ -140,6 +140,7 @@ class Result:
             "variant": self.trial.variant.name,
             "seed": self.trial.seed,
             "settings": _plain(self.settings),
+            "device_rows": device_rows(self.settings),
             "rate": self.trial.rate,
             "latency_sensitive": {name: asdict(self.ls(slo)) for name, slo in slos.items()},
             "best_effort": asdict(self.be()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from omniserve.bench.attainment import latency
 from omniserve.bench.measure import percentile
@@ -60,6 +61,16 @@ class Memory:
                 "--load-factor, --length-scale or --memory-factors"
             )
         return replace(jobs, high=min(jobs.high, self.tokens))
+
+    def cut(self, jobs: BatchJobs) -> dict[str, Any]:
+        """What `fit` does to these jobs: contexts asked for and used, [low, high] in tokens, and the share
+        of those asked for that is longer than the device can hold. All are drawn from the narrower range."""
+        fitting = self.fit(jobs)
+        return {
+            "asked": [jobs.low, jobs.high],
+            "used": [fitting.low, fitting.high],
+            "share_too_long": jobs.share_longer(fitting.high),
+        }
 
 
 def measure_setup(

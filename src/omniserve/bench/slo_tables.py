@@ -27,7 +27,13 @@ def setup_lines(setup: Report) -> Iterator[str]:
 
 def mixed_tables(report: Report) -> Iterator[Table | str]:
     for name, tuned in report["tuned"].items():
-        yield f"{name}: best of {len(tuned['tried'])} settings is {tuned['chosen']}"
+        held = "holds" if tuned["holds"] else "none holds, this one is nearest"
+        yield (
+            f"{name}: best of {len(tuned['tried'])} settings is {tuned['chosen']} ({held}; ls_only attains "
+            f"{percent(tuned['reference_offered'])})"
+        )
+    for name, settings in report["untuned"].items():
+        yield f"{name}: not tuned, {settings}"
     for table in report["tables"]:
         yield _mixed_table(table)
         yield verdict_line(table)
@@ -37,12 +43,20 @@ def _mixed_table(table: Report) -> Table:
     slo, alone = table["slo"], table["be_alone_tokens_per_s"]
     result = Table(
         title=f"SLO x{table['slo_factor']:g}: TTFT {ms(slo['ttft_s'])} ms, TPOT {ms(slo['tpot_s'])} ms; "
-        f"device memory x{table['memory_factor']:g} ({table['device_tokens']} tokens); BE context "
-        f"{table['context'][0]} to {table['context'][1]}; BE alone {alone:.4g} tok/s",
+        f"device memory x{table['memory_factor']:g} ({table['device_tokens']} tokens); "
+        f"{contexts_line(table['contexts'])}; BE alone {alone:.4g} tok/s",
         caption="* counts for its policy (better threads); ranges over seeds; P50, P99: means over seeds; "
-        "BE context: tokens before each BE token, mean",
+        "rows: most device rows of a walk; BE context: tokens before each BE token, mean",
     )
-    columns = ("policy", "requests", "attained, offered", "admitted", "TTFT ms P50, P99", "TPOT ms P50, P99")
+    columns = (
+        "policy",
+        "rows",
+        "requests",
+        "attained, offered",
+        "admitted",
+        "TTFT ms P50, P99",
+        "TPOT ms P50, P99",
+    )
     for name in (*columns, "good/s", "BE tok/s", "BE context", "harvest", "BE over best"):
         result.add_column(name, justify="left" if name == "policy" else "right")
     for row in table["rows"]:
@@ -54,6 +68,7 @@ def _mixed_row(row: Report) -> Sequence[str]:
     ratio = row["be_over_best_baseline"]
     return (
         row["variant"] + (" *" if row["counts"] else ""),
+        str(row["device_rows"]),
         str(row["requests"]),
         _shares(row["offered"]),
         _shares(row["admitted"]),
@@ -64,6 +79,18 @@ def _mixed_row(row: Report) -> Sequence[str]:
         _tokens(row["be_context"]),
         percent(row["harvest_share"]),
         "-" if ratio is None else f"{ratio:.2f}x",
+    )
+
+
+def contexts_line(contexts: Report) -> str:
+    """Contexts of batch jobs, and what the memory cap made of those asked for."""
+    (low, high), (asked_low, asked_high) = contexts["used"], contexts["asked"]
+    used = f"BE context {low} to {high}"
+    if not contexts["share_too_long"]:
+        return used
+    return (
+        f"{used}, CUT from {asked_low} to {asked_high}: {percent(contexts['share_too_long'])} of those "
+        f"asked for exceed the device's {high} tokens"
     )
 
 
@@ -89,7 +116,9 @@ def verdict_line(table: Report) -> str:
 
 
 def arrival_tables(report: Report) -> Iterator[Table | str]:
-    result = Table(title="A lone chat that comes to an engine full of batch work")
+    result = Table(
+        title=f"A lone chat that comes to an engine full of batch work; {contexts_line(report['contexts'])}"
+    )
     for name in ("chats", "TTFT ms alone", "wait ms P50, P99", "walk bound ms", "BE tok/s"):
         result.add_column(name, justify="right")
     wait = report["wait"]
@@ -102,15 +131,17 @@ def arrival_tables(report: Report) -> Iterator[Table | str]:
     )
     yield result
     verdict = "holds" if report["verdict"]["holds"] else "does NOT hold"
-    over_bound = report["verdict"]["p99_over_bound"]
-    yield f"the P99 wait is at most that bound: {verdict} ({over_bound:.3g} of it)"
+    yield (
+        "the P99 wait, rest of the walk under way and batch rows of the chat's own, is "
+        f"{report['verdict']['p99_over_bound']:.2f}x the walk bound; at most once that bound: {verdict}"
+    )
 
 
 def overload_tables(report: Report) -> Iterator[Table | str]:
     slo = report["slo"]
     result = Table(
         title=f"Overload: {report['rate']:.2f} requests/s, twice the capacity; TTFT {ms(slo['ttft_s'])} ms, "
-        f"TPOT {ms(slo['tpot_s'])} ms"
+        f"TPOT {ms(slo['tpot_s'])} ms; {contexts_line(report['contexts'])}"
     )
     for name in (
         "",
@@ -140,21 +171,30 @@ def overload_tables(report: Report) -> Iterator[Table | str]:
 def placement_tables(report: Report) -> Iterator[Table | str]:
     result = Table(
         title="BE tok/s by where batch work decodes, beside latency-sensitive traffic",
-        caption=f"good: auto reaches {NEAR:.0%} of the better of lanes and device at the same threads; in "
-        "brackets the mean context when tokens came, and the attainment of the latency-sensitive class",
+        caption=f"winner: most tokens of lanes and device at the same threads, where they are within "
+        f"{100 * POINT:g} point of ls_only; good: auto is, too, and reaches {NEAR:.0%} of the winner; in "
+        "brackets the mean context when tokens came, and the attainment of the latency-sensitive class; "
+        "!: breaks targets",
     )
-    for name in ("context", "memory", *CHOICES, WHOLE_BOX, "winner", "auto of winner", "good"):
+    for name in ("context", "memory", "ls_only", *CHOICES, WHOLE_BOX, "winner", "auto of winner", "good"):
         result.add_column(name)
     for spot in report["spots"]:
         result.add_row(
             str(spot["context"]),
             f"x{spot['memory_factor']:g}",
+            percent(mean(spot["reference"])),
             *(_choice(spot, name) for name in (*CHOICES, WHOLE_BOX)),
-            spot["winner"],
+            spot["winner"] or "neither holds",
             percent(spot["auto_share_of_winner"]),
-            "yes" if spot["is_near"] else "NO",
+            {True: "yes", False: "NO", None: "not known"}[spot["is_near"]],
         )
     yield result
+    if report["spots"]:
+        verdict = report["verdict"]
+        yield (
+            f"auto is good at {verdict['near']} of {verdict['spots']} spots, not known at "
+            f"{verdict['not_known']}: {'holds' if verdict['holds'] else 'does NOT hold'}"
+        )
     for spot in report["left_out"]:
         yield (
             f"left out: context {spot['context']} does not fit a device of {spot['device_tokens']} tokens "
@@ -167,7 +207,8 @@ def _choice(spot: Report, name: str) -> str:
     if name not in spot["rates"]:
         return "-"
     context, offered = spot["contexts"][name], mean(spot["offered"][name])
-    return f"{_range(spot['rates'][name])} [{_tokens(context)}, {percent(offered)}]"
+    broken = "" if spot["holds"].get(name, True) else " !"
+    return f"{_range(spot['rates'][name])} [{_tokens(context)}, {percent(offered)}{broken}]"
 
 
 def _tokens(count: float | None) -> str:

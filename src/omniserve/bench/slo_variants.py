@@ -7,7 +7,14 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from omniserve.config import CpuSplit, EngineConfig, HostOffload, split_cpus
+from omniserve.config import (
+    DEVICE_ROWS,
+    DEVICE_ROWS_WITH_TARGETS,
+    CpuSplit,
+    EngineConfig,
+    HostOffload,
+    split_cpus,
+)
 from omniserve.errors import ConfigError
 from omniserve.types import BEST_EFFORT, LATENCY_SENSITIVE, SLO
 
@@ -19,7 +26,8 @@ SLO_AWARE = frozenset({OURS, "paper"})
 # Those that decode batch work with host attention: they need the host's cores. The others may take them.
 WITH_HOST = frozenset({OURS, "paper"})
 # What an operator would tune, by what the baselines' own docstrings name. The best of short runs is used.
-_TOKENS = {"max_num_batched_tokens": (32, 64, 128)}
+# Token budgets up to the rows that a walk of ours may have.
+_TOKENS = {"max_num_batched_tokens": (DEVICE_ROWS, 2 * DEVICE_ROWS, DEVICE_ROWS_WITH_TARGETS)}
 TUNABLES: dict[str, dict[str, tuple[Any, ...]]] = {
     "sarathi": _TOKENS,
     "vllm_priority": {**_TOKENS, "max_num_seqs": (16, 64)},
@@ -96,12 +104,26 @@ def variants(policies: Sequence[str], split: CpuSplit, all_threads: int) -> list
     for policy in policies:
         offload: HostOffload = "auto" if policy in WITH_HOST else "never"
         host_threads = split.host_threads if policy in WITH_HOST else None
-        fixed = FIXED.get(policy, ())
-        first = Variant(policy, split.device_threads, offload, fixed, host_threads=host_threads)
+        extra = (*FIXED.get(policy, ()), *untuned(policy))
+        first = Variant(policy, split.device_threads, offload, extra, host_threads=host_threads)
         result.append(first)
         if policy not in WITH_HOST and policy != REFERENCE and all_threads != split.device_threads:
             result.append(replace(first, device_threads=all_threads))
     return result
+
+
+def untuned(policy: str) -> tuple[tuple[str, Any], ...]:
+    """Its tunables as the engine has them where nobody sets them, said aloud: (name, value)."""
+    config = EngineConfig()
+    defaults = {name: getattr(config, name) for name in TUNABLES.get(policy, {})}
+    if "max_num_batched_tokens" in defaults:
+        defaults["max_num_batched_tokens"] = DEVICE_ROWS
+    return tuple(defaults.items())
+
+
+def device_rows(settings: dict[str, Any]) -> int:
+    """Most device rows of one walk under these settings of the engine, also where they leave it to choose."""
+    return EngineConfig(**settings).max_device_rows
 
 
 def tunings(variant: Variant) -> list[Variant]:

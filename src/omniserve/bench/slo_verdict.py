@@ -5,7 +5,7 @@ A cell is a variant at one memory cap and one pair of targets, over all seeds. P
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from omniserve.bench.slo_variants import OURS, REFERENCE
@@ -62,9 +62,13 @@ class Verdict:
     too_easy: bool
 
 
-def holds(cell: Cell, reference: Cell) -> bool:
+def is_within_point(attainment: float, of_reference: float) -> bool:
     # Attainments are counts over counts: half a request is no difference.
-    return cell.attainment >= reference.attainment - POINT - 1e-9
+    return attainment >= of_reference - POINT - 1e-9
+
+
+def holds(cell: Cell, reference: Cell) -> bool:
+    return is_within_point(cell.attainment, reference.attainment)
 
 
 def better(cells: Sequence[Cell], reference: Cell) -> Cell:
@@ -105,22 +109,32 @@ def counts(cell: Cell, cells: Sequence[Cell]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Batch tokens/s of the automatic choice and of both fixed ones at the same threads."""
+    """The automatic choice, "auto", and the fixed ones at the same threads, "lanes" and "device".
 
-    auto: float
-    lanes: float
-    device: float
+    rates: batch tokens/s; attained: of the latency-sensitive requests beside them; reference: by ls_only.
+    """
+
+    rates: Mapping[str, float]
+    attained: Mapping[str, float]
+    reference: float
+
+    def holds(self, choice: str) -> bool:
+        return is_within_point(self.attained[choice], self.reference)
 
     @property
-    def winner(self) -> str:
-        return "lanes" if self.lanes >= self.device else "device"
+    def winner(self) -> str | None:
+        """Of the fixed choices that hold the targets, the one with most batch tokens; None: neither holds."""
+        holding = [choice for choice in ("lanes", "device") if self.holds(choice)]
+        return max(holding, key=self.rates.__getitem__, default=None)
 
     @property
     def share(self) -> float | None:
-        """Of the winner's rate that the automatic choice reaches."""
-        best = max(self.lanes, self.device)
-        return self.auto / best if best else None
+        """Of the winner's rate that the automatic choice reaches; None where the winner makes none."""
+        best = self.rates[self.winner] if self.winner else 0.0
+        return self.rates["auto"] / best if best else None
 
     @property
-    def is_near(self) -> bool:
-        return self.share is None or self.share >= NEAR
+    def is_near(self) -> bool | None:
+        """Whether the automatic choice holds the targets and comes near the winner; None: not known, for
+        there is nothing to come near to."""
+        return None if self.share is None else self.holds("auto") and self.share >= NEAR

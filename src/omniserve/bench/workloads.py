@@ -181,6 +181,14 @@ class BatchJobs:
         if not 0 < self.output_share < 1:
             raise ConfigError(f"output_share: must be a number in (0, 1), got {self.output_share!r}")
 
+    def share_longer(self, tokens: int) -> float:
+        """Of the jobs, that end at a context of more than so many tokens."""
+        if tokens < self.low:
+            return 1.0
+        if tokens >= self.high:
+            return 0.0
+        return math.log(self.high / tokens) / math.log(self.high / self.low)
+
     def draw(self, seed: int) -> Iterator[tuple[int, int]]:
         """Tokens of prompt and output of one job after the other."""
         rng = random.Random(f"{seed} batch")
