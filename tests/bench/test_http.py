@@ -336,11 +336,11 @@ def test_the_warm_up_is_sent_before_and_not_measured(server: OpenAIServer, tmp_p
 
 
 def test_best_effort_work_alone_lasts_as_long_as_it_should(server: OpenAIServer, tmp_path: Path) -> None:
-    flags = ["--num-prompts", "0", "--duration", "1.5", "--be-backlog", "3", "--be-context", "8", "8"]
+    flags = ["--num-prompts", "0", "--duration", "3", "--be-backlog", "3", "--be-context", "8", "8"]
     report = bench(server, tmp_path, *flags)
     assert set(report["classes"]) == {BE}
-    assert report["duration"] >= 1.5
-    assert report["classes"][BE]["completed"] >= 3
+    assert report["duration"] >= 3
+    assert report["classes"][BE]["completed"] >= 1
 
 
 # ---------------------------------------------------------------- batches
