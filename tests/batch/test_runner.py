@@ -21,8 +21,9 @@ from batch.test_faults import FULL, FaultyDisk
 from omniserve.batch import runner as runner_module
 from omniserve.batch.errors import StorageError
 from omniserve.batch.limits import DAY_S, HOUR_S
+from omniserve.batch.line_runner import LineCancelled
 from omniserve.batch.pace import Pace
-from omniserve.batch.records import BatchRecord
+from omniserve.batch.records import BatchRecord, Usage
 from omniserve.batch.runner import BatchRunner, EngineGone, LineResponse, RunnerSettings
 from omniserve.batch.service import BatchService
 
@@ -510,6 +511,36 @@ def test_who_has_lines_in_flight_only_sets_no_level_for_who_comes(tmp_path: Path
             await ended(service, batch)
 
     run(promise, tmp_path, runner, settings=replace(SETTINGS, concurrency=2))
+
+
+def test_what_a_cancelled_line_took_counts_for_its_owner(tmp_path: Path) -> None:
+    """It had 9 tokens, which cost 18; the other lines cost 4."""
+
+    async def behave(text: str, run: int) -> LineResponse | None:
+        if text == "question 1":
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                raise LineCancelled(Usage(output_tokens=9)) from None
+        return None
+
+    runner = ScriptedRunner(behave)
+
+    async def promise(service: BatchService) -> None:
+        service.runner.pause()
+        left = await submit(service, lines(1), window_s=HOUR_S)
+        more = await submit(service, jsonl(line(n) for n in (11, 12)))
+        bens = await submit(service, jsonl(line(n) for n in range(21, 29)), owner="ben")
+        for batch in (left, more, bens):
+            await until(lambda batch=batch: is_in(service, batch, "in_progress"))  # type: ignore[misc]
+        service.runner.resume()
+        await until(lambda: are_begun(runner, 1))
+        await service.cancel(OWNER, left.id)
+        for batch in (left, more, bens):
+            await ended(service, batch)
+
+    run(promise, tmp_path, runner, settings=replace(SETTINGS, concurrency=1))
+    assert runner.order[:7] == [f"question {n}" for n in (1, 21, 22, 23, 24, 25, 11)]
 
 
 def test_the_time_left_is_never_negative(tmp_path: Path) -> None:

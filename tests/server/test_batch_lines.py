@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from omniserve.batch.line_runner import EngineGone, LineResponse, is_not_now
+from omniserve.batch.line_runner import EngineGone, LineCancelled, LineResponse, is_not_now
+from omniserve.batch.records import Usage
 from omniserve.batch.runner import RunnerSettings
 from omniserve.batch.suspicion import DEATHS_ALONE, DEATHS_AMONG_OTHERS
 from omniserve.errors import EngineGoneBeforeError
@@ -190,6 +191,24 @@ def test_a_line_that_nobody_wants_anymore_leaves_the_engine() -> None:
             await asyncio.wait([line])
             assert line.cancelled()
             assert not stand.llm.running
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("before", [0, 2])
+def test_a_line_that_is_cancelled_says_what_it_took_once_it_has_a_token(before: int) -> None:
+    async def story() -> None:
+        async with standing(before=before) as stand:
+            line = asyncio.create_task(run(stand, BODY))
+            await stand.until(lambda: stand.llm.running)
+            line.cancel()
+            with pytest.raises(asyncio.CancelledError) as left:
+                await line
+            assert line.cancelled()
+            assert isinstance(left.value, LineCancelled) == (before > 0)
+            if isinstance(left.value, LineCancelled):
+                num_prompt = sum(len(message["content"]) for message in HELLO)
+                assert left.value.usage == Usage(input_tokens=num_prompt, output_tokens=before)
 
     asyncio.run(story())
 

@@ -37,7 +37,7 @@ class FairShare:
         return self._had.get(owner, 0.0)
 
     def set_waiting(self, owners: Iterable[str]) -> None:
-        """Who has work now. Those who had none before are lifted to the least of those who had."""
+        """Who waits for a place now. Those who did not before are lifted to the least of those who did."""
         waiting = frozenset(owners)
         if self._waiting:
             self._level = max(self._level, min(map(self.had, self._waiting)))

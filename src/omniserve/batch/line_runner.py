@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from omniserve.batch.records import Line
+from omniserve.batch.records import Line, Usage
 
 # "No room for best-effort work now", and "cannot serve now": the line was not run and runs later.
 NO_ROOM, NO_SERVICE = 429, 503
@@ -30,6 +31,14 @@ class EngineGone(Exception):
     """The engine ended while it had the line: the line is not finished, and may be what ended the engine."""
 
 
+class LineCancelled(asyncio.CancelledError):
+    """The line was cancelled when it had tokens. usage: those it had by then."""
+
+    def __init__(self, usage: Usage) -> None:
+        super().__init__()
+        self.usage = usage
+
+
 class LineRunner(Protocol):
     async def run_line(
         self, owner: str, endpoint: str, body: Mapping[str, Any], request_id: str, seconds_left: float
@@ -38,7 +47,8 @@ class LineRunner(Protocol):
 
         `seconds_left`: until its batch expires, never negative.
 
-        Raises EngineGone. Being cancelled means that nobody wants the answer any more.
+        Raises EngineGone. Being cancelled means that nobody wants the answer any more; LineCancelled then
+        says what was spent on it.
         """
         ...
 

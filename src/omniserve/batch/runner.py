@@ -18,7 +18,7 @@ from omniserve.batch.errors import StorageError
 from omniserve.batch.fair_share import FairShare, cost_of
 from omniserve.batch.jobs import Job, RunnerSettings, RunnerStatus, lines_until_through, outlook, urgency
 from omniserve.batch.limits import Quota
-from omniserve.batch.line_runner import EngineGone, LineResponse, LineRunner, decode_request
+from omniserve.batch.line_runner import EngineGone, LineCancelled, LineResponse, LineRunner, decode_request
 from omniserve.batch.pace import Pace
 from omniserve.batch.records import BatchRecord, Line, LineError
 from omniserve.batch.results import never_run, request_id_of
@@ -328,6 +328,9 @@ class BatchRunner:
         try:
             line, result = await self._attempts.make(job.batch, line)
             cost = None if result is None else cost_of(result.usage)
+        except LineCancelled as cancelled:
+            cost = cost_of(cancelled.usage)
+            raise
         finally:
             self._share.end(job.batch.owner, expected_cost, cost)
         if result is None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from omniserve.batch.line_runner import EngineGone, LineResponse
+from omniserve.batch.line_runner import EngineGone, LineCancelled, LineResponse
+from omniserve.batch.results import usage_of
 from omniserve.errors import EngineDeadError, EngineGoneBeforeError
 from omniserve.server.auth import Caller
 from omniserve.server.endpoints import Endpoints
 from omniserve.server.errors import ApiError, invalid
 from omniserve.server.gate import current_request_id
+from omniserve.server.generation import Run
 from omniserve.server.work import CHAT, FIELDS, Origin
 
 
@@ -42,12 +45,21 @@ class EndpointLines:
         try:
             _check(endpoint, body)
             async with self._endpoints.run(endpoint, body, origin) as (_, run):
-                return LineResponse(200, await run.whole())
+                return LineResponse(200, await _whole(run))
         except ApiError as error:
             cause = error.__cause__
             if isinstance(cause, EngineDeadError) and not isinstance(cause, EngineGoneBeforeError):
                 raise EngineGone(error.message) from error
             return LineResponse(error.status_code, error.body)
+
+
+async def _whole(run: Run) -> dict[str, Any]:
+    try:
+        return await run.whole()
+    except asyncio.CancelledError:
+        if not run.has_token:
+            raise
+        raise LineCancelled(usage_of({"usage": run.usage})) from None
 
 
 def _check(endpoint: str, body: Mapping[str, Any]) -> None:
