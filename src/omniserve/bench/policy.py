@@ -1,6 +1,8 @@
 """Cost of decisions: `schedule` and `admit` at 64 chats, 400 lanes and 1,000 queued jobs, without any device.
 
-`python -m omniserve.bench.policy [--json FILE]`. The state is the real one, filled by the real scheduler; a
+`python -m omniserve.bench.policy [--json FILE]`. Two scenes: all batch work that runs decodes as
+lanes (`host_offload="always"`), and, as is the default, some of it has rows on the device as well ("auto",
+under the key of that name in the JSON file). The state is the real one, filled by the real scheduler; a
 step's results are made up at once: every row gives a token, every copy arrives, a lane's token is there after
 two steps. The latency model is the engine's own, for a model and a device that are not here, and learns from
 every walk. Seconds are CPU time of the deciding thread: what another process does meanwhile does not count.
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from omniserve.bench.measure import machine, percentile, seconds_of, write_json
+from omniserve.config import HostOffload
 from omniserve.policy.hardware_profiles import ModelShape, hardware_fit
 from omniserve.policy.latency_model import LatencyModel
 from omniserve.policy.plan import LaneStart, NewToken, Step, StepResult
@@ -35,6 +38,7 @@ CHAT_PROMPT, BATCH_PROMPT = 161, 400
 BATCH_OUTPUT, ENDLESS = 2000, 1_000_000
 TARGETS = SLO(ttft_s=1.0, tpot_s=0.1)
 ROUNDS = 300
+SCENES: tuple[HostOffload, ...] = ("always", "auto")
 # What the figures must stay under, in seconds.
 SCHEDULE_LIMIT_S, ADMISSION_LIMIT_S = 1e-3, 0.2e-3
 
@@ -51,6 +55,11 @@ class Stand:
     next_id: int = 0
     in_flight: list[tuple[LaneStart, int]] = field(default_factory=list)
     arriving: list[int] = field(default_factory=list)
+
+    @property
+    def best_effort_on_device(self) -> int:
+        """Batch requests that decode on the device."""
+        return sum(r.best_effort and r.phase is Phase.DEVICE for r in self.state.requests.values())
 
     def add(self, best_effort: bool) -> Request:
         request = self.request(best_effort)
@@ -105,8 +114,9 @@ class Stand:
         )
 
 
-def make_stand() -> Stand:
-    """All chats decode, all slots hold lanes, and the queue is full."""
+def make_stand(host_offload: HostOffload) -> Stand:
+    """All chats decode, all slots hold lanes, and the queue is full. With "auto", lanes come when the device
+    is full, and what batch work decodes there by then goes on."""
     limits = Limits(
         num_layers=MODEL.num_layers,
         num_device_pages=8000,
@@ -119,7 +129,7 @@ def make_stand() -> Stand:
         max_lane_rows=64,
         num_frames=512,
         max_copies_per_step=256,
-        host_offload="always",
+        host_offload=host_offload,
     )
     terms = Terms(
         max_num_batched_tokens=512,
@@ -142,11 +152,17 @@ def make_stand() -> Stand:
     return stand
 
 
-def measure(rounds: int = ROUNDS) -> dict[str, Any]:
-    """CPU seconds of each decision: median and 99th percentile over `rounds` steps of a moving state."""
-    stand = make_stand()
+def measure(host_offload: HostOffload, rounds: int | None = None) -> dict[str, Any]:
+    """CPU seconds of each decision: median and 99th percentile over `rounds` steps of a moving state.
+
+    best_effort_on_device: batch requests decoding there, at the first and the last of these steps.
+    """
+    rounds = rounds or ROUNDS
+    stand = make_stand(host_offload)
     counts = {phase.value: stand.state.num_in_phase(phase) for phase in Phase}
+    first = stand.best_effort_on_device
     decisions = [stand.step() for _ in range(rounds)]
+    last = stand.best_effort_on_device
     newcomer = stand.request(best_effort=False)
     admissions = _cpu_times(rounds, lambda: stand.policy.admit(stand.state, newcomer, stand.now))
     for _ in range(4):
@@ -155,6 +171,7 @@ def measure(rounds: int = ROUNDS) -> dict[str, Any]:
     crowded = _cpu_times(rounds, lambda: stand.policy.admit(stand.state, newcomer, stand.now))
     return {
         "requests": {name: count for name, count in counts.items() if count},
+        "best_effort_on_device": [first, last],
         "schedule": _summary(decisions, SCHEDULE_LIMIT_S),
         "schedule_with_4_arrivals": _summary(arrivals, SCHEDULE_LIMIT_S),
         "admission": _summary(admissions, ADMISSION_LIMIT_S),
@@ -178,15 +195,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="omniserve.bench.policy", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to FILE")
     options = parser.parse_args(arguments)
-    found = measure()
-    print("requests:", ", ".join(f"{count} {name}" for name, count in found["requests"].items()))
+    found = {scene: measure(scene) for scene in SCENES}
+    for scene, measured in found.items():
+        _print(scene, measured)
+    if options.json:
+        write_json(options.json, {"machine": machine(), **found["always"], "auto": found["auto"]})
+    return 0
+
+
+def _print(scene: str, found: dict[str, Any]) -> None:
+    requests = ", ".join(f"{count} {name}" for name, count in found["requests"].items())
+    first, last = found["best_effort_on_device"]
+    print(f"host_offload {scene}: {requests}; best-effort on the device {first}, at the end {last}")
     for name, times in found.items():
-        if name != "requests":
+        if "limit_s" in times:
             median_ms, p99_ms, limit_ms = (1e3 * times[key] for key in ("median_s", "p99_s", "limit_s"))
             print(f"{name:28s} median {median_ms:.3f} ms, p99 {p99_ms:.3f} ms (limit {limit_ms:g} ms)")
-    if options.json:
-        write_json(options.json, {"machine": machine(), **found})
-    return 0
 
 
 if __name__ == "__main__":
