@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from omniserve.policy.budget import Rules
@@ -97,6 +97,16 @@ def scenes(draw: st.DrawFn, **limits: Any) -> Scene:
     return scene
 
 
+def near_capacity(num_chats: int) -> Scene:
+    """Chats that leave a batch prompt more time than likely newcomers can spare."""
+    scene = Scene()
+    for _ in range(num_chats):
+        scene.decoding(20)
+    scene.waiting(300, best_effort=True)
+    scene.state.note_arrival(Scene().newcomer(250), -1.0)
+    return scene
+
+
 def load_of(plan: Plan, state: State) -> WalkLoad:
     """What a plan asks of the device, counted from its rows alone."""
     load = WalkLoad()
@@ -116,6 +126,8 @@ def with_rows(plan: Plan) -> list[int]:
 
 
 @given(scene=scenes(), model=models, share=st.sampled_from([0.0, 0.0, 0.1]), debt=st.floats(0.0, 0.05))
+@example(scene=near_capacity(62), model=ExactModel(), share=0.0, debt=0.0)
+@example(scene=near_capacity(70), model=ExactModel(), share=0.0, debt=0.0)
 def test_a_plan_never_exceeds_its_budget_by_its_own_model(
     scene: Scene, model: Prediction, share: float, debt: float
 ) -> None:
