@@ -5,6 +5,8 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 TEST_PROCESSES ?= 2
 SOAK_SECONDS ?= 600
 KILLS ?= 200
+SERVER_KILLS ?= 40
+KILL_SEED ?= 0
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -48,8 +50,9 @@ test-page: setup $(BROWSER)  ## the live page in headless Chromium, over a real 
 test-parity: setup  ## the full token-equality matrix
 	$(BIN)/python -m pytest -m full
 
-test-kill: setup  ## kill -9 of a process that runs batches, at every write boundary and KILLS (200) times at random
+test-kill: setup  ## kill -9 under batches: at write boundaries, KILLS (200) times at random, SERVER_KILLS (40) in a real server
 	OMNISERVE_KILLS=$(KILLS) $(BIN)/python -m pytest tests/batch/test_kill.py
+	OMNISERVE_SERVER_KILLS=$(SERVER_KILLS) OMNISERVE_KILL_SEED=$(KILL_SEED) $(BIN)/python -m pytest -rP tests/server/test_random_kills.py
 
 test-native: $(SANITIZERS)  ## the C++ tests under address, undefined-behaviour and thread sanitizers
 

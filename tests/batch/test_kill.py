@@ -6,10 +6,7 @@ import json
 import multiprocessing
 import os
 import random
-import shutil
 import signal
-import sqlite3
-from collections import Counter
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import pytest
 
 from batch import kill_child
 from batch.stand import LIMITS, OWNER, blobs
+from batch.witness import Witness
 from omniserve.batch.records import BatchRecord
 from omniserve.batch.store import POINTS, Store
 
@@ -36,55 +34,16 @@ def context() -> Any:
     return context
 
 
-class Witness:
-    """Looks at what is on disk after each death and remembers how often each finished line had been run."""
+class Root(Witness):
+    """The folder that all lives of one story share."""
 
     def __init__(self, root: Path, scratch: Path) -> None:
-        self.root, self._scratch = root, scratch
-        self._runs_when_finished: dict[str, int] = {}
-
-    def look(self) -> None:
-        """Lines that had their result at the last look were not run since; results that count are whole."""
-        runs = self.runs()
-        for name, count in self._runs_when_finished.items():
-            assert runs[name] == count, f"{name} was finished and ran again"
-        self._runs_when_finished = {name: runs[name] for name in self._finished()}
-
-    def runs(self) -> Counter[str]:
-        path = self.root / "runs"
-        return Counter(path.read_text().split()) if path.exists() else Counter()
-
-    def _finished(self) -> list[str]:
-        """Ids of the result lines that count, from a copy: the state itself stays as death left it."""
-        state = self.root / "state"
-        shutil.rmtree(self._scratch, ignore_errors=True)
-        self._scratch.mkdir()
-        for path in state.glob("batches.sqlite*"):
-            shutil.copy(path, self._scratch)
-        if not (self._scratch / "batches.sqlite").exists():
-            return []
-        db = sqlite3.connect(self._scratch / "batches.sqlite")
-        try:
-            if db.execute("PRAGMA user_version").fetchone()[0] == 0:
-                return []
-            rows = db.execute(
-                "SELECT output_file_id, output_bytes FROM batches UNION ALL "
-                "SELECT error_file_id, error_bytes FROM batches"
-            ).fetchall()
-        finally:
-            db.close()
-        found: list[str] = []
-        for file_id, size in rows:
-            if size:
-                data = (state / "files" / file_id).read_bytes()[:size]
-                assert data.endswith(b"\n")
-                found += [json.loads(one)["id"] for one in data.splitlines()]
-        assert len(set(found)) == len(found), "a line has two results"
-        return found
+        super().__init__(root / "state", root / "runs", scratch)
+        self.root = root
 
     def at_the_end(self) -> None:
         """Everything promised is there, and every line of every batch has exactly one result."""
-        store = Store(self.root / "state", limits=LIMITS)
+        store = Store(self.state, limits=LIMITS)
         try:
             batches, _ = store.batches.page(OWNER, None, 100)
             assert {batch.id for batch in batches} >= self._promised("batch_")
@@ -92,7 +51,7 @@ class Witness:
             deleted = {b.input_file_id for b in batches if b.metadata == {"end": "completed"}}
             assert kept >= self._promised("file-") - deleted
             assert kept.isdisjoint(deleted)
-            assert blobs(self.root / "state") == kept
+            assert blobs(self.state) == kept
             ends = {batch.metadata["end"]: batch for batch in batches if batch.metadata}
             assert set(ends) == set(kill_child.SIZES)
             for end, batch in ends.items():
@@ -137,7 +96,7 @@ def begin(context: Any, *arguments: object) -> BaseProcess:
     return process
 
 
-def live_on(context: Any, witness: Witness) -> None:
+def live_on(context: Any, witness: Root) -> None:
     """A last life that nobody ends."""
     process = begin(context, witness.root)
     process.join(LIMIT_S)
@@ -168,7 +127,7 @@ def test_death_at_a_write_boundary_loses_nothing(
 ) -> None:
     root = tmp_path / "root"
     root.mkdir()
-    witness = Witness(root, tmp_path / "copy")
+    witness = Root(root, tmp_path / "copy")
     process = begin(context, root, point, passes)
     process.join(LIMIT_S)
     assert process.exitcode == -signal.SIGKILL, "the boundary was not passed"
@@ -182,7 +141,7 @@ def test_deaths_at_random_moments_lose_nothing(context: Any, tmp_path: Path) -> 
         life += 1
         root = tmp_path / f"root-{life}"
         root.mkdir()
-        witness = Witness(root, tmp_path / "copy")
+        witness = Root(root, tmp_path / "copy")
         for _ in range(min(5, NUM_RANDOM_KILLS - num_kills)):
             process = begin(context, root)
             process.join(chance.uniform(0.0, LIFE_S))
