@@ -12,7 +12,7 @@ from omniserve.policy.plan import NewToken, StepResult
 from omniserve.policy.promises import LEAST_TPOT, LEAST_TTFT, MEMORY_S, MISSES, MOST, Caution, Promises
 from omniserve.policy.scheduler import schedule
 from omniserve.types import SLO
-from policy.exact import CHAT, ExactModel, Scene, make_policy, make_terms
+from policy.exact import ExactModel, Scene, make_policy, make_terms
 
 
 def test_who_is_in_time_is_trusted_a_little_more_and_who_misses_much_less() -> None:
@@ -100,4 +100,3 @@ def test_a_text_of_one_token_and_one_without_targets_tell_nothing() -> None:
     promises.note_first_token(free, 99.0)
     promises.note_end(free, 99.0)
     assert (promises.ttft.factor(99.0), promises.tpot.factor(99.0)) == (1.0, LEAST_TPOT)
-    assert CHAT.ttft_s < 99.0

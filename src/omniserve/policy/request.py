@@ -14,6 +14,8 @@ Order = tuple[int, int, float, int]
 # A request without targets is due so long after its arrival that it neither pushes ahead nor waits for ever.
 UNHURRIED_S = 60.0
 BEST_EFFORT_WINDOW_S = 24 * 3600.0
+# Who changed sides stays for so many tokens: a copy is to pay, and nobody goes to and fro.
+MIN_STAY_TOKENS = 8
 
 
 class Phase(StrEnum):
@@ -147,6 +149,12 @@ class Request:
     def num_out(self) -> int:
         """Tokens generated so far."""
         return self.num_tokens - self.num_prompt
+
+    @property
+    def has_just_moved(self) -> bool:
+        """Whether it changed sides so lately that the next to move should not be it: one that comes and goes
+        pays for copies and makes no tokens."""
+        return self.moved_at is not None and self.num_tokens - self.moved_at < MIN_STAY_TOKENS
 
     @property
     def hold(self) -> HostHold:

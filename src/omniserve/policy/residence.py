@@ -24,7 +24,6 @@ from omniserve.policy.plan import (
 )
 from omniserve.policy.pool_view import PoolView
 from omniserve.policy.request import Phase, Request, requests_worse_than
-from omniserve.policy.slo import MIN_STAY_TOKENS
 from omniserve.policy.state import State
 
 
@@ -114,12 +113,6 @@ class Room:
             and self.free_slots > 0
             and self._host_pages_to_take(request) <= self.host.free
         )
-
-    @staticmethod
-    def has_just_moved(request: Request) -> bool:
-        """Whether it changed sides so lately that the next move should not be its own yet: one that comes
-        and goes pays for copies and makes no tokens. Only chat's needs, or having no room, go before that."""
-        return request.moved_at is not None and request.num_tokens - request.moved_at < MIN_STAY_TOKENS
 
     def _host_pages_to_take(self, request: Request) -> int:
         """Free host pages that a displacement uses up: none for those that other requests hold too."""
@@ -258,7 +251,8 @@ class Room:
         for request in behind:
             if self.device.available(keep) < need and self.incoming_of(request):
                 self.cancel_swap_in(request)
-        for request in sorted(behind, key=self.has_just_moved) if requester.best_effort else behind:
+        stayed_first = sorted(behind, key=lambda r: r.has_just_moved)
+        for request in stayed_first if requester.best_effort else behind:
             is_short = self.device.available(keep) < need
             if is_short and self.can_displace(request) and self._clean_pages(request) > 0:
                 self.displace(request)

@@ -183,7 +183,7 @@ def _next_to_leave(draft: Draft, staying: list[Request], is_short: bool) -> Requ
     If all have: the last in line where those who decode are short of pages; nobody for the sake of a prompt.
     """
     for request in reversed(staying[1:] or staying):
-        if not draft.room.has_just_moved(request):
+        if not request.has_just_moved:
             return request
     return staying[-1] if is_short else None
 

@@ -28,8 +28,6 @@ from omniserve.policy.terms import Terms
 LEAST_CHUNK = 16
 # A budget of passes that one pass begins within, however long it takes: lanes always come on.
 ONE_PASS_S = 0.001
-# A lane stays one for so many tokens: a copy is to pay, and nobody goes to and fro.
-MIN_STAY_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +242,7 @@ class SloBudget:
 
     def may_return(self, load: WalkLoad, lane: Request) -> bool:
         """A row like it must fit twice, and its last move must have paid: what comes back shall stay."""
-        if lane.moved_at is not None and lane.num_tokens - lane.moved_at < MIN_STAY_TOKENS:
+        if lane.has_just_moved:
             return False
         return self._fits_best_effort(load.with_decode(lane.kv_tokens + 1), lane.kv_tokens + 1)
 
@@ -316,17 +314,19 @@ class SloBudget:
             values=self.values.best_first() if self.values is not None else (),
             left_out=tuple(left_out),
         )
-        if lanes is None:  # passes change nothing: nobody else had that time
-            return explanation, self.state.best_effort_debt_s if self._has_best_effort() else 0.0
-        # Caps are for all that could come. What is paid with is what does come, as far as one can foresee.
-        likely_rows = min(lane_rows, math.ceil(self.state.lane_rows_per_walk))
-        return explanation, self._debt_s(self.bound_s(load.with_lane_rows(likely_rows, self.num_layers)))
+        return explanation, self._debt_s(load, lane_rows if lanes is not None else None)
 
-    def _debt_s(self, bound_s: float) -> float:
-        """Owed after a walk: the guaranteed share of its time, less what best-effort work had of it."""
+    def _debt_s(self, load: WalkLoad, lane_rows: int | None) -> float:
+        """Owed after a walk with so many lane rows at most: the guaranteed share of its time, less what
+        best-effort work had of it. Passes (None) change nothing, for nobody else had that time."""
         share = self.terms.best_effort_share
         if not share or not self._has_best_effort():
             return 0.0
+        if lane_rows is None:
+            return self.state.best_effort_debt_s
+        # Caps are for all that could come. What is paid with is what does come, as far as one can foresee.
+        likely_rows = min(lane_rows, math.ceil(self.state.lane_rows_per_walk))
+        bound_s = self.bound_s(load.with_lane_rows(likely_rows, self.num_layers))
         had_s = bound_s - self.latency_sensitive_s
         owed_s = self.state.best_effort_debt_s + share * bound_s - had_s
         return min(max(0.0, owed_s), self.terms.walk_bound_s)
