@@ -58,13 +58,16 @@ def make_app(
     app.include_router(admin_router(endpoints, batches))
     app.include_router(dashboard_router(watch))
     if batches is not None:
+        # Asynchronous, or each would run on a thread of its own, beside the loop that they ask about.
+        async def check_upload() -> None:
+            endpoints.check_open()
 
-        def check_create(request: Request) -> None:
+        async def check_create(request: Request) -> None:
             endpoints.check_open()
             caller: Caller = request.state.caller
             caller.check_tier(BATCH_TIER.asked, ", which is that of batches")
 
-        app.include_router(files_router(lambda: batches, _owner, endpoints.check_open))
+        app.include_router(files_router(lambda: batches, _owner, check_upload))
         app.include_router(batches_router(lambda: batches, _owner, check_create, endpoints.field_log))
         add_batch_error_handlers(app)
     app.add_middleware(

@@ -1,7 +1,7 @@
 """/v1/batches: thin routes over the batch service."""
 
 # No deferred annotations here: FastAPI reads those of routes that are made inside a function.
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -66,7 +66,7 @@ class CreateBatch(BaseModel):
 def batches_router(
     get_service: Callable[..., BatchService],
     get_owner: Callable[..., str],
-    check_create: Callable[..., None],
+    check_create: Callable[..., Awaitable[None]],
     field_log: FieldLog,
 ) -> APIRouter:
     """Dependencies: the service, who is asking, and ApiError when no batch may be created now or by them."""

@@ -1,7 +1,7 @@
 """/v1/files: thin routes over the batch service. A file's name is shown again and never opened."""
 
 # No deferred annotations here: FastAPI reads those of routes that are made inside a function.
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
@@ -44,7 +44,7 @@ _FORM = {
 def files_router(
     get_service: Callable[..., BatchService],
     get_owner: Callable[..., str],
-    check_upload: Callable[..., None],
+    check_upload: Callable[..., Awaitable[None]],
 ) -> APIRouter:
     """Dependencies: the service, who is asking, and ApiError when no upload is taken now."""
     Service = Annotated[BatchService, Depends(get_service)]
